@@ -1,0 +1,213 @@
+"""Private brokers start anywhere, keep their data, and leave nothing behind."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pika.exceptions
+import pytest
+
+from tests.rabbit import Rabbit, by_way_of, new_prefix
+from tests.waiting import wait_until
+from worker.sandbox.broker import (
+    Answer,
+    BrokerUnavailable,
+    PrivateBroker,
+    PrivateCluster,
+    answers,
+    find_server,
+    free_port,
+    install,
+)
+
+needs_binaries = pytest.mark.skipif(
+    find_server() is None and not os.environ.get("CI"), reason="RabbitMQ is not installed"
+)
+
+ORPHAN_MAKER = """
+import sys, threading, time
+from pathlib import Path
+from worker.sandbox.broker import PrivateBroker
+
+broker = PrivateBroker(Path(sys.argv[1]))
+starter = threading.Thread(target=broker.launch)
+starter.start()
+starter.join()
+print(broker.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Whose working directory is in there: everything a broker starts."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink().is_relative_to(directory):
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def is_confirmed(rabbit: Rabbit, queue: str, body: bytes) -> bool:
+    try:
+        rabbit.publish("", queue, body)
+    except pika.exceptions.NackError:
+        return False
+    return True
+
+
+def test_answers_tells_refused_from_absent(amqp_url: str) -> None:
+    """A wrong password, a virtual host that does not exist and an empty port are told apart from a broker."""
+
+    host, _, _ = amqp_url.rpartition("/")
+    wrong_login = amqp_url.replace(amqp_url.rpartition("@")[0], "amqp://guest:wrong")
+
+    assert answers(amqp_url, timeout=5) is Answer.READY
+    assert answers(wrong_login, timeout=5) is Answer.REFUSED_LOGIN
+    assert answers(f"{host}/{new_prefix()}", timeout=5) is Answer.REFUSED_LOGIN
+    assert answers(by_way_of(free_port(), amqp_url), timeout=5) is Answer.NOT_THERE
+
+
+def test_rabbitmq_home_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RABBITMQ_HOME chooses the installation."""
+
+    script = tmp_path / "sbin" / "rabbitmq-server"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    monkeypatch.setenv("RABBITMQ_HOME", str(tmp_path))
+
+    assert find_server() == script
+
+
+def test_install_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where we may not install, the error is one line with the command."""
+
+    monkeypatch.setenv("PATH", "")
+
+    with pytest.raises(BrokerUnavailable, match=r"^RabbitMQ .*apt-get install .* rabbitmq-server$"):
+        install()
+
+
+def test_free_ports_are_not_for_outgoing_connections() -> None:
+    """A port of a private node is never one that the kernel gives to a client."""
+
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+
+    assert all(free_port() < lowest for _ in range(50))
+
+
+def test_data_survive_a_kill(fresh: PrivateBroker) -> None:
+    """After SIGKILL and a start, the same URL has the confirmed message in its queue."""
+
+    url = fresh.url
+    with Rabbit(url) as rabbit:
+        rabbit.declare_queue("kept")
+        rabbit.publish("", "kept", b"worth keeping")
+    wait_until(lambda: fresh.would_remember("kept"), 10, "the queue is on disk")
+    fresh.kill()
+    assert answers(url, timeout=5) is Answer.NOT_THERE
+
+    fresh.start()
+
+    assert fresh.url == url
+    with Rabbit(url) as rabbit:
+        assert rabbit.get_all("kept", 1, timeout=10)[0][1] == b"worth keeping"
+
+
+def test_reset_empties(fresh: PrivateBroker) -> None:
+    """A reset broker has no queue of before, and accepts our login."""
+
+    with Rabbit(fresh.url) as rabbit:
+        rabbit.declare_queue("gone", kind="classic")
+    fresh.reset()
+
+    with Rabbit(fresh.url) as rabbit:
+        assert not rabbit.has_queue("gone")
+
+
+def test_ctl_reaches_this_node_only(private_broker: PrivateBroker) -> None:
+    """rabbitmqctl speaks with the private node, and a failure of it is one line."""
+
+    private_broker.start()
+
+    assert private_broker.ctl("eval", "os:getpid().").strip() == f'"{private_broker.pid}"'
+    with pytest.raises(BrokerUnavailable, match=r"^rabbitmqctl eval failed: .+$"):
+        private_broker.ctl("eval", "1 = 2.")
+
+
+@needs_binaries
+def test_taken_port_is_refused(tmp_path: Path) -> None:
+    """A port that was asked for and is taken is an error that names it, and nothing starts."""
+
+    with socket.create_server(("127.0.0.1", 0)) as taker:
+        port = taker.getsockname()[1]
+        broker = PrivateBroker(tmp_path, port=port)
+
+        with pytest.raises(BrokerUnavailable, match=f"port {port} is taken"):
+            broker.start()
+    assert not processes_of(tmp_path)
+
+
+@needs_binaries
+def test_killed_parent_leaves_no_process(tmp_path: Path) -> None:
+    """SIGKILL of whoever started a broker ends the broker; the end of the thread that did so does not."""
+
+    command = [sys.executable, "-c", ORPHAN_MAKER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        broker = int(parent.stdout.readline())
+        # It boots: the port mapper, the VM and a child of that.
+        wait_until(lambda: len(processes_of(tmp_path)) > 2, 20, "the broker boots")
+        assert is_alive(broker)
+
+        parent.kill()
+
+    wait_until(lambda: not processes_of(tmp_path), 10, "everything is gone")
+    assert not is_alive(broker)
+
+
+@needs_binaries
+def test_close_leaves_no_directory() -> None:
+    """A broker that was closed while it booted has left neither process nor temporary directory."""
+
+    broker = PrivateBroker()
+    broker.launch()
+    directory = broker.directory
+    assert processes_of(directory)
+
+    broker.close()
+
+    assert not directory.exists()
+    wait_until(lambda: not processes_of(directory), 5, "no process is left")
+
+
+def test_cluster_survives_one_node(cluster: PrivateCluster) -> None:
+    """With one of three nodes killed a quorum queue takes messages, and the node comes back at its URL."""
+
+    queue = new_prefix()
+    with Rabbit(cluster.urls[0]) as rabbit:
+        rabbit.declare_queue(queue)
+    wait_until(lambda: cluster.nodes[0].would_remember(queue), 10, "the queue is on disk")
+    cluster.nodes[0].kill()
+
+    with Rabbit(cluster.urls[1]) as rabbit:
+        # Until a new leader is elected the broker nacks at once.
+        wait_until(
+            lambda: is_confirmed(rabbit, queue, b"still there"), 30, "a confirm without the third node"
+        )
+
+    cluster.nodes[0].start()
+    with Rabbit(cluster.urls[0]) as rabbit:
+        assert rabbit.get_all(queue, 1, timeout=30)[0][1] == b"still there"
+        rabbit.delete_queue(queue)

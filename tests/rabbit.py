@@ -1,0 +1,157 @@
+"""A small blocking AMQP client for the tests: what producers and readers of outcomes would do."""
+
+import secrets
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit, urlunsplit
+
+import pika
+import pika.exceptions
+
+from worker.core.topology import topology
+
+DELAYS_IN_TESTS = (1, 2, 3, 5, 30, 300, 1800)
+"""The retry delays, in seconds, that the `prefix` fixture cleans up after; others are the test's own job."""
+
+
+class Message(NamedTuple):
+    """One message taken from a queue."""
+
+    properties: Any
+    body: bytes
+    exchange: str
+    key: str
+    redelivered: bool
+
+
+class Rabbit:
+    """One connection, one channel in confirm mode, for one thread.
+
+    Without heartbeats: a test may be busy with something else for longer than the broker would wait.
+    """
+
+    def __init__(self, url: str) -> None:
+        parameters = pika.URLParameters(url)
+        parameters.heartbeat = 0
+        parameters.blocked_connection_timeout = 30
+        self._connection = pika.BlockingConnection(parameters)
+        self.channel = self._confirming_channel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Also when the broker has gone already."""
+        with suppress(pika.exceptions.AMQPError):
+            self._connection.close()
+
+    def publish(self, exchange: str, key: str, body: bytes, **properties: Any) -> None:
+        """Persistent and mandatory; returns when confirmed, else raises UnroutableError or NackError."""
+        made = pika.BasicProperties(**{"delivery_mode": 2, **properties})
+        self.channel.basic_publish(exchange, key, body, made, mandatory=True)
+
+    def take(self, queue: str, count: int, timeout: float) -> list[Message]:
+        """Take and ack the next `count` messages; an AssertionError if fewer come in `timeout` seconds."""
+        taken: list[Message] = []
+        deadline = time.monotonic() + timeout
+        while len(taken) < count:
+            method, properties, body = self.channel.basic_get(queue, auto_ack=True)
+            if method is not None:
+                taken.append(
+                    Message(properties, body, method.exchange, method.routing_key, method.redelivered)
+                )
+            elif time.monotonic() > deadline:
+                raise AssertionError(f"{queue}: {len(taken)} of {count} messages within {timeout:g} s")
+            else:
+                self._connection.sleep(0.01)
+        return taken
+
+    def get_all(self, queue: str, count: int, timeout: float) -> list[tuple[Any, bytes]]:
+        """Like `take`, as pairs of properties and body."""
+        return [(message.properties, message.body) for message in self.take(queue, count, timeout)]
+
+    def depth(self, queue: str) -> int:
+        """Messages ready for a consumer; those in a consumer's hands do not count."""
+        return int(self.channel.queue_declare(queue, passive=True).method.message_count)
+
+    def has_queue(self, queue: str) -> bool:
+        return self._exists(lambda channel: channel.queue_declare(queue, passive=True))
+
+    def has_exchange(self, exchange: str) -> bool:
+        return self._exists(lambda channel: channel.exchange_declare(exchange, passive=True))
+
+    def temporary_queue(self, exchange: str = "", key: str = "#") -> str:
+        """A queue that ends with this connection, bound to `exchange` unless that is the default one."""
+        queue = str(self.channel.queue_declare("", exclusive=True).method.queue)
+        if exchange:
+            self.channel.queue_bind(queue, exchange, key)
+        return queue
+
+    def declare_queue(self, queue: str, kind: str = "quorum", **arguments: Any) -> None:
+        """A durable queue; `max_length=5` becomes the x-argument `x-max-length`."""
+        x_arguments = {f"x-{name.replace('_', '-')}": value for name, value in arguments.items()}
+        self.channel.queue_declare(queue, durable=True, arguments={"x-queue-type": kind, **x_arguments})
+
+    def bind(self, queue: str, exchange: str, key: str) -> None:
+        self.channel.queue_bind(queue, exchange, key)
+
+    def purge(self, queue: str) -> None:
+        self.channel.queue_purge(queue)
+
+    def delete_queue(self, queue: str) -> None:
+        """Nothing happens if it does not exist."""
+        self.channel.queue_delete(queue)
+
+    def delete_exchange(self, exchange: str) -> None:
+        """Nothing happens if it does not exist."""
+        self.channel.exchange_delete(exchange)
+
+    def _confirming_channel(self) -> Any:
+        channel = self._connection.channel()
+        channel.confirm_delivery()
+        return channel
+
+    def _exists(self, ask: Any) -> bool:
+        # The broker closes the channel that asks for something missing, so ask on one of its own.
+        channel = self._connection.channel()
+        try:
+            ask(channel)
+        except pika.exceptions.ChannelClosedByBroker as closed:
+            if closed.reply_code != 404:
+                raise
+            return False
+        channel.close()
+        return True
+
+
+def address(url: str) -> tuple[str, int]:
+    """Host and port of an AMQP URL, to put a proxy in front of it."""
+    parameters = pika.URLParameters(url)
+    return parameters.host, parameters.port
+
+
+def by_way_of(port: int, url: str) -> str:
+    """The same URL, through something that listens on `port` of loopback."""
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    return urlunsplit(parts._replace(netloc=f"{login}@127.0.0.1:{port}"))
+
+
+def new_prefix() -> str:
+    """An `AMQP_PREFIX` that no other test has."""
+    return f"t.{secrets.token_hex(4)}"
+
+
+def delete_topology(url: str, prefix: str, delays: Iterable[int] = DELAYS_IN_TESTS) -> None:
+    """Delete every queue and exchange that the worker makes under `prefix`; missing ones are fine."""
+    made = topology(prefix, "quorum", delays)
+    with Rabbit(url) as rabbit:
+        for queue in made.queues:
+            rabbit.delete_queue(queue.name)
+        for exchange in made.exchanges:
+            rabbit.delete_exchange(exchange.name)

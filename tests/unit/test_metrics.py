@@ -1,0 +1,272 @@
+"""The catalogue of metrics: names, labels and what is there before anything happened."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from worker.shells import metrics as catalogue
+from worker.shells.metrics import Metrics
+
+REASONS = {
+    "expired": ("success", "already_expired"),
+    "rejected": (
+        "invalid_field",
+        "bad_request",
+        "not_found",
+        "invalid_merchant",
+        "merchant_blacklisted",
+        "paid",
+        "refused",
+    ),
+    "unresolved": (
+        "retries_exhausted",
+        "deadline_passed",
+        "not_found_after_unknown_effect",
+        "credentials",
+    ),
+    "invalid": ("malformed_json", "invalid_command", "too_large"),
+}
+
+CONTRACT = {
+    "commands_total": {"lane"},
+    "outcomes_total": {"lane", "status", "reason"},
+    "in_flight": {"lane"},
+    "command_duration_seconds": {"lane"},
+    "command_age_seconds": {"lane"},
+    "gateway_requests_total": {"operation", "response_code"},
+    "gateway_request_duration_seconds": {"operation"},
+    "retries_total": {"reason"},
+    "delayed_retries_total": {"lane"},
+    "dead_letters_total": {"reason"},
+    "token_refreshes_total": {"result"},
+    "token_expiry_timestamp_seconds": set(),
+    "breaker_state": set(),
+    "consumption_paused": {"reason"},
+    "broker_connected": set(),
+    "broker_reconnects_total": set(),
+    "publish_confirm_seconds": set(),
+    "publishes_unconfirmed": set(),
+    "clock_skew_seconds": set(),
+    "last_outcome_timestamp_seconds": set(),
+    "build_info": {"version"},
+}
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(reasons=REASONS, version="1.2.3")
+
+
+def scrape(metrics: Metrics) -> list[Metric]:
+    return list(text_string_to_metric_families(metrics.render().decode()))
+
+
+def series(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return {
+        (sample.name.removeprefix("qris_expire_"), frozenset(sample.labels.items())): sample.value
+        for family in scrape(metrics)
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return series(metrics)[name, frozenset(labels.items())]
+
+
+def every_call(metrics: Metrics) -> Iterator[None]:
+    for lane in ("cancellation", "sweep"):
+        metrics.received(lane)
+        metrics.in_hand(lane, 1)
+        metrics.settled(lane, 0.2)
+        metrics.delayed_retry(lane)
+        for status, reasons in REASONS.items():
+            for reason in reasons:
+                metrics.outcome(lane, status, reason, 1.5, 1_800_000_000.0)
+        yield
+    for reason in catalogue.RETRIES:
+        metrics.retry(reason)
+    for status in catalogue.DEAD_LETTERED:
+        for reason in REASONS[status]:
+            metrics.dead_letter(reason)
+    for operation in catalogue.OPERATIONS:
+        for code in (*catalogue.RESPONSE_CODES, "", "10092081"):
+            metrics.request(operation, code, 0.1)
+    for result in catalogue.REFRESHES:
+        metrics.token_refresh(result)
+    for reason in catalogue.PAUSES:
+        metrics.paused(reason, True)
+    metrics.token_expiry(1_800_000_900.0)
+    metrics.breaker(2)
+    metrics.broker_connected(True)
+    metrics.broker_reconnected()
+    metrics.confirmed(0.01)
+    metrics.unconfirmed(3)
+    metrics.clock_skew(-4.5)
+    yield
+
+
+def test_every_metric_of_the_contract_has_exactly_its_labels(metrics: Metrics) -> None:
+    """The scrape holds the contract's names with the contract's labels, and nothing else."""
+
+    found = {
+        (family.name + "_total" if family.type == "counter" else family.name): {
+            label for sample in family.samples for label in sample.labels
+        }
+        - {"le"}
+        for family in scrape(metrics)
+    }
+    assert found == {f"qris_expire_{name}": labels for name, labels in CONTRACT.items()}
+
+
+def test_everything_starts_at_zero(metrics: Metrics) -> None:
+    """Before anything happened every series but build_info is zero."""
+
+    nonzero = {name for (name, _), number in series(metrics).items() if number}
+    assert nonzero == {"build_info"}
+    assert value(metrics, "build_info", version="1.2.3") == 1
+
+
+def test_no_series_appears_later(metrics: Metrics) -> None:
+    """Every known label value exists from the start: using them all adds no series."""
+
+    before = set(series(metrics))
+    for _ in every_call(metrics):
+        pass
+    after = series(metrics)
+    assert set(after) == before
+    untouched = {
+        name
+        for (name, labels), number in after.items()
+        if not number and not dict(labels).keys() & {"le", "status"}
+    }
+    assert untouched == set()
+
+
+def test_a_status_has_only_its_own_reasons(metrics: Metrics) -> None:
+    """outcomes_total holds the pairs of the contract's table, once per lane."""
+
+    pairs = [
+        (dict(labels)["status"], dict(labels)["reason"])
+        for name, labels in series(metrics)
+        if name == "outcomes_total"
+    ]
+    assert sorted(pairs) == sorted(
+        2 * [(status, reason) for status, own in REASONS.items() for reason in own]
+    )
+
+
+def test_dead_letters_have_the_reasons_of_dead_lettered_statuses(metrics: Metrics) -> None:
+    """dead_letters_total knows the reasons of unresolved and invalid, and no others."""
+
+    reasons = {dict(labels)["reason"] for name, labels in series(metrics) if name == "dead_letters_total"}
+    assert reasons == {*REASONS["unresolved"], *REASONS["invalid"]}
+
+
+def test_an_unknown_response_code_is_other_and_an_absent_one_none(metrics: Metrics) -> None:
+    """What the gateway says freely never becomes a label."""
+
+    metrics.request("expire", "2009300", 0.1)
+    metrics.request("expire", "10092081", 0.1)
+    metrics.request("expire", "", 0.1)
+    requests = "gateway_requests_total"
+    assert value(metrics, requests, operation="expire", response_code="2009300") == 1
+    assert value(metrics, requests, operation="expire", response_code="other") == 1
+    assert value(metrics, requests, operation="expire", response_code="none") == 1
+    assert value(metrics, "gateway_request_duration_seconds_count", operation="expire") == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda metrics, bill: metrics.received(bill),
+        lambda metrics, bill: metrics.in_hand(bill, 1),
+        lambda metrics, bill: metrics.settled(bill, 1.0),
+        lambda metrics, bill: metrics.outcome("sweep", "expired", bill, None, 1.0),
+        lambda metrics, bill: metrics.outcome("sweep", bill, "success", None, 1.0),
+        lambda metrics, bill: metrics.request(bill, "2009300", 1.0),
+        lambda metrics, bill: metrics.retry(bill),
+        lambda metrics, bill: metrics.delayed_retry(bill),
+        lambda metrics, bill: metrics.dead_letter(bill),
+        lambda metrics, bill: metrics.token_refresh(bill),
+        lambda metrics, bill: metrics.paused(bill, True),
+    ],
+)
+def test_a_bill_cannot_become_a_label(metrics: Metrics, call) -> None:  # type: ignore[no-untyped-def]
+    """Whatever takes a label value refuses one that is not in its closed set."""
+
+    with pytest.raises(KeyError):
+        call(metrics, "10092081")
+    assert b"10092081" not in metrics.render()
+
+
+def test_no_created_series(metrics: Metrics) -> None:
+    """The scrape carries no _created series, even after use."""
+
+    metrics.received("sweep")
+    assert b"_created" not in metrics.render()
+
+
+def test_buckets_fit_the_scrape(metrics: Metrics) -> None:
+    """A histogram has at most 15 buckets per child, and one second is a boundary."""
+
+    for family in scrape(metrics):
+        if family.type == "histogram":
+            bounds = {sample.labels["le"] for sample in family.samples if sample.name.endswith("_bucket")}
+            assert len(bounds) <= 15
+            assert {"0.5", "1.0", "+Inf"} <= bounds
+
+
+def test_an_outcome_dates_itself(metrics: Metrics) -> None:
+    """An outcome sets the time of the last one; its age is observed only when it is known."""
+
+    metrics.outcome("sweep", "expired", "success", None, 1_800_000_000.0)
+    metrics.outcome("sweep", "expired", "success", 7.0, 1_800_000_001.5)
+    assert value(metrics, "last_outcome_timestamp_seconds") == 1_800_000_001.5
+    assert value(metrics, "command_age_seconds_count", lane="sweep") == 1
+    assert value(metrics, "command_age_seconds_sum", lane="sweep") == 7.0
+    assert value(metrics, "outcomes_total", lane="sweep", status="expired", reason="success") == 2
+
+
+def test_a_producers_clock_that_is_ahead_does_not_take_the_sum_back(metrics: Metrics) -> None:
+    """A negative age counts as zero."""
+
+    metrics.outcome("sweep", "expired", "success", -3.0, 1.0)
+    assert value(metrics, "command_age_seconds_sum", lane="sweep") == 0
+    assert value(metrics, "command_age_seconds_count", lane="sweep") == 1
+
+
+def test_every_help_is_a_sentence(metrics: Metrics) -> None:
+    """Each metric's help says what it is, in whole sentences."""
+
+    for family in scrape(metrics):
+        assert len(family.documentation) > 40
+        assert family.documentation.endswith(".")
+
+
+def test_two_instances_do_not_meet() -> None:
+    """Each instance has a registry of its own."""
+
+    one, other = (Metrics(("sweep",), reasons=REASONS, version="1") for _ in range(2))
+    one.received("sweep")
+    assert value(other, "commands_total", lane="sweep") == 0
+
+
+def test_threads_lose_no_increment(metrics: Metrics) -> None:
+    """Increments from several threads all count."""
+
+    def count() -> None:
+        for _ in range(2_000):
+            metrics.received("sweep")
+            metrics.in_hand("sweep", 1)
+            metrics.in_hand("sweep", -1)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert value(metrics, "commands_total", lane="sweep") == 8_000
+    assert value(metrics, "in_flight", lane="sweep") == 0

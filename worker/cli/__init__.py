@@ -1,0 +1,155 @@
+"""The commands of ``qris-expire``, one file each, imported when called; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from worker import __version__
+
+COMMANDS: Final = {
+    "demo": (),
+    "simulator": (),
+    "publish": ("AMQP_",),
+    "check": ("AMQP_", "GATEWAY_", "RETRY_"),
+    "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
+    "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
+}
+"""Every command, in the order of the help, and what the names of the settings that it reads begin with."""
+
+HELP: Final = """
+Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo shows everything on this
+machine, and simulator plays the gateway. Producers of commands try one with publish. Operators prepare the
+broker with topology, look at everything with check, and start the worker with run.
+"""
+
+INVALID: Final = 2
+"""Exit code: settings or input that the worker cannot take."""
+
+INTERRUPTED: Final = 130
+"""Exit code after ctrl-C, as shells have it."""
+
+
+class Trouble(Exception):
+    """An expected failure: lines for people on standard error, without a traceback, and the exit code."""
+
+    def __init__(self, *lines: str, code: int = 1) -> None:
+        self.lines = lines
+        self.code = code
+        super().__init__("\n".join(lines))
+
+
+class _Command(TyperCommand):
+    """A command whose help ends with its settings."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Typer prints its part itself; what the formatter holds comes after it."""
+        super().format_help(ctx, formatter)
+        prefixes = COMMANDS.get(str(self.name), ())
+        if prefixes:
+            with formatter.section("Settings (environment, or a .env file)"):
+                formatter.write_dl(_settings(prefixes))
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        alone = typer.Typer(add_completion=False)
+        function = getattr(import_module(f"worker.cli.{cmd_name}"), cmd_name)
+        help_text = _reflowed(function.__doc__ or "")
+        alone.command(cmd_name, cls=_Command, help=help_text, context_settings=_CONTEXT)(function)
+        return typer.main.get_command(alone)
+
+
+_CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(cls=_Commands, add_completion=False, context_settings=_CONTEXT)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qris-expire {__version__}")
+        raise typer.Exit
+
+
+def _reflowed(docstring: str) -> str:
+    """Its paragraphs, each on one line: the terminal's width decides where they break."""
+    return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", docstring.strip()))
+
+
+@app.callback(help=_reflowed(HELP))
+def _all(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and end."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an unexpected error."),
+) -> None:
+    """Options of all commands."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command; the exit code. Whatever goes wrong is told in one line on standard error."""
+    try:
+        code = typer.main.get_command(app).main(
+            list(arguments) or ["--help"], prog_name="qris-expire", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except Trouble as trouble:
+        _tell(*trouble.lines)
+        return trouble.code
+    except typer.TyperException as error:  # usage
+        _tell(_usage(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:  # `… | head`: nobody reads any more, which is no error of ours
+        sys.stdout = None  # or the interpreter complains when it flushes at exit
+        return 0
+    except Exception as error:
+        _tell_unexpected(error, arguments)
+        return 1
+
+
+def _tell(*lines: str) -> None:
+    for line in lines:
+        print(f"qris-expire: {line}", file=sys.stderr)
+
+
+def _usage(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "qris-expire"
+    return f"{' '.join(error.format_message().split())} Try `{path} --help`."
+
+
+def _tell_unexpected(error: Exception, arguments: Sequence[str]) -> None:
+    import os
+
+    from worker.shells.logs import redact
+
+    text = redact(" ".join(str(error).split()))
+    if "--debug" in arguments or os.environ.get("LOG_LEVEL", "").lower() == "debug":
+        # Without local variables: they hold settings.
+        _tell(redact("".join(traceback.format_exception(error)).rstrip()))
+    _tell(f"unexpected: {type(error).__name__}: {text}; `qris-expire --debug …` shows where")
+
+
+def _settings(prefixes: Sequence[str]) -> list[tuple[str, str]]:
+    from worker.settings import reference
+
+    return [
+        (variable, f"{meaning} [{default}]".replace("`", "").removesuffix(" []"))
+        for variable, default, meaning in reference()
+        if variable.startswith(tuple(prefixes))
+    ]

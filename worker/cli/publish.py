@@ -1,0 +1,177 @@
+"""`qris-expire publish`: one command, and its outcome if wanted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from worker.cli import INVALID, Trouble
+from worker.core.command import Invalid, parse
+from worker.core.lanes import CANCELLATION, SWEEP
+from worker.core.topology import Names
+
+if TYPE_CHECKING:
+    from worker.settings import AmqpSettings
+
+
+class Lane(StrEnum):
+    """The lanes, as an option takes them."""
+
+    CANCELLATION = CANCELLATION
+    SWEEP = SWEEP
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What is to be published."""
+
+    command_id: str
+    lane: str
+    body: bytes
+
+
+def publish(
+    bill: Annotated[str, typer.Argument(help="The bill number: 1 to 64 printable characters, no blanks.")],
+    merchant_id: Annotated[
+        str | None, typer.Option(help="Its merchant; else the worker's GATEWAY_MERCHANT_ID.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Echoed in the outcome; 128 characters at most.")
+    ] = None,
+    lane: Annotated[Lane, typer.Option(help="Real time, or with the bulk.")] = Lane.CANCELLATION,
+    not_after: Annotated[
+        str | None, typer.Option(help="No call starts after it, as 2026-11-22T23:59:59+07:00.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the outcome and print it.")] = False,
+    timeout: Annotated[float, typer.Option(help="Longest wait in seconds.", min=0.1, max=86_400)] = 60,
+) -> int:
+    """Sends one command: the bill is to be expired.
+
+    Ends when the broker has confirmed it. With --wait, prints the outcome as JSON.
+
+    Exit code 0: published, with --wait expired. 1: not expired, or no answer. 2: input or settings are wrong.
+    """
+    order = _Order(str(uuid.uuid4()), lane.value, _body(bill, merchant_id, reference, not_after))
+    amqp = _settings()
+    with _broker(amqp) as channel:
+        inbox = _inbox(channel, amqp.names, order.lane) if wait else ""
+        _publish(channel, amqp.names, order)
+        if not wait:
+            typer.echo(f"published {order.command_id} to {amqp.names.queue(order.lane)}")
+            return 0
+        outcome = _await(channel, inbox, order.command_id, timeout)
+    if outcome is None:
+        raise Trouble(
+            f"no outcome within {timeout:g} s: the command {order.command_id} is published and stays so; "
+            f"see whether a worker runs on {amqp.names.queue(order.lane)}"
+        )
+    _print(outcome)
+    return 0 if outcome.get("status") == "expired" else 1
+
+
+def _body(bill: str, merchant_id: str | None, reference: str | None, not_after: str | None) -> bytes:
+    fields = {
+        "billnumber": bill,
+        "additionalInfo": {"merchantId": merchant_id} if merchant_id is not None else None,
+        "reference": reference,
+        "notAfter": not_after,
+    }
+    text = json.dumps(
+        {name: value for name, value in fields.items() if value is not None}, separators=(",", ":")
+    )
+    body = text.encode()
+    # The worker's own rule decides. Whether it has a merchant where none is given cannot be seen from here.
+    command = parse(body, default_merchant="unknown")
+    if isinstance(command, Invalid):
+        raise Trouble(f"{command.detail}; nothing was published", code=INVALID)
+    return body
+
+
+def _settings() -> AmqpSettings:
+    from worker.settings import AmqpSettings, SettingsError, load
+
+    try:
+        return load(AmqpSettings)
+    except SettingsError as error:
+        raise Trouble(*error.problems, code=INVALID) from None
+
+
+@contextmanager
+def _broker(amqp: AmqpSettings) -> Iterator[Any]:
+    """A channel in confirm mode."""
+    from worker.shells.amqp.session import BrokerError, session
+
+    try:
+        with session(amqp, "publish") as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            yield channel
+    except BrokerError as error:
+        raise Trouble(str(error)) from None
+
+
+def _inbox(channel: Any, names: Names, lane: str) -> str:
+    """A queue of ours for the lane's outcomes; bound before the command goes out, or it may come too late."""
+    queue = str(channel.queue_declare("", exclusive=True, auto_delete=True).method.queue)
+    channel.queue_bind(queue, names.outcomes, f"{lane}.*")
+    return queue
+
+
+def _publish(channel: Any, names: Names, order: _Order) -> None:
+    import pika
+    from pika.exceptions import NackError, UnroutableError
+
+    properties = pika.BasicProperties(
+        content_type="application/json",
+        delivery_mode=pika.DeliveryMode.Persistent.value,
+        message_id=order.command_id,
+        timestamp=int(time.time()),
+    )
+    try:
+        channel.basic_publish(names.commands, order.lane, order.body, properties, mandatory=True)
+    except UnroutableError:
+        raise Trouble(
+            f"no queue is bound to {names.commands} for {order.lane}; run `qris-expire topology --apply`"
+        ) from None
+    except NackError:
+        raise Trouble(f"{names.queue(order.lane)} does not take the command now; try again later") from None
+
+
+def _await(channel: Any, inbox: str, command_id: str, timeout: float) -> dict[str, Any] | None:
+    deadline = time.monotonic() + timeout
+    # A short turn, since outcomes of others also end one and must not prolong the whole.
+    for method, _, body in channel.consume(inbox, auto_ack=True, exclusive=True, inactivity_timeout=0.2):
+        if method is not None:
+            outcome = _outcome(body)
+            if outcome.get("commandId") == command_id:
+                return outcome
+        if time.monotonic() >= deadline:
+            return None
+    return None
+
+
+def _outcome(body: bytes) -> dict[str, Any]:
+    """What the body says; nothing if it is no outcome: anybody may publish to the exchange."""
+    try:
+        outcome = json.loads(body)
+    except ValueError:
+        return {}
+    return outcome if isinstance(outcome, dict) else {}
+
+
+def _print(outcome: dict[str, Any]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print_json(data=outcome)
+    else:
+        typer.echo(json.dumps(outcome, ensure_ascii=False, separators=(",", ":")))

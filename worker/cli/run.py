@@ -1,0 +1,60 @@
+"""`qris-expire run`: the worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from worker import signals
+from worker.cli import INVALID, Trouble
+
+if TYPE_CHECKING:
+    from worker.settings import Settings
+
+
+def run() -> int:
+    """The worker: takes commands, expires their bills, tells the outcomes.
+
+    SIGTERM or SIGINT drains: it takes nothing new, finishes what it holds and ends; a second one stops it at
+    once.
+
+    Exit code 0: drained. 1: stopped before everything held was finished. 2: settings are wrong. 3: the broker
+    or the gateway refuses our credentials at the start.
+    """
+    signals.install()
+    settings = _settings()
+    from worker.shells import logs
+
+    logs.configure(settings.log.format, settings.log.level, sys.stdout)
+    if signals.received():
+        return 0  # told to drain before anything was taken
+    return _supervise(settings) if settings.worker.processes > 1 else _serve(settings)
+
+
+def _settings() -> Settings:
+    from worker.settings import SettingsError, load
+
+    try:
+        return load()
+    except SettingsError as error:
+        raise Trouble(*error.problems, code=INVALID) from None
+
+
+def _serve(settings: Settings) -> int:
+    from worker.service import serve
+
+    return serve(settings)
+
+
+def _supervise(settings: Settings) -> int:
+    from worker.processes import supervise
+
+    return supervise(
+        [sys.executable, "-m", "worker", "run"],
+        processes=settings.worker.processes,
+        host=settings.metrics.host,
+        port=settings.metrics.port,
+        drain_seconds=settings.worker.drain_seconds,
+        environment=dict(os.environ),
+    )

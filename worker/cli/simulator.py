@@ -1,0 +1,204 @@
+"""`qris-expire simulator`: the gateway, simulated, until it is told to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+    from worker.sandbox.simulator import Report, Script, Simulator
+
+OWN_KEY_FILE = Path("simulator-key.pem")
+
+
+def simulator(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
+    ] = 8093,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM with the client's key, public or private; else simulator-key.pem, made if missing."
+        ),
+    ] = None,
+    client_id: Annotated[str, typer.Option(help="The one client it knows.")] = "demo-client",
+    client_secret: Annotated[str, typer.Option(help="The client's secret.")] = "demo-secret",
+    channel_id: Annotated[str, typer.Option(help="The client's channel id.")] = "95051",
+    signature: Annotated[
+        str, typer.Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")
+    ] = "hmac-sha512",
+    sign_path: Annotated[
+        str, typer.Option(help="The path that expire calls sign.")
+    ] = "/qr/qr-mpm-expire-billnumber",
+    script: Annotated[
+        Path | None,
+        typer.Option(help="JSON file: which calls fail, and how (see above)."),
+    ] = None,
+    single_token: Annotated[
+        bool | None, typer.Option("--single-token", help="A new token kills the old one.")
+    ] = None,
+    token_lifetime: Annotated[
+        float | None, typer.Option(help="Seconds a token lives; 900 unless the script says so.", min=0)
+    ] = None,
+    latency: Annotated[float | None, typer.Option(help="Seconds before every answer.", min=0)] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(help="Refuse more expire calls than this with 4299300.", min=0)
+    ] = None,
+) -> None:
+    """The gateway, simulated: checks signatures, tokens and duplicate external ids; scripted faults.
+
+    Prints the settings that make a worker talk to it, serves until SIGINT or SIGTERM, then prints what it
+    saw. Meanwhile, GET /_simulator/report tells, and POST /_simulator/script changes the faults; neither asks
+    for a password, so mind --host.
+
+    A script is a JSON object: bills, patterns, rates and token_faults hold faults; seed, down, latency,
+    requests_per_second, single_token, token_lifetime, kill_token_every, expires_in, skew, clock_offset and
+    already change how all calls fare. A fault has one of code (with message and http), html, body, hang and
+    reset, and any of latency, trickle, retry_after, close, applied and repeat. Example:
+
+    {"bills": {"10092081": [{"code": "5009300"}, {"reset": "after"}]}, "latency": 0.05}
+    """
+    from worker.sandbox.simulator import Simulator
+
+    switches = {
+        "single_token": single_token,
+        "token_lifetime": token_lifetime,
+        "latency": latency,
+        "requests_per_second": requests_per_second,
+    }
+    try:
+        public_key, private_key_file = _key(key_file)
+        gateway = Simulator(
+            _script(script, {name: value for name, value in switches.items() if value is not None}),
+            host=host,
+            port=port,
+            client_id=client_id,
+            client_secret=client_secret,
+            channel_id=channel_id,
+            public_key=public_key,
+            signature=signature,
+            sign_path=sign_path,
+        )
+        _serve(gateway, private_key_file)
+    except OSError as error:
+        _refuse(
+            f"{error.filename}: {error.strerror}" if error.filename else f"{host}:{port}: {error.strerror}"
+        )
+    except ValueError as error:
+        _refuse(str(error))
+    _print_report(gateway.report(bills=False))
+
+
+def _refuse(reason: str) -> NoReturn:
+    typer.echo(f"simulator: {reason}", err=True)
+    raise typer.Exit(2)
+
+
+def _script(path: Path | None, switches: dict[str, float]) -> Script:
+    import dataclasses
+
+    from worker.sandbox.simulator import Script
+
+    script = Script.load(path) if path else Script()
+    return dataclasses.replace(script, **switches)  # type: ignore[arg-type]  # each switch has its field's type
+
+
+def _key(path: Path | None) -> tuple[RSAPublicKey, Path | None]:
+    """The client's public key, and the file of the private one unless only the public one was given."""
+    from worker.sandbox.simulator import own_key, private_pem, write_private
+
+    if path is None:
+        path = OWN_KEY_FILE
+        if not path.exists():
+            write_private(path, private_pem(own_key()))
+    pem = path.read_bytes()
+    if b"PRIVATE KEY" in pem:
+        return _public_half(pem, path), path
+    return _public(pem, path), None
+
+
+def _public_half(pem: bytes, path: Path) -> RSAPublicKey:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(pem, password=None)
+    except TypeError:
+        raise ValueError(f"{path} has a passphrase; give the public key instead") from None
+    except ValueError:
+        raise ValueError(f"{path} is no readable private key; give an RSA key in PEM form") from None
+    if isinstance(key, RSAPrivateKey):
+        return key.public_key()
+    raise ValueError(f"{path} is no RSA key; the gateway knows RSA only")
+
+
+def _public(pem: bytes, path: Path) -> RSAPublicKey:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(pem)
+    except ValueError:
+        raise ValueError(
+            f"{path} is no readable key; give an RSA key, public or private, in PEM form"
+        ) from None
+    if isinstance(key, RSAPublicKey):
+        return key
+    raise ValueError(f"{path} is no RSA key; the gateway knows RSA only")
+
+
+def _serve(gateway: Simulator, private_key_file: Path | None) -> None:
+    import signal
+
+    # Blocked before the threads start, so that they inherit it and only sigwait receives them.
+    asked_to_stop = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, asked_to_stop)
+    try:
+        with gateway:
+            _print_settings(gateway, private_key_file)
+            signal.sigwait(asked_to_stop)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:
+    import shlex
+    import sys
+
+    settings = gateway.environment(private_key_file or Path("the private key of --key-file"))
+    for name, value in settings.items():
+        if name == "GATEWAY_PRIVATE_KEY_FILE" and private_key_file is None:
+            typer.echo(f"# export {name}=…  the private key that belongs to --key-file")
+        else:
+            typer.echo(f"export {name}={shlex.quote(value)}")
+    typer.echo("# ready; ctrl-C ends it")
+    sys.stdout.flush()
+
+
+def _print_report(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("seen", "", title="simulator", title_justify="left")
+    table.columns[1].justify = "right"
+    facts = {
+        "expire calls": report.expire_calls,
+        "token calls": report.token_calls,
+        "bills called": report.bills_called,
+        "bills expired": report.bills_expired,
+        "duplicate external ids": report.duplicates,
+        "wrong signatures": report.signature_failures,
+        "throttled": report.throttled,
+        "most at once": report.max_concurrency,
+        "most in one second": report.peak_per_second,
+    }
+    for name, number in facts.items():
+        table.add_row(name, f"{number:,}")
+    for code, number in report.by_code.items():
+        table.add_row(f"answered {code}", f"{number:,}")
+    Console().print(table)

@@ -1,0 +1,195 @@
+"""What a delivery asks for: the body parsed to a `Command`, or to the contract's reason why it is none."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Literal
+
+MAX_BODY_BYTES: Final = 65_536  # keeps one bad producer from filling memory and the dead letters
+MAX_REFERENCE: Final = 128
+MAX_DETAIL: Final = 300  # error text travels in headers; a header frame is bounded (128 KiB by default)
+
+_IDENTIFIER = re.compile(r"[!-~]{1,64}\Z")
+_RFC3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:\d\d)\Z", re.ASCII
+)
+_COMMAND_NAMESPACE = uuid.UUID("5a1a31a2-2f4e-5f0f-9a53-8d6f2a0c0c93")
+
+InvalidReason = Literal["malformed_json", "invalid_command", "too_large"]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A well-formed order to expire one bill. ``not_after`` is seconds since the epoch."""
+
+    billnumber: str
+    merchant_id: str
+    reference: str | None = None
+    not_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """Why a body is no command. ``detail`` is for people; what could be read is echoed in the outcome."""
+
+    reason: InvalidReason
+    detail: str
+    billnumber: str | None = None
+    reference: str | None = None
+
+
+class _Refused(ValueError):
+    """The body is JSON but no command; the text says why."""
+
+
+class _Number:
+    """Stands for any JSON number: no field takes one, and huge ones cost nothing this way."""
+
+
+_NUMBER = _Number()
+
+
+def parse(body: bytes, default_merchant: str | None = None) -> Command | Invalid:
+    """The command in ``body`` (UTF-8 JSON, at most 64 KiB); never raises.
+
+    ``default_merchant`` stands in where the command carries none.
+    """
+    if len(body) > MAX_BODY_BYTES:
+        return Invalid("too_large", f"{len(body)} bytes, at most {MAX_BODY_BYTES} are allowed")
+    duplicates: list[str] = []
+    try:
+        value = _load(body, duplicates)
+    except (ValueError, RecursionError) as error:
+        return Invalid("malformed_json", _short(f"not JSON in UTF-8: {error}"))
+    fields = value if isinstance(value, dict) else {}
+    try:
+        if not isinstance(value, dict):
+            raise _Refused("the body must be a JSON object")
+        if duplicates:
+            raise _Refused(f"duplicate key {duplicates[0]!r}")
+        return _command(fields, default_merchant)
+    except _Refused as error:
+        return Invalid("invalid_command", _short(str(error)), _echo_bill(fields), _echo_reference(fields))
+
+
+def command_id(message_id: str | None, body: bytes) -> str:
+    """The command's identity: its ``message_id``, else a UUID derived from the body."""
+    return message_id or str(uuid.uuid5(_COMMAND_NAMESPACE, body.hex()))
+
+
+def is_identifier(text: str) -> bool:
+    """1 to 64 printable ASCII characters without blanks: the rule for bills and merchants."""
+    return _IDENTIFIER.match(text) is not None
+
+
+def parse_rfc3339(text: str) -> float:
+    """Seconds since the epoch. Raises `ValueError` for anything RFC 3339 does not allow (an offset is required)."""
+    match = _RFC3339.match(text)
+    if match is None:
+        raise ValueError("not an RFC 3339 time such as 2026-11-22T23:59:59+07:00")
+    day, minutes, seconds, fraction, offset = match.groups()
+    # A leap second is legal in RFC 3339 and unknown to datetime; the second before it is the safe reading.
+    seconds = "59" if seconds == "60" else seconds
+    micro = ((fraction or "") + "000000")[:6]
+    offset = "+00:00" if offset in "Zz" else offset
+    try:
+        return datetime.fromisoformat(f"{day}T{minutes}:{seconds}.{micro}{offset}").timestamp()
+    except OverflowError as error:  # year 1 or 9999 pushed over the edge by its offset
+        raise ValueError("the time is out of range") from error
+
+
+def _load(body: bytes, duplicates: list[str]) -> object:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            duplicates.extend(key for key, count in Counter(key for key, _ in items).items() if count > 1)
+        return found
+
+    # Decoded here: json.loads would also take UTF-16 and UTF-32. A byte-order mark is refused by it.
+    return json.loads(
+        body.decode(),
+        object_pairs_hook=pairs,
+        parse_int=lambda _: _NUMBER,
+        parse_float=lambda _: _NUMBER,
+        parse_constant=_refuse_constant,
+    )
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _command(fields: dict[str, Any], default_merchant: str | None) -> Command:
+    return Command(_bill(fields), _merchant(fields, default_merchant), _reference(fields), _not_after(fields))
+
+
+def _bill(fields: dict[str, Any]) -> str:
+    spellings = [name for name in ("billnumber", "billNumber") if fields.get(name) is not None]
+    if not spellings:
+        raise _Refused("billnumber is missing")
+    values = [_identifier(name, fields[name]) for name in spellings]
+    if len(set(values)) > 1:
+        raise _Refused("billnumber and billNumber differ")
+    return values[0]
+
+
+def _merchant(fields: dict[str, Any], default: str | None) -> str:
+    info = fields.get("additionalInfo")
+    if info is not None and not isinstance(info, dict):
+        raise _Refused("additionalInfo must be an object")
+    value = info.get("merchantId") if info else None
+    if value is not None:
+        return _identifier("additionalInfo.merchantId", value)
+    if default is None:
+        raise _Refused("additionalInfo.merchantId is missing, and GATEWAY_MERCHANT_ID sets no default")
+    return default
+
+
+def _identifier(name: str, value: object) -> str:
+    if isinstance(value, _Number):
+        raise _Refused(f"{name} must be a string: a number has already lost its leading zeros")
+    if not isinstance(value, str):
+        raise _Refused(f"{name} must be a string")
+    if not is_identifier(value):
+        raise _Refused(f"{name} must be 1 to 64 printable ASCII characters without blanks")
+    return value
+
+
+def _reference(fields: dict[str, Any]) -> str | None:
+    value = fields.get("reference")
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > MAX_REFERENCE:
+        raise _Refused(f"reference must be a string of at most {MAX_REFERENCE} characters")
+    return value
+
+
+def _not_after(fields: dict[str, Any]) -> float | None:
+    value = fields.get("notAfter")
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _Refused("notAfter must be a string")
+    try:
+        return parse_rfc3339(value)
+    except ValueError as error:
+        raise _Refused(f"notAfter: {error}") from None
+
+
+def _echo_bill(fields: dict[str, Any]) -> str | None:
+    value = fields.get("billnumber") or fields.get("billNumber")
+    return value if isinstance(value, str) and is_identifier(value) else None
+
+
+def _echo_reference(fields: dict[str, Any]) -> str | None:
+    value = fields.get("reference")
+    return value if isinstance(value, str) and len(value) <= MAX_REFERENCE else None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 1] + "…"

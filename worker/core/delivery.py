@@ -1,0 +1,256 @@
+"""What the broker hands over, what travels with it, and the messages that settle it.
+
+An outcome, a delayed retry, a return and a dead letter are the same act: publish these messages, and when the broker
+has confirmed them all, ack that delivery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from worker.core import jakarta
+from worker.core.command import command_id
+from worker.core.outcome import OUTCOME_TYPE, Outcome, encode
+from worker.core.retry import Round
+from worker.core.settlement import Entry
+from worker.core.topology import Names
+
+MAX_EXTERNAL_IDS: Final = 20
+MAX_HEADER_BYTES: Final = 64 * 1024
+"""Room for foreign headers in what we publish: a content header must fit one frame (128 KiB), ours included."""
+
+ROUND: Final = "qris-round"
+ATTEMPTS: Final = "qris-attempts"
+EXTERNAL_IDS: Final = "qris-external-ids"
+EFFECT_UNKNOWN: Final = "qris-effect-unknown"
+RECEIVED_AT: Final = "qris-received-at"
+HOP: Final = "qris-hop"
+LAST_CODE: Final = "qris-last-code"
+PROGRESS_HEADERS: Final = (ROUND, ATTEMPTS, EXTERNAL_IDS, EFFECT_UNKNOWN, RECEIVED_AT, HOP, LAST_CODE)
+
+BATCH_ID: Final = "batch-id"
+CARRIED_HEADERS: Final = (BATCH_ID, "traceparent")
+_BROKER_HEADERS: Final = ("x-death", "x-delivery-count", "x-first-death-", "x-last-death-")
+
+
+class Properties(Protocol):
+    """The properties of a delivered message, as the AMQP library gives them."""
+
+    content_type: Any
+    content_encoding: Any
+    headers: Any
+    priority: Any
+    correlation_id: Any
+    reply_to: Any
+    message_id: Any
+    timestamp: Any
+    type: Any
+    app_id: Any
+
+
+@dataclass(slots=True)
+class Progress:
+    """What earlier rounds of a command leave to later ones, through headers of our own."""
+
+    round: int = 0
+    attempts: int = 0
+    external_ids: list[str] = field(default_factory=list)
+    effect_unknown: bool = False
+    received_at: float = 0.0
+    last_code: str | None = None
+
+    def sent(self, external_id: str) -> None:
+        """One more expire call goes out."""
+        self.attempts += 1
+        self.external_ids.append(external_id)
+        del self.external_ids[:-MAX_EXTERNAL_IDS]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What is to be published: persistent, mandatory, confirmed. ``properties`` are AMQP's basic properties."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    properties: Mapping[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """One hand-over by the broker. ``key`` names the physical message: command id and hop."""
+
+    lane: str
+    body: bytes
+    properties: Properties
+    redelivered: bool
+    arrived: float  # monotonic
+    command_id: str
+    hop: str
+    progress: Progress
+    published_at: float | None
+    headers: Mapping[str, Any]
+    entry: Entry | None = None  # its place in the ledger
+    round: Round | None = None  # a round that a throttle interrupted
+    probed: int = 0  # when it last served as a probe in this outage; 0: not yet
+
+    @property
+    def key(self) -> str:
+        """The same for every redelivery of the same physical message, another after each hop."""
+        return f"{self.command_id}\n{self.hop}"
+
+    @property
+    def batch_id(self) -> str | None:
+        """The sweep it belongs to."""
+        value = self.headers.get(BATCH_ID)
+        return None if value is None else text(value)
+
+
+def receive(
+    lane: str, body: bytes, properties: Properties, *, redelivered: bool, epoch: float, monotonic: float
+) -> Delivery:
+    """A delivery from what the broker sent; never raises, whatever a producer put into the properties."""
+    headers = properties.headers if isinstance(properties.headers, Mapping) else {}
+    message_id = text(properties.message_id) if properties.message_id else None
+    # A message that came back may have been called for by a process that died before it could say so.
+    progress = _progress(headers, epoch) if headers else Progress(received_at=epoch)
+    progress.effect_unknown = progress.effect_unknown or redelivered
+    return Delivery(
+        lane=lane,
+        body=body,
+        properties=properties,
+        redelivered=redelivered,
+        arrived=monotonic,
+        command_id=command_id(message_id, body),
+        hop=text(headers.get(HOP, "")),
+        progress=progress,
+        published_at=_seconds(properties.timestamp),
+        headers=headers,
+    )
+
+
+def outcome_message(names: Names, delivery: Delivery, outcome: Outcome) -> Message:
+    """The outcome as the contract publishes it."""
+    carried = {name: delivery.headers[name] for name in CARRIED_HEADERS if name in delivery.headers}
+    correlation = delivery.properties.correlation_id or outcome.command_id
+    return Message(
+        names.outcomes,
+        f"{outcome.lane}.{outcome.status}",
+        encode(outcome),
+        {
+            "content_type": "application/json",
+            "delivery_mode": 2,
+            "type": OUTCOME_TYPE,
+            "message_id": outcome.outcome_id,
+            "correlation_id": correlation,
+            "timestamp": int(outcome.completed_at),
+            "headers": carried,
+        },
+    )
+
+
+def dead_letter(names: Names, delivery: Delivery, outcome: Outcome) -> Message:
+    """The command for people to look at: its own bytes and properties, and why it is here."""
+    ours = {
+        "dead-reason": str(outcome.reason),
+        "dead-detail": outcome.detail or outcome.response_message or "",
+        "dead-at": jakarta.iso(outcome.completed_at),
+        "dead-lane": delivery.lane,
+        "attempts": outcome.attempts,
+        "last-response-code": outcome.response_code or "",
+    }
+    return Message(names.dead, delivery.lane, delivery.body, _kept(delivery, ours, outcome.command_id))
+
+
+def delayed(names: Names, delivery: Delivery, seconds: int, round_: int, hop: str) -> Message:
+    """The command for its next round, into the queue whose TTL is ``seconds`` (by the default exchange)."""
+    ours = _progress_headers(delivery.progress, round_, hop)
+    return Message("", names.retry(delivery.lane, seconds), delivery.body, _kept(delivery, ours, delivery.command_id))
+
+
+def returned(names: Names, delivery: Delivery, hop: str) -> Message:
+    """The command back to the end of its lane, unharmed: a fresh message, so no redelivery is counted against it."""
+    ours = _progress_headers(delivery.progress, delivery.progress.round, hop)
+    return Message(names.commands, delivery.lane, delivery.body, _kept(delivery, ours, delivery.command_id))
+
+
+def text(value: object) -> str:
+    """A header or property as text: the AMQP library leaves what is no UTF-8 as bytes."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return value if isinstance(value, str) else str(value)
+
+
+def _kept(delivery: Delivery, ours: Mapping[str, Any], message_id: str) -> dict[str, Any]:
+    """Body's properties but user_id (would close the channel), expiration (would make it vanish), CC and BCC (would
+    send it elsewhere) and what the broker itself wrote; ours win."""
+    headers = {
+        name: value
+        for name, value in delivery.headers.items()
+        if name not in PROGRESS_HEADERS and name not in ("CC", "BCC") and not str(name).startswith(_BROKER_HEADERS)
+    }
+    if _size(headers) > MAX_HEADER_BYTES:
+        headers = {name: headers[name] for name in CARRIED_HEADERS if _size(headers.get(name)) < 1024}
+    properties = delivery.properties
+    kept = {
+        "content_type": properties.content_type,
+        "content_encoding": properties.content_encoding,
+        "priority": properties.priority,
+        "correlation_id": properties.correlation_id,
+        "reply_to": properties.reply_to,
+        "timestamp": properties.timestamp,
+        "type": properties.type,
+        "app_id": properties.app_id,
+        "message_id": properties.message_id or message_id,
+    }
+    kept = {name: value for name, value in kept.items() if value is not None}
+    return {**kept, "delivery_mode": 2, "headers": {**headers, **ours}}
+
+
+def _progress_headers(progress: Progress, round_: int, hop: str) -> dict[str, Any]:
+    return {
+        ROUND: round_,
+        ATTEMPTS: progress.attempts,
+        EXTERNAL_IDS: ",".join(progress.external_ids),
+        EFFECT_UNKNOWN: progress.effect_unknown,
+        RECEIVED_AT: round(progress.received_at * 1000),
+        HOP: hop,
+        LAST_CODE: progress.last_code or "",
+    }
+
+
+def _progress(headers: Mapping[str, Any], epoch: float) -> Progress:
+    ids = text(headers.get(EXTERNAL_IDS, "")).split(",")
+    received = _whole(headers.get(RECEIVED_AT)) / 1000
+    return Progress(
+        round=_whole(headers.get(ROUND)),
+        attempts=_whole(headers.get(ATTEMPTS)),
+        external_ids=[i for i in ids if i.isascii() and i.isdigit() and len(i) <= 36][-MAX_EXTERNAL_IDS:],
+        effect_unknown=headers.get(EFFECT_UNKNOWN) is True,
+        received_at=received if 0 < received <= epoch else epoch,
+        last_code=text(headers.get(LAST_CODE) or "")[:7] or None,
+    )
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
+
+
+def _seconds(value: object) -> float | None:
+    """AMQP timestamps are whole seconds; some producers send milliseconds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        return None
+    return value / 1000 if value > 10**11 else float(value)
+
+
+def _size(value: object) -> int:
+    """An upper estimate of a header value's bytes in an AMQP table."""
+    if isinstance(value, Mapping):
+        return sum(_size(name) + _size(item) + 8 for name, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return sum(_size(item) + 8 for item in value)
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    return len(value) if isinstance(value, bytes) else 16

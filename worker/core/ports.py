@@ -1,0 +1,111 @@
+"""What the use cases need from the outside: each port fits on a screen; its fake lives beside the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker.core.request import SignedRequest
+from worker.core.verdict import NoReply, Reply, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """An access token and the generation it belongs to: an invalidation names a generation, so that late answers to
+    an old token never throw away its successor."""
+
+    value: str
+    generation: int
+
+
+class TokenUnavailable(Exception):
+    """No token could be had; ``verdict`` judges the token service's answer like any other.
+
+    ``shared``: another sender made that one request and tells about it; it must not be counted twice.
+    """
+
+    def __init__(self, verdict: Verdict, *, shared: bool = False) -> None:
+        super().__init__(verdict.message)
+        self.verdict = verdict
+        self.shared = shared
+
+
+class Tokens(Protocol):
+    """One token for all senders. Thread-safe."""
+
+    def get(self) -> Token:
+        """A token that is good by our clock. Raises `TokenUnavailable`; may block for one token request."""
+
+    def invalidate(self, generation: int) -> None:
+        """The gateway refused the token of this generation: fetch a new one at the next `get`."""
+
+
+class Gateway(Protocol):
+    """Sends one signed expire call. Thread-safe, no retries of its own, bounded in time and size; never raises for
+    what the network or the gateway does."""
+
+    def send(self, request: SignedRequest) -> Reply | NoReply:
+        """The answer, or that there was none."""
+
+
+class Clock(Protocol):
+    """Time, and waiting for it."""
+
+    def epoch(self) -> float:
+        """Seconds since the epoch: deadlines and what people read."""
+
+    def monotonic(self) -> float:
+        """Seconds for durations."""
+
+
+class Held(Exception):
+    """Senders are held: the command goes back to its lane's front and loses nothing. ``outage``: by the breaker."""
+
+    def __init__(self, *, outage: bool) -> None:
+        super().__init__("breaker" if outage else "throttled")
+        self.outage = outage
+
+
+class Draining(Exception):
+    """The process is shutting down: the command goes back to the broker."""
+
+
+class Gate(Protocol):
+    """What stands before every expire call. Thread-safe."""
+
+    def enter(self, *, probe: bool, paced: bool) -> None:
+        """Returns when a call may go out now; waits for the rate limit unless ``paced``. Raises `Held`, `Draining`."""
+
+    def outage(self) -> bool:
+        """Whether the breaker is not closed."""
+
+    def record(self, verdict: Verdict, *, probe: bool) -> None:
+        """Learns from the answer, of the expire call or of the token service."""
+
+    def sleep(self, seconds: float) -> None:
+        """Backs off. Raises `Draining` as soon as a drain begins."""
+
+
+class Observer(Protocol):
+    """Sees every attempt: metrics and the one wide log line."""
+
+    def attempted(self, attempt: Attempt) -> None:
+        """One expire call, or the failure to get a token for it, was judged."""
+
+    def retrying(self, verdict: Verdict) -> None:
+        """Another call follows for this verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt as it is logged. ``seconds`` is the call's duration; ``external_id`` is None when none was sent."""
+
+    command_id: str
+    lane: str
+    billnumber: str
+    batch_id: str | None
+    number: int
+    external_id: str | None
+    verdict: Verdict
+    status: int | None
+    seconds: float

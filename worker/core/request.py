@@ -1,0 +1,69 @@
+"""What is sent: the body, the external id and the signed headers of one attempt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from worker.core import jakarta
+from worker.core.command import Command
+from worker.core.signing import Sign
+
+EXTERNAL_ID_DIGITS: Final = 36  # SNAP: a numeric string of at most 36, unique in the day
+NODE_DIGITS: Final = 11
+_SERIAL_DIGITS: Final = EXTERNAL_ID_DIGITS - 17 - NODE_DIGITS
+
+BillField = Literal["billnumber", "billNumber"]
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """The exact bytes and headers of one expire call. Holds a bearer token: never log its headers."""
+
+    external_id: str
+    body: bytes
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Partner:
+    """What every expire call of this partner has in common."""
+
+    client_id: str
+    channel_id: str
+    channel_headers: tuple[str, ...] = ("CHANNEL-ID", "X-CHANNEL-ID")
+    sign_path: str = "/qr/qr-mpm-expire-billnumber"
+    bill_field: str = "billnumber"
+    milliseconds: bool = True
+
+
+def external_id(epoch: float, node: int, serial: int) -> str:
+    """36 digits, unique for ever: 17 of Jakarta time, 11 of the process's random ``node``, 8 of its ``serial``.
+
+    The time keeps restarts apart, the node keeps processes apart, the serial keeps calls of one millisecond apart.
+    """
+    return f"{jakarta.digits(epoch)}{node % 10**NODE_DIGITS:011d}{serial % 10**_SERIAL_DIGITS:08d}"
+
+
+def body(command: Command, bill_field: str = "billnumber") -> bytes:
+    """The gateway's body, compact, in the order of its document. Built once: these bytes are hashed and sent."""
+    bill, merchant = json.dumps(command.billnumber), json.dumps(command.merchant_id)
+    return f'{{"{bill_field}":{bill},"additionalInfo":{{"merchantId":{merchant}}}}}'.encode("ascii")
+
+
+def sign(command: Command, partner: Partner, signer: Sign, token: str, epoch: float, ext_id: str) -> SignedRequest:
+    """One attempt's request at ``epoch``: one timestamp for header and signature, its own external id."""
+    payload = body(command, partner.bill_field)
+    timestamp = jakarta.iso(epoch, milliseconds=partner.milliseconds)
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {token}",
+        "X-TIMESTAMP": timestamp,
+        "X-PARTNER-ID": partner.client_id,
+        "X-EXTERNAL-ID": ext_id,
+        "X-SIGNATURE": signer("POST", partner.sign_path, token, payload, timestamp),
+    }
+    for name in partner.channel_headers:
+        headers[name] = partner.channel_id
+    return SignedRequest(ext_id, payload, headers)

@@ -1,0 +1,191 @@
+"""Every exchange, queue and binding the worker relies on, as values. The names are public interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from worker.core.lanes import LANES
+
+QueueType = Literal["quorum", "classic"]
+Arguments = Mapping[str, str | int]
+
+LANE_DELIVERY_LIMIT: Final = 50
+"""A command that kills its process leaves the lane after so many tries, or it kills one after another."""
+
+LOOKED_AT_LIMIT: Final = 1_000_000
+"""RabbitMQ 4 drops a message after 20 returns by default, and looking at parked messages returns them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names under one prefix (``AMQP_PREFIX``)."""
+
+    prefix: str
+
+    @property
+    def commands(self) -> str:
+        """Direct exchange; the routing key is the lane."""
+        return f"{self.prefix}.commands"
+
+    @property
+    def outcomes(self) -> str:
+        """Topic exchange; the routing key is ``<lane>.<status>``."""
+        return f"{self.prefix}.outcomes"
+
+    @property
+    def unrouted(self) -> str:
+        """Alternate exchange of the outcomes, and the queue behind it: outcomes that nobody asked for."""
+        return f"{self.prefix}.outcomes.unrouted"
+
+    @property
+    def dead(self) -> str:
+        """Exchange and queue of the dead letters."""
+        return f"{self.prefix}.dead"
+
+    def queue(self, lane: str) -> str:
+        """The queue of a lane."""
+        return f"{self.prefix}.{lane}"
+
+    def retry(self, lane: str, seconds: int) -> str:
+        """The queue where a command of the lane waits for a delayed round."""
+        return f"{self.prefix}.{lane}.retry.{seconds}"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A durable exchange."""
+
+    name: str
+    type: Literal["direct", "fanout", "topic"]
+    arguments: Arguments = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A durable queue. Its arguments cannot change while it exists."""
+
+    name: str
+    arguments: Arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """From an exchange to a queue."""
+
+    exchange: str
+    queue: str
+    routing_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All of it, in the order in which it must be declared: exchanges, queues, bindings."""
+
+    exchanges: tuple[Exchange, ...]
+    queues: tuple[Queue, ...]
+    bindings: tuple[Binding, ...]
+
+
+def topology(prefix: str, queue_type: QueueType, delays: Iterable[int]) -> Topology:
+    """What must exist under ``prefix``; one retry queue per lane for each of ``delays``, in whole seconds."""
+    names, delays = Names(prefix), tuple(delays)
+    return Topology(_exchanges(names), tuple(_queues(names, queue_type, delays)), _bindings(names))
+
+
+def definitions(topology: Topology, vhost: str) -> dict[str, list[dict[str, Any]]]:
+    """The same in the form of RabbitMQ's ``definitions.json``: exchanges, queues and bindings, no users."""
+    return {
+        "exchanges": [
+            {
+                "name": exchange.name,
+                "vhost": vhost,
+                "type": exchange.type,
+                "durable": True,
+                "auto_delete": False,
+                "internal": False,
+                "arguments": dict(exchange.arguments),
+            }
+            for exchange in topology.exchanges
+        ],
+        "queues": [
+            {
+                "name": queue.name,
+                "vhost": vhost,
+                "durable": True,
+                "auto_delete": False,
+                "arguments": dict(queue.arguments),
+            }
+            for queue in topology.queues
+        ],
+        "bindings": [
+            {
+                "source": binding.exchange,
+                "vhost": vhost,
+                "destination": binding.queue,
+                "destination_type": "queue",
+                "routing_key": binding.routing_key,
+                "arguments": {},
+            }
+            for binding in topology.bindings
+        ],
+    }
+
+
+def _exchanges(names: Names) -> tuple[Exchange, ...]:
+    return (
+        Exchange(names.dead, "fanout"),
+        Exchange(names.unrouted, "fanout"),
+        Exchange(names.outcomes, "topic", {"alternate-exchange": names.unrouted}),
+        Exchange(names.commands, "direct"),
+    )
+
+
+def _queues(names: Names, queue_type: QueueType, delays: tuple[int, ...]) -> Iterable[Queue]:
+    yield Queue(names.dead, _parked(queue_type))
+    yield Queue(names.unrouted, _parked(queue_type))
+    for lane in LANES:
+        yield Queue(names.queue(lane), _lane(queue_type, names))
+        for seconds in delays:
+            yield Queue(names.retry(lane, seconds), _retry(queue_type, names, lane, seconds))
+
+
+def _bindings(names: Names) -> tuple[Binding, ...]:
+    return (
+        Binding(names.dead, names.dead),
+        Binding(names.unrouted, names.unrouted),
+        *(Binding(names.commands, names.queue(lane), lane) for lane in LANES),
+    )
+
+
+def _parked(queue_type: QueueType) -> Arguments:
+    if queue_type == "classic":
+        return {"x-queue-type": queue_type}
+    return {"x-queue-type": queue_type, "x-delivery-limit": LOOKED_AT_LIMIT}
+
+
+def _lane(queue_type: QueueType, names: Names) -> Arguments:
+    limit = {} if queue_type == "classic" else {"x-delivery-limit": LANE_DELIVERY_LIMIT}
+    return {"x-queue-type": queue_type, **limit, **_dead_lettering(queue_type, names.dead)}
+
+
+def _retry(queue_type: QueueType, names: Names, lane: str, seconds: int) -> Arguments:
+    # The time to live belongs to the queue: one per message would wait behind a longer one ahead of it.
+    return {
+        "x-queue-type": queue_type,
+        "x-message-ttl": seconds * 1000,
+        **_dead_lettering(queue_type, names.commands),
+        "x-dead-letter-routing-key": lane,
+    }
+
+
+def _dead_lettering(queue_type: QueueType, exchange: str) -> dict[str, str | int]:
+    if queue_type == "classic":  # knows only at-most-once
+        return {"x-dead-letter-exchange": exchange}
+    # At-least-once holds the message until the next queue has it; it demands reject-publish.
+    return {
+        "x-dead-letter-exchange": exchange,
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }

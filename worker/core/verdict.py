@@ -1,0 +1,172 @@
+"""The judgement of one attempt: one table of data, read top to bottom, the first row that matches wins."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from worker.core.outcome import Reason
+
+MAX_MESSAGE: Final = 200  # the gateway's text travels in outcomes, logs and headers
+
+
+class Kind(Enum):
+    """What the worker does about an answer."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    TOKEN = "token"
+    ID_CLASH = "id_clash"
+    THROTTLED = "throttled"
+    TRANSIENT = "transient"
+    SYSTEMIC = "systemic"
+
+
+FINAL = frozenset({Kind.DONE, Kind.REFUSED})
+GOOD = FINAL
+"""Answers that show the gateway working for us: they reset the breaker's count."""
+BAD = frozenset({Kind.TRANSIENT, Kind.SYSTEMIC})
+"""Answers that the breaker counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The gateway answered: HTTP status, body (bounded by the shell), and the one header that matters."""
+
+    status: int
+    body: bytes
+    retry_after: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NoReply:
+    """It did not. ``sent`` says whether it may have seen the request; ``error`` is for people."""
+
+    sent: bool
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The judgement. ``reason`` is set for final kinds only; ``note`` is worth a log line when not empty."""
+
+    kind: Kind
+    reason: Reason | None
+    effect_unknown: bool
+    code: str | None
+    message: str
+    note: str = ""
+    retry_after: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row: patterns over ``responseCode`` and ``responseMessage`` → what it means."""
+
+    code: re.Pattern[str]
+    message: re.Pattern[str]
+    kind: Kind
+    reason: Reason | None = None
+    effect_unknown: bool = False
+
+
+def _rule(
+    code: str, kind: Kind, reason: Reason | None = None, *, message: str = "", effect_unknown: bool = False
+) -> Rule:
+    return Rule(re.compile(code), re.compile(message, re.IGNORECASE), kind, reason, effect_unknown)
+
+
+# gateway-api section 4, for answers with a well-formed code. `..` stands for any service where the SNAP standard
+# defines the case; codes of the provider's own document are spelled out. Success is not here: it also needs HTTP 2xx.
+RULES: Final = (
+    _rule(r"403..00|404..04|404..19", Kind.DONE, Reason.ALREADY_EXPIRED),
+    _rule(r"404..14", Kind.REFUSED, Reason.PAID),
+    _rule(r"400..00", Kind.REFUSED, Reason.BAD_REQUEST),
+    _rule(r"400..0[12]", Kind.REFUSED, Reason.INVALID_FIELD),
+    _rule(r"4049308", Kind.REFUSED, Reason.INVALID_MERCHANT),
+    _rule(r"4039319", Kind.REFUSED, Reason.MERCHANT_BLACKLISTED),
+    # One code, two meanings in the provider's document: the message decides.
+    _rule(r"4049301", Kind.REFUSED, Reason.NOT_FOUND, message=r"not\s+found"),
+    _rule(r"4049301", Kind.SYSTEMIC, message=r"bad\s+request"),
+    _rule(r"4049301", Kind.REFUSED, Reason.NOT_FOUND),
+    _rule(r"4049300", Kind.SYSTEMIC, message=r"unauthori[sz]ed|forbidden"),
+    _rule(r"401..0[13]", Kind.TOKEN),
+    _rule(r"401....", Kind.TOKEN, message=r"token"),
+    _rule(r"401..00", Kind.SYSTEMIC),
+    _rule(r"409(93|91)00", Kind.ID_CLASH),
+    _rule(r"429....|403..04", Kind.THROTTLED),
+    _rule(r"4......", Kind.REFUSED, Reason.REFUSED),
+    # 202xx00, 3xx, an odd 2xx, every 5xx: nobody says what happened.
+    _rule(r".......", Kind.TRANSIENT, effect_unknown=True),
+)
+
+# The same for answers without a well-formed code, by HTTP status; the message is then the body's own text.
+BARE_RULES: Final = (
+    _rule(r"401", Kind.TOKEN, message=r"token"),
+    _rule(r"40[13]", Kind.SYSTEMIC),
+    _rule(r"429", Kind.THROTTLED),
+    _rule(r"...", Kind.TRANSIENT, effect_unknown=True),
+)
+
+_SUCCESS = re.compile(r"200(93|91)00\Z")
+_WELL_FORMED = re.compile(r"[2-5]\d{6}\Z", re.ASCII)
+
+
+def judge(answer: Reply | NoReply) -> Verdict:
+    """The verdict on one attempt. A success needs HTTP 2xx *and* a success code; otherwise the code is trusted."""
+    if isinstance(answer, NoReply):
+        return Verdict(Kind.TRANSIENT, None, answer.sent, None, answer.error[:MAX_MESSAGE])
+    code, message = read(answer.body)
+    if code is None:
+        return _first(BARE_RULES, str(answer.status), None, message or _excerpt(answer.body), answer)
+    if _SUCCESS.match(code):
+        if 200 <= answer.status < 300:
+            note = "answered for service 91" if code == "2009100" else ""
+            return Verdict(Kind.DONE, Reason.SUCCESS, False, code, message, note)
+        note = f"success code in HTTP {answer.status}"
+        return Verdict(Kind.TRANSIENT, None, True, code, message, note)
+    return _first(RULES, code, code, message, answer)
+
+
+def read(body: bytes) -> tuple[str | None, str]:
+    """``responseCode`` (7 digits, an integer is tolerated; else None) and ``responseMessage`` of an answer's body."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None, ""
+    if not isinstance(value, dict):
+        return None, ""
+    code, message = value.get("responseCode"), value.get("responseMessage")
+    if isinstance(code, int) and not isinstance(code, bool):
+        code = str(code) if 0 <= code < 10**7 else None
+    if not (isinstance(code, str) and _WELL_FORMED.match(code)):
+        code = None
+    return code, printable(message)[:MAX_MESSAGE] if isinstance(message, str) else ""
+
+
+def printable(text: str) -> str:
+    """``text`` on one line: what is not printable becomes a blank, so that it can stand in headers and logs."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def _first(rules: tuple[Rule, ...], key: str, code: str | None, message: str, reply: Reply) -> Verdict:
+    rule = next(rule for rule in rules if rule.code.fullmatch(key) and rule.message.search(message))
+    return Verdict(
+        rule.kind, rule.reason, rule.effect_unknown, code, message, _note(code, reply.status), reply.retry_after
+    )
+
+
+def _note(code: str | None, status: int) -> str:
+    if code is None:
+        return ""
+    if not code.startswith(str(status)):
+        return f"HTTP {status} disagrees with the code"
+    return "" if code[3:5] in ("93", "91") else f"answered for service {code[3:5]}"
+
+
+def _excerpt(body: bytes) -> str:
+    text = printable(body[: 4 * MAX_MESSAGE].decode("utf-8", "replace"))
+    return " ".join(text.split())[:MAX_MESSAGE]

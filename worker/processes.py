@@ -1,0 +1,537 @@
+"""The parent of WORKER_PROCESSES > 1: starts the children, passes signals on, adds up their scrapes.
+
+Children are fresh programs, never forks of a running loop. Each serves its health on a Unix socket, whose
+path it finds in QRIS_EXPIRE_METRICS_SOCKET; the one TCP port belongs to the parent. The parent itself touches
+neither broker nor gateway.
+
+Order of this file: what scrapes add up to (pure), what happens to a child (pure), then the family itself.
+"""
+
+import contextlib
+import http.client
+import json
+import math
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from worker.shells.http import Health, HealthServer
+
+SOCKET_VARIABLE: Final = "QRIS_EXPIRE_METRICS_SOCKET"
+PREFIX: Final = "qris_expire_"
+
+DRAINED: Final = 0
+FORCED: Final = 1
+REFUSALS: Final = (2, 3)
+"""Exit codes of a child whose settings or credentials are wrong: starting it again would not help."""
+
+MARGIN_SECONDS: Final = 5.0
+"""Beyond the children's own deadline, for closing: only a child that hangs is killed."""
+FIRST_BACKOFF_SECONDS: Final = 1.0
+LONGEST_BACKOFF_SECONDS: Final = 30.0
+"""A child that dies at once must not make the parent burn the processor, or flood broker and log."""
+STEADY_SECONDS: Final = 60.0
+"""A child that lived this long dies of something new: its backoff starts over."""
+FETCH_SECONDS: Final = 2.0
+"""A child that hangs must not cost the scrape of the others (Prometheus gives up after 10 s)."""
+
+log = structlog.get_logger()
+
+
+# -- what scrapes add up to
+
+Rule = Callable[[float, float], float]
+
+
+def _first(one: float, _other: float) -> float:
+    return one
+
+
+def _farthest(one: float, other: float) -> float:
+    """The one farther from zero, with its sign."""
+    return max(one, other, key=abs)
+
+
+def _soonest(one: float, other: float) -> float:
+    """The smaller one; 0 stands for none."""
+    return min(one or math.inf, other or math.inf) if one or other else 0.0
+
+
+def _sum(one: float, other: float) -> float:
+    return one + other
+
+
+GAUGES: Final[Mapping[str, Rule]] = {
+    PREFIX + "in_flight": _sum,
+    PREFIX + "publishes_unconfirmed": _sum,
+    PREFIX + "breaker_state": max,
+    PREFIX + "consumption_paused": max,
+    PREFIX + "last_outcome_timestamp_seconds": max,
+    PREFIX + "clock_skew_seconds": _farthest,
+    PREFIX + "broker_connected": min,
+    PREFIX + "token_expiry_timestamp_seconds": _soonest,
+    PREFIX + "build_info": _first,
+}
+"""How the gauges of several processes make one; a gauge that is not listed is summed."""
+
+LASTING_GAUGES: Final = frozenset({PREFIX + "last_outcome_timestamp_seconds"})
+"""Gauges that stay true when their process is gone."""
+
+
+@dataclass
+class _Metric:
+    """One metric of a scrape: its HELP and TYPE lines as they came, and its samples by series, in order."""
+
+    name: str
+    lines: list[str] = field(default_factory=list)
+    kind: str = "untyped"
+    samples: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def lasts(self) -> bool:
+        return self.kind != "gauge" or self.name in LASTING_GAUGES
+
+
+def _read(text: str) -> Iterator[_Metric]:
+    """The metrics of a scrape in format 0.0.4 as our children write it: HELP, TYPE, samples without times."""
+    metric: _Metric | None = None
+    for line in text.split("\n"):
+        if line.startswith("# "):
+            _, keyword, name, *rest = line.split(" ", 3)
+            if metric is None or name != metric.name:
+                if metric:
+                    yield metric
+                metric = _Metric(name)
+            metric.lines.append(line)
+            if keyword == "TYPE":
+                metric.kind = rest[0]
+        elif line and metric:
+            # From the right: a label's value may hold blanks, the number never does.
+            series, _, value = line.rpartition(" ")
+            metric.samples[series] = float(value)
+    if metric:
+        yield metric
+
+
+def _write(metrics: Iterable[_Metric]) -> str:
+    lines: list[str] = []
+    for metric in metrics:
+        lines += metric.lines
+        lines += [f"{series} {_number(value)}" for series, value in metric.samples.items()]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _number(value: float) -> str:
+    if math.isfinite(value):
+        return repr(value)  # the shortest text that reads back as the same number
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+
+
+def merge(texts: Sequence[str]) -> str:
+    """Several scrapes as one: counters and histograms summed, gauges by `GAUGES`, in the order of the first.
+
+    Input and output are Prometheus text format 0.0.4. A series that only some of them have counts as it is.
+    """
+    merged: dict[str, _Metric] = {}
+    for text in texts:
+        for metric in _read(text):
+            known = merged.setdefault(metric.name, metric)
+            if known is metric:
+                continue
+            rule = GAUGES.get(metric.name, _sum) if metric.kind == "gauge" else _sum
+            samples = known.samples
+            for series, value in metric.samples.items():
+                samples[series] = rule(samples[series], value) if series in samples else value
+    return _write(merged.values())
+
+
+def lasting(text: str) -> str:
+    """The part of a scrape that outlives its process: counters, histograms and `LASTING_GAUGES`."""
+    return _write(metric for metric in _read(text) if metric.lasts)
+
+
+@dataclass
+class Tally:
+    """What one place in the family has counted so far, over all the processes that held it.
+
+    Counters never go back when a child is started again: the last scrape of the dead one is kept and added.
+    What this misses: whatever a child counted between its last scrape and its death, at most one scrape
+    interval of that child, and all of it for a child that nobody scraped.
+    """
+
+    kept: str = ""
+    last: str = ""
+
+    def died(self) -> None:
+        """The process of the last scrape is gone; the next scrape will be another's and start at zero."""
+        self.kept, self.last = merge([lasting(self.last), self.kept]), ""
+
+    def total(self, answer: str | None) -> str:
+        """All that this place has counted, given its process's answer to this scrape, None without one.
+
+        The dead are added per place and not over the whole family: so the sums of fractions are made in the
+        same order before and after a death, and cannot go back by a rounding error, which Prometheus would
+        take for a restart from zero.
+        """
+        if answer is not None:
+            self.last = answer
+        return merge([self.last if answer is not None else lasting(self.last), self.kept])
+
+
+# -- what happens to a child
+
+
+def backoff(previous: float, lived_seconds: float) -> float:
+    """Seconds until a dead child is started again; `previous` is its last backoff, 0 for none."""
+    if lived_seconds >= STEADY_SECONDS or previous == 0:
+        return FIRST_BACKOFF_SECONDS
+    return min(previous * 2, LONGEST_BACKOFF_SECONDS)
+
+
+# Run by a bare interpreter that then becomes the child. Not a preexec_fn: that runs Python between fork and
+# exec of a process with threads. The kernel kills the child when the thread that started it ends; the parent
+# may have died before that was arranged, hence the second look.
+_LAUNCHER: Final = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class _Child:
+    """One place in the family: the process that holds it now, if any, and what it counted."""
+
+    def __init__(
+        self, number: int, command: Sequence[str], environment: Mapping[str, str], path: Path
+    ) -> None:
+        self.name = f"process-{number}"
+        self.path = path
+        self.process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+        self.start_at: float | None = 0.0  # monotonic; None while it runs or must not run again
+        self._backoff = 0.0
+        self._started = 0.0
+        self._tally = Tally()
+        self._lock = threading.Lock()
+        self._command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+        self._environment = {**environment, "WORKER_PROCESSES": "1", SOCKET_VARIABLE: str(path)}
+
+    def start(self, now: float) -> None:
+        self.starts += 1
+        self._started = now
+        self.start_at = None
+        try:
+            # A group of its own: ctrl-C on a terminal reaches only the parent, which passes it on once.
+            self.process = subprocess.Popen(
+                self._command, env=self._environment, stdin=subprocess.DEVNULL, process_group=0
+            )
+        except OSError as error:  # no memory, no process left: may pass, and the others go on
+            self._again(now, why=str(error))
+        else:
+            log.info("process_started", process=self.name, pid=self.process.pid, start=self.starts)
+
+    def exited(self) -> int | None:
+        """Its exit code if it just ended (negative: by that signal), once."""
+        code = self.process.poll() if self.process else None
+        if code is not None:
+            with self._lock:
+                self.process = None
+                self._tally.died()
+        return code
+
+    def restart_later(self, code: int, now: float) -> None:
+        self._again(now, why=_why(code))
+
+    def _again(self, now: float, *, why: str) -> None:
+        self._backoff = backoff(self._backoff, now - self._started)
+        self.start_at = now + self._backoff
+        log.error("process_died", process=self.name, why=why, restart_in_seconds=self._backoff)
+
+    def send(self, signum: int) -> None:
+        if self.process:
+            self.process.send_signal(signum)
+
+    def scrape(self) -> str:
+        # Read before asking: an answer is only its own if the same process still holds the place afterwards.
+        holder = self.process
+        reply = self._ask("/metrics") if holder else None
+        with self._lock:
+            own = reply is not None and reply[0] == http.HTTPStatus.OK and holder is self.process
+            return self._tally.total(reply[1].decode() if reply and own else None)
+
+    def health(self, path: str) -> Health:
+        if not self.process:
+            return Health(False, {"detail": "not running"})
+        reply = self._ask(path)
+        if reply is None:
+            return Health(False, {"detail": "no answer"})
+        try:
+            document = json.loads(reply[1])
+            return Health(reply[0] == http.HTTPStatus.OK, dict(document["components"]))
+        except (ValueError, TypeError, KeyError):
+            return Health(False, {"detail": f"HTTP {reply[0]}"})
+
+    def _ask(self, path: str) -> tuple[int, bytes] | None:
+        connection = _UnixConnection(self.path, FETCH_SECONDS)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            log.debug("process_silent", process=self.name, path=path, error=repr(error))
+            return None
+        finally:
+            connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def _why(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+# -- the family
+
+
+class _Family:
+    """All children together: what the endpoint shows, and what signals and deaths do to them."""
+
+    def __init__(self, children: Sequence[_Child], pool: ThreadPoolExecutor, drain_seconds: float) -> None:
+        self._children = children
+        self._pool = pool
+        self._drain_seconds = drain_seconds
+        self._scraping = threading.Lock()
+        self._restarts = 0
+        self._told = 0  # how often the children were told to stop
+        self._kill_at: float | None = None  # monotonic, once they are told to stop
+        self._refusal: int | None = None
+        self._forced = False
+
+    # Source of the endpoint, in its threads.
+
+    def metrics(self) -> bytes:
+        # One scrape at a time: an older answer must not overwrite a newer one and take counters back.
+        with self._scraping:
+            scrapes = list(self._pool.map(_Child.scrape, self._children))
+        return merge([*scrapes, self._own_metrics()]).encode()
+
+    def _own_metrics(self) -> str:
+        running = sum(child.process is not None for child in self._children)
+        name = PREFIX + "processes_running"
+        total = PREFIX + "process_restarts_total"
+        return (
+            f"# HELP {name} Worker processes under this parent. Below WORKER_PROCESSES for long: see the log.\n"
+            f"# TYPE {name} gauge\n"
+            f"{name} {running}\n"
+            f"# HELP {total} Worker processes started again after an unexpected end. Moves: see the log for why.\n"
+            f"# TYPE {total} counter\n"
+            f"{total} {self._restarts}\n"
+        )
+
+    def live(self) -> Health:
+        """Whether every child is; one that has drained already is not missed."""
+        stopping = self._told > 0
+        return self._ask([child for child in self._children if child.process or not stopping], "/livez")
+
+    def ready(self) -> Health:
+        """Whether every child is; none counts as ready once they are told to stop."""
+        health = self._ask(self._children, "/readyz")
+        return Health(health.ok and not self._told, health.components)
+
+    def _ask(self, children: Sequence[_Child], path: str) -> Health:
+        answers = list(self._pool.map(lambda child: child.health(path), children))
+        return Health(
+            all(answer.ok for answer in answers),
+            {
+                child.name: {"status": "ok" if answer.ok else "unavailable", "components": answer.components}
+                for child, answer in zip(children, answers, strict=True)
+            },
+        )
+
+    # The main thread's.
+
+    def run(self, wait: Callable[[float], Sequence[int]]) -> int:
+        """Until all have stopped: the exit code. `wait` sleeps at most so many seconds, returns the signals."""
+        while True:
+            now = time.monotonic()
+            self._reap(now)
+            if self._told:
+                if not self._running:
+                    return self._exit_code()
+                self._kill_overdue(now)
+            else:
+                self._start_due(now)
+            for signum in wait(self._seconds_to_next(now)):
+                if signum in (signal.SIGTERM, signal.SIGINT):
+                    self._stop(time.monotonic(), why=signal.Signals(signum).name)
+
+    def kill(self) -> None:
+        """Leaves no child behind, whatever went wrong."""
+        for child in self._running:
+            child.send(signal.SIGKILL)
+        for child in self._running:
+            if child.process:
+                child.process.wait()
+
+    @property
+    def _running(self) -> list[_Child]:
+        return [child for child in self._children if child.process]
+
+    def _reap(self, now: float) -> None:
+        for child in self._running:
+            code = child.exited()
+            if code is None:
+                continue
+            # A refusal is about settings and credentials that all share; but a child that was started again
+            # must not end the others while they work.
+            if code in REFUSALS and (child.starts == 1 or not self._running):
+                log.error("process_refused", process=child.name, exit_code=code)
+                self._refusal = self._refusal or code
+                if not self._told:
+                    self._stop(now, why="refusal")
+            elif self._told:
+                self._stopped(child, code)
+            else:
+                child.restart_later(code, now)
+
+    def _stopped(self, child: _Child, code: int) -> None:
+        # One SIGTERM kills only a child that has no handlers yet, so it held nothing.
+        drained = code == DRAINED or (code == -signal.SIGTERM and self._told == 1)
+        self._forced = self._forced or not drained
+        log.info("process_stopped", process=child.name, why=_why(code), drained=drained)
+
+    def _start_due(self, now: float) -> None:
+        for child in self._children:
+            if child.start_at is not None and child.start_at <= now:
+                self._restarts += child.starts > 0
+                child.start(now)
+
+    def _stop(self, now: float, *, why: str) -> None:
+        """The first time: drain. Each further time: the children, told again, stop at once."""
+        self._told += 1
+        seconds = MARGIN_SECONDS + (self._drain_seconds if self._told == 1 else 0)
+        self._kill_at = min(now + seconds, self._kill_at or math.inf)
+        log.info("processes_stopping", why=why, times=self._told, running=len(self._running))
+        for child in self._running:
+            child.send(signal.SIGTERM)
+
+    def _kill_overdue(self, now: float) -> None:
+        if self._kill_at is None or now < self._kill_at:
+            return
+        self._kill_at = math.inf
+        self._forced = True
+        for child in self._running:
+            log.error("process_killed", process=child.name, why="did not stop in time")
+            child.send(signal.SIGKILL)
+
+    def _seconds_to_next(self, now: float) -> float:
+        times = [now + 1.0]  # a look around even if a signal got lost
+        if self._kill_at is not None:
+            times.append(self._kill_at)
+        elif self._told == 0:
+            times += [child.start_at for child in self._children if child.start_at is not None]
+        return max(min(times) - now, 0.0)
+
+    def _exit_code(self) -> int:
+        if self._refusal is not None:
+            return self._refusal
+        return FORCED if self._forced else DRAINED
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[float], Sequence[int]]]:
+    """Signals as values: yields a function that waits at most so many seconds and returns their numbers.
+
+    Python only runs handlers in the main thread, between two steps of it, and does not wake it when another
+    thread got the signal. Its wakeup descriptor does.
+    """
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    before = {signum: signal.signal(signum, lambda *_: None) for signum in watched}
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def wait(seconds: float) -> Sequence[int]:
+        ready, _, _ = select.select([reader], [], [], seconds)
+        return tuple(reader.recv(64)) if ready else ()
+
+    try:
+        yield wait
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        reader.close()
+        writer.close()
+
+
+def supervise(
+    command: Sequence[str],
+    *,
+    processes: int,
+    host: str,
+    port: int,
+    drain_seconds: float,
+    environment: Mapping[str, str],
+) -> int:
+    """Runs `processes` children of `command` until they are told to stop; returns the exit code.
+
+    `environment` is the children's whole environment; WORKER_PROCESSES=1 and QRIS_EXPIRE_METRICS_SOCKET are
+    added. SIGTERM or SIGINT drains all, each further one is passed on as well. An unexpected end of one child
+    is logged, and the child started again with backoff, while the others go on.
+
+    0: all drained. 1: some child was forced, or hung beyond `drain_seconds` and `MARGIN_SECONDS` and was
+    killed. 2 or 3: a child said so at its first start, and the others were stopped.
+
+    Only in the main thread: it takes the signals, and the kernel ends the children with the thread that
+    started them. A service manager must signal the parent alone (systemd: `KillMode=mixed`), else every child
+    gets each signal twice. Raises `ListenError`, before any child starts, when the port is not to be had.
+    """
+    with contextlib.ExitStack() as stack:
+        wait = stack.enter_context(_signals())
+        directory = Path(tempfile.mkdtemp(prefix="qris-expire-"))  # only ours to read
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        children = [
+            _Child(number, command, environment, directory / f"{number}.sock") for number in range(processes)
+        ]
+        # A scrape and both probes at the same time, without waiting for each other.
+        pool = ThreadPoolExecutor(max_workers=3 * processes, thread_name_prefix="fetch")
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        family = _Family(children, pool, drain_seconds)
+        server = HealthServer(host, port, family)
+        server.start()
+        stack.callback(server.stop)
+        stack.callback(family.kill)
+        return family.run(wait)

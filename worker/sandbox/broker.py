@@ -1,0 +1,615 @@
+"""RabbitMQ nodes of our own, from the installed binaries, for the demo and the tests.
+
+A private node needs no root, no service manager and no file outside its own directory: cookie, data, logs
+and ports are its own, and so is the port mapper (epmd) by which Erlang nodes find each other. It listens on
+loopback only and ends with the process that started it.
+"""
+
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pika
+import pika.exceptions
+
+LOOPBACK = "127.0.0.1"
+
+START_SECONDS = 120.0
+"""The most a node may take to answer. Six are usual; three nodes on a busy machine need a minute."""
+
+STOP_SECONDS = 30.0
+"""The most a node may take to stop by itself before it is killed, so that nobody waits for a wedged one."""
+
+CTL_SECONDS = 90.0
+"""The most one `rabbitmqctl` may take, so that a node that hangs fails its test not the suite."""
+
+PORTS = range(20_000, 29_000)
+"""Ports of private nodes lie below the range (from 32768) that the kernel hands to outgoing connections.
+Inside it, any client could take the port of a stopped node, and one that keeps dialling that port would in
+the end connect to itself. `rabbitmqctl` also adds 10000 to one of them, which must stay a port."""
+
+_TAKEN = re.compile(r"dist_port_already_used|eaddrinuse|address already in use", re.IGNORECASE)
+
+_COMPLAINT = re.compile(r"\[error\] <[\d.]+> +((?!BOOT FAILED|=)\S.*)")
+
+_LISTENERS = {"rabbitmq_management": "management.tcp", "rabbitmq_prometheus": "prometheus.tcp"}
+
+_INSTALL = "apt-get install -y --no-install-recommends rabbitmq-server"
+
+
+class BrokerUnavailable(Exception):
+    """There is no RabbitMQ to start, or it did not start. One line: what happened, what to do."""
+
+
+class Answer(Enum):
+    """What is behind an AMQP URL."""
+
+    READY = "ready"
+    REFUSED_LOGIN = "refused login"
+    NOT_THERE = "not there"
+
+
+def answers(url: str, timeout: float) -> Answer:
+    """Ask whether a broker at `url` accepts our login. `timeout` in seconds, for the whole handshake."""
+    parameters = pika.URLParameters(url)
+    parameters.connection_attempts = 1
+    parameters.socket_timeout = parameters.stack_timeout = timeout
+    # pika logs an absent broker as several errors; a plain look first keeps the usual case silent.
+    if parameters.ssl_options is None and not _speaks_amqp(parameters.host, parameters.port, timeout):
+        return Answer.NOT_THERE
+    try:
+        pika.BlockingConnection(parameters).close()
+    except (
+        pika.exceptions.AuthenticationError,
+        pika.exceptions.ProbableAuthenticationError,
+        pika.exceptions.ProbableAccessDeniedError,
+    ):
+        return Answer.REFUSED_LOGIN
+    except pika.exceptions.ConnectionClosedByBroker as closed:
+        # 403 access refused; 530 not allowed, also for a virtual host that does not exist.
+        return Answer.REFUSED_LOGIN if closed.reply_code in (403, 530) else Answer.NOT_THERE
+    except (pika.exceptions.AMQPError, OSError):
+        return Answer.NOT_THERE
+    return Answer.READY
+
+
+def find_server() -> Path | None:
+    """The `rabbitmq-server` script itself, or None.
+
+    Not the wrapper that Debian puts into /usr/sbin: that one insists on the user `rabbitmq`.
+    """
+    return next((path for path in _candidates() if path.is_file() and os.access(path, os.X_OK)), None)
+
+
+def install() -> None:
+    """Install RabbitMQ with apt, where we may; raises BrokerUnavailable with the command to run elsewhere.
+
+    Only the binaries are needed. Whether the package also starts a node of the system's is up to the
+    machine's policy; if it tries and fails, apt calls that an error and we do not.
+    """
+    apt = shutil.which("apt-get")
+    if apt is None or os.geteuid() != 0:
+        raise BrokerUnavailable(_how_to_install())
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    complaint = ""
+    for arguments in (["update"], _INSTALL.split()[1:]):
+        done = subprocess.run([apt, *arguments], env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            complaint = _last_line(done.stderr)
+    if find_server() is None:
+        raise BrokerUnavailable(f"apt could not install RabbitMQ ({complaint}); try: {_INSTALL}")
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now; a later taker is possible, so be ready to retry."""
+    while not _is_free(port := random.choice(PORTS)):
+        pass
+    return port
+
+
+class PrivateBroker:
+    """One node. As a context manager it starts, and leaves neither process nor (own) directory behind.
+
+    `directory` holds everything and is kept; without one, a temporary directory is made and removed on
+    `close`. `plugins` are names such as `rabbitmq_management`; the listeners of management and prometheus get
+    ports of their own, see `http_port`. `config` is added to rabbitmq.conf. Without `port` a free one is
+    taken; it stays the same over `stop`, `kill` and `start`, and so do the data.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        plugins: Sequence[str] = (),
+        config: Mapping[str, str] | None = None,
+        port: int | None = None,
+        name: str = "rabbit",
+        home: "_Home | None" = None,
+    ) -> None:
+        self._home = home or _Home(directory)
+        self._shared = home is not None
+        self._at = self._home.directory / name
+        self._plugins = tuple(plugins)
+        self._config = dict(config or {})
+        self._fixed_port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._settled = False
+        self._log_start = 0
+        self.node = f"{name}@localhost"
+        self._choose_ports()
+
+    def __repr__(self) -> str:
+        return f"PrivateBroker({self.node}, port={self.port}, {'running' if self.running else 'stopped'})"
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Settled once the node has started: a first start moves to another port if this one is taken."""
+        return f"amqp://guest:guest@{LOOPBACK}:{self.port}/%2F"
+
+    @property
+    def pid(self) -> int:
+        """Of the Erlang VM itself, not of a shell around it."""
+        if self._process is None:
+            raise BrokerUnavailable(f"{self.node} is not running; start it first")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def directory(self) -> Path:
+        """Holds everything that it writes."""
+        return self._home.directory
+
+    def http_port(self, plugin: str) -> int:
+        """Where `rabbitmq_management` or `rabbitmq_prometheus` listens."""
+        return self._http_ports[plugin]
+
+    def start(self) -> None:
+        """Start and wait until it speaks AMQP; raises BrokerUnavailable."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start and do not wait, so that the nodes of a cluster boot together."""
+        if self.running:
+            return
+        server = _server()
+        self._reap()
+        # Looked at beforehand: another broker there would answer our login, and ours would seem to be ready.
+        if not _is_free(self.port):
+            raise BrokerUnavailable(f"port {self.port} is taken; stop what listens there or choose another")
+        self._home.open()
+        self._write_files()
+        self._process = _spawn([str(server)], self._environment(), self._at)
+
+    def wait_ready(self, timeout: float = START_SECONDS) -> None:
+        """Wait until it speaks AMQP; raises BrokerUnavailable, and nothing is left running then."""
+        deadline = time.monotonic() + timeout
+        moves = 3
+        while not (self.running and _speaks_amqp(LOOPBACK, self.port, 1.0)):
+            # Ports that clients were told once are kept: a node that comes back elsewhere has not come back.
+            if not self.running and moves and not self._settled and self._ports_were_taken():
+                moves -= 1
+                self._choose_ports()
+                self.launch()
+            elif not self.running or time.monotonic() > deadline:
+                self.kill()
+                raise BrokerUnavailable(f"{self.node} did not start: {self._reason()}")
+            time.sleep(0.05)
+        self._ready = self._settled = True
+
+    def stop(self) -> None:
+        """Stop as an operator would: queues are closed properly, data and ports are kept."""
+        self.terminate()
+        self.wait_stopped()
+
+    def terminate(self) -> None:
+        """Ask it to stop and do not wait. One that still boots is killed: it would finish its boot first."""
+        if self.running:
+            os.kill(self.pid, signal.SIGTERM if self._ready else signal.SIGKILL)
+
+    def wait_stopped(self, timeout: float = STOP_SECONDS) -> None:
+        """Wait for the end after `terminate`; kill it when `timeout` seconds are over."""
+        if self._process is not None:
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._reap()
+        if not self._shared:
+            self._home.close()
+
+    def kill(self) -> None:
+        """The power cut: SIGKILL, at once. See `would_remember` for quorum queues that are a second old."""
+        if self.running:
+            os.kill(self.pid, signal.SIGKILL)
+        self._reap()
+
+    def would_remember(self, queue: str) -> bool:
+        """Whether this quorum queue would come back after `kill`; only of the default virtual host.
+
+        A node writes down which member of which queue it hosts about a second after the declaration, although
+        publishes are confirmed before (names.dets of Ra; seen in 3.10.8). Killed in between, it knows the
+        queue and finds no member, and everything on that queue times out for ever.
+        """
+        names = self._at / "data" / self.node / "quorum" / self.node / "names.dets"
+        # With its length before it, so that no longer name passes for this one.
+        member = f"%2F_{queue}".encode()
+        return names.is_file() and bytes([len(member)]) + member in names.read_bytes()
+
+    def restart(self) -> None:
+        """Stop and start on the same data and ports."""
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """Stop for good; a temporary directory is removed."""
+        self.kill() if self._home.temporary else self.terminate()
+        self.wait_stopped()
+        if not self._shared:
+            self._home.remove()
+
+    def reset(self) -> None:
+        """Empty it: every queue, exchange and connection goes, guest stays. Takes a second or two."""
+        self.ctl("delete_vhost", "/")
+        self.ctl("add_vhost", "/")
+        self.ctl("set_permissions", "-p", "/", "guest", ".*", ".*", ".*")
+
+    @contextmanager
+    def memory_alarm(self) -> Iterator[None]:
+        """While inside, the broker blocks every connection that publishes."""
+        self.ctl("set_vm_memory_high_watermark", "0.00001")
+        try:
+            yield
+        finally:
+            self.ctl("set_vm_memory_high_watermark", "0.4")
+
+    def ctl(self, *arguments: str) -> str:
+        """Run `rabbitmqctl` against this node (up to a second of CPU each) and return what it prints."""
+        command = [str(_server().with_name("rabbitmqctl")), "-q", "-n", self.node, *arguments]
+        try:
+            done = subprocess.run(
+                command,
+                env=self._environment(),
+                cwd=self._at,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=CTL_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise BrokerUnavailable(f"rabbitmqctl {arguments[0]} hung for {CTL_SECONDS:g} s") from None
+        if done.returncode != 0:
+            said = _last_line(done.stderr) or _last_line(done.stdout)
+            raise BrokerUnavailable(f"rabbitmqctl {arguments[0]} failed: {said}")
+        return done.stdout
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of what the node printed and logged."""
+        return "\n".join(self._log_text().splitlines()[-lines:])
+
+    def _log_text(self) -> str:
+        logs = [self._at / "console.log", self._at / "log" / f"{self.node}.log"]
+        return "\n".join(log.read_text(errors="replace") for log in logs if log.is_file())
+
+    def _reason(self) -> str:
+        if self.running:
+            return f"no answer on port {self.port}"
+        if self._ports_were_taken():
+            return "one of its ports was taken meanwhile; try again"
+        # The first complaint is the cause; what follows, at great length, are its consequences.
+        complaint = _COMPLAINT.search(self._log_text()[self._log_start :])
+        return complaint.group(1) if complaint else f"it exited; see the logs in {self._at}"
+
+    def _ports_were_taken(self) -> bool:
+        return _TAKEN.search(self._log_text()[self._log_start :]) is not None
+
+    def _choose_ports(self) -> None:
+        self.port = self._fixed_port or free_port()
+        self._dist_port = free_port()
+        self._http_ports = {plugin: free_port() for plugin in self._plugins if plugin in _LISTENERS}
+
+    def _reap(self) -> None:
+        if self._process is not None:
+            self._process.wait()
+        self._process = None
+        self._ready = False
+
+    def _write_files(self) -> None:
+        self._at.mkdir(parents=True, exist_ok=True)
+        (self._at / "conf.d").mkdir(exist_ok=True)
+        (self._at / "empty").touch()
+        (self._at / "rabbitmq.conf").write_text(self._rabbitmq_conf())
+        (self._at / "advanced.config").write_text("[].\n")
+        (self._at / "enabled_plugins").write_text(f"[{','.join(self._plugins)}].\n")
+        self._log_start = len(self._log_text())
+
+    def _rabbitmq_conf(self) -> str:
+        lines = {"listeners.tcp.default": f"{LOOPBACK}:{self.port}", "log.console": "false"}
+        for plugin, port in self._http_ports.items():
+            lines |= {f"{_LISTENERS[plugin]}.ip": LOOPBACK, f"{_LISTENERS[plugin]}.port": str(port)}
+        return "".join(f"{key} = {value}\n" for key, value in (lines | self._config).items())
+
+    def _environment(self) -> dict[str, str]:
+        at = self._at
+        return self._home.environment() | {
+            # Makes the start script become the VM. Otherwise it stays around it, and a kill hits the shell.
+            "RUNNING_UNDER_SYSTEMD": "true",
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_DIST_PORT": str(self._dist_port),
+            # Each of these replaces a file or directory of the system's.
+            "RABBITMQ_CONF_ENV_FILE": str(at / "empty"),
+            "RABBITMQ_CONFIG_FILE": str(at / "rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(at / "conf.d"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(at / "advanced.config"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(at / "enabled_plugins"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(at / "generated"),
+            "RABBITMQ_MNESIA_BASE": str(at / "data"),
+            "RABBITMQ_LOG_BASE": str(at / "log"),
+            "RABBITMQ_PID_FILE": str(at / "pid"),
+        }
+
+
+class PrivateCluster:
+    """Several nodes that form one cluster, so that quorum queues have a quorum to lose."""
+
+    def __init__(self, nodes: int = 3, *, config: Mapping[str, str] | None = None) -> None:
+        self._home = _Home(None)
+        names = [f"rabbit{number}" for number in range(1, nodes + 1)]
+        discovery = {"cluster_formation.peer_discovery_backend": "classic_config"} | {
+            f"cluster_formation.classic_config.nodes.{number}": f"{name}@localhost"
+            for number, name in enumerate(names, 1)
+        }
+        self.nodes = tuple(
+            PrivateBroker(name=name, home=self._home, config=discovery | dict(config or {})) for name in names
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def urls(self) -> list[str]:
+        """One per node, in the order of `nodes`."""
+        return [node.url for node in self.nodes]
+
+    def start(self) -> None:
+        """Start every node that is not running, together, and wait until all see each other."""
+        for node in self.nodes:
+            node.launch()
+        for node in self.nodes:
+            node.wait_ready()
+        self.nodes[0].ctl("await_online_nodes", str(len(self.nodes)), "--timeout", "60")
+
+    def stop(self) -> None:
+        """Stop all together; data and ports are kept."""
+        for node in self.nodes:
+            node.terminate()
+        for node in self.nodes:
+            node.wait_stopped()
+        self._home.close()
+
+    def close(self) -> None:
+        """Stop for good; the temporary directory is removed, so nobody waits for tidy data."""
+        for node in self.nodes:
+            node.kill()
+        self._home.close()
+        self._home.remove()
+
+
+class _Home:
+    """What nodes that may talk to each other share: the directory with the cookie, and the port mapper.
+
+    The port mapper is ours, too. The machine's may belong to another user, and a node that finds none starts
+    one as a daemon that outlives everything.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.temporary = directory is None
+        self.directory = (directory or Path(tempfile.mkdtemp(prefix="qris-expire-broker-"))).resolve()
+        # Also when nobody calls remove: at the collection of this object or at the end of the interpreter.
+        self._remove = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        if not self.temporary:
+            self._remove.detach()
+        self._mapper: subprocess.Popen[bytes] | None = None
+        self._mapper_port = 0
+
+    def open(self) -> None:
+        """Write the cookie, start the port mapper."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        cookie = self.directory / ".erlang.cookie"
+        if not cookie.exists():
+            # Erlang refuses a cookie that others may read.
+            cookie.touch(mode=0o600)
+            cookie.write_text(secrets.token_hex(20))
+            cookie.chmod(0o400)
+        for _ in range(5):
+            if self._mapper_runs():
+                return
+            self._mapper_port = free_port()
+            self._mapper = _spawn([_port_mapper()], self.environment(), self.directory)
+            self._wait_for_mapper(self._mapper)
+        raise BrokerUnavailable("epmd, Erlang's port mapper, does not start; is Erlang installed properly?")
+
+    def close(self) -> None:
+        if self._mapper is not None:
+            self._mapper.kill()
+            self._mapper.wait()
+        self._mapper = None
+
+    def remove(self) -> None:
+        if self.temporary:
+            self._remove()
+
+    def environment(self) -> dict[str, str]:
+        """Made from scratch: one for RabbitMQ or Erlang could lead elsewhere, a secret of ours leak."""
+        return {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "LANG": "C.UTF-8",
+            "HOME": str(self.directory),
+            "TMPDIR": str(self.directory),
+            "ERL_EPMD_PORT": str(self._mapper_port),
+            "ERL_EPMD_ADDRESS": LOOPBACK,
+            "ERL_FLAGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            "ERL_CRASH_DUMP_SECONDS": "0",
+        }
+
+    def _mapper_runs(self) -> bool:
+        return self._mapper is not None and self._mapper.poll() is None
+
+    def _wait_for_mapper(self, mapper: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 10.0
+        while mapper.poll() is None and not _listens(self._mapper_port):
+            if time.monotonic() > deadline:
+                mapper.kill()
+                mapper.wait()
+            time.sleep(0.01)
+
+
+# A process that we start must end with us, even if we are killed with SIGKILL and can do nothing about it any
+# more. Only the kernel can see to that: PR_SET_PDEATHSIG. Three things to know about it. It must be set in
+# the child, and code between fork and exec can deadlock in a process with threads, so a tiny interpreter sets
+# it and then becomes the program. It comes too late for a parent that is gone by then, hence the look at the
+# parent afterwards. And "parent" is the thread that forked, not the process: so one thread, which lives until
+# the interpreter ends, starts them all.
+_KEEPER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="private-broker")
+
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _spawn(
+    command: Sequence[str], environment: Mapping[str, str], directory: Path
+) -> subprocess.Popen[bytes]:
+    launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
+
+    def spawn() -> subprocess.Popen[bytes]:
+        with (directory / "console.log").open("ab") as log:
+            return subprocess.Popen(
+                [*launcher, *command],
+                env=dict(environment),
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Out of reach of the terminal's ctrl-C: whoever uses the broker drains before it goes.
+                start_new_session=True,
+            )
+
+    return _KEEPER.submit(spawn).result()
+
+
+def _candidates() -> Iterator[Path]:
+    if home := os.environ.get("RABBITMQ_HOME"):
+        yield Path(home) / "sbin" / "rabbitmq-server"
+    yield Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+    versions = Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server")
+    yield from sorted(versions, key=_version, reverse=True)
+    yield Path("/opt/rabbitmq/sbin/rabbitmq-server")
+    if found := shutil.which("rabbitmq-server"):
+        yield Path(found)
+
+
+def _version(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", str(path))]
+
+
+def _server() -> Path:
+    server = find_server()
+    if server is None:
+        raise BrokerUnavailable(_how_to_install())
+    return server
+
+
+def _how_to_install() -> str:
+    return f"RabbitMQ is not installed here; run as root: {_INSTALL}"
+
+
+def _port_mapper() -> str:
+    installed = map(str, Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))
+    found = shutil.which("epmd") or next(installed, None)
+    if found is None:
+        raise BrokerUnavailable(f"epmd of Erlang is not installed here; run as root: {_INSTALL}")
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+        return True
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection((LOOPBACK, port), 1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _speaks_amqp(host: str, port: int, timeout: float) -> bool:
+    """A broker answers the protocol header with a method frame (1), or with a header of its own (A)."""
+    try:
+        with socket.create_connection((host, port), timeout) as probe:
+            probe.settimeout(timeout)
+            probe.sendall(b"AMQP\x00\x00\x09\x01")
+            return probe.recv(1) in (b"\x01", b"A")
+    except OSError:
+        return False
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]

@@ -1,0 +1,1 @@
+"""The thin outside: each module here is the one door to one outside library."""

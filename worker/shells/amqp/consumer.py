@@ -1,0 +1,182 @@
+"""Takes deliveries from the lanes: a channel per lane with its own prefetch, acks joined, tags good on one channel."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pika
+import structlog
+
+from worker.core.settlement import Acks, Tag
+from worker.shells.amqp.link import Guard, Link
+
+log = structlog.get_logger()
+
+OnDelivery = Callable[[str, Tag, bool, Any, bytes], None]
+"""``on_delivery(lane, tag, redelivered, properties, body)``"""
+
+
+class _Lane:
+    """One lane's channel. ``number`` is its generation, unique in the process."""
+
+    def __init__(self, lane: str, queue: str, number: int, channel: Any) -> None:
+        self.lane = lane
+        self.queue = queue
+        self.number = number
+        self.channel = channel
+        self.acks = Acks()
+        self.consumer_tag: str | None = None
+
+
+class Consumer:
+    """All methods belong to the loop's thread. ``prefetch`` per lane bounds what a crash redelivers."""
+
+    def __init__(
+        self,
+        queues: Mapping[str, str],
+        prefetch: Mapping[str, int],
+        *,
+        on_delivery: OnDelivery,
+        on_channel_lost: Callable[[int], None],
+        guard: Guard,
+    ) -> None:
+        self._queues = queues
+        self._prefetch = prefetch
+        self._on_delivery = on_delivery
+        self._on_channel_lost = on_channel_lost
+        self._guard = guard
+        self._numbers = itertools.count(1)
+        self._link: Link | None = None
+        self._lanes: dict[str, _Lane] = {}
+        self._by_number: dict[int, _Lane] = {}
+        self._fetching: Callable[[bool], None] | None = None
+        self._rest: list[_Lane] = []
+        self.paused = False
+
+    @property
+    def up(self) -> bool:
+        """Whether every lane has its channel."""
+        return len(self._lanes) == len(self._queues)
+
+    @property
+    def consuming(self) -> bool:
+        """Whether every lane is being consumed."""
+        return self.up and all(lane.consumer_tag for lane in self._lanes.values())
+
+    def open(self, connection: Any, link: Link) -> None:
+        """Opens the lanes' channels on a new connection and, unless paused, consumes."""
+        self._link = link
+        for name, queue in self._queues.items():
+            connection.channel(on_open_callback=self._guard(lambda ch, n=name, q=queue: self._opened(n, q, ch)))
+
+    def down(self) -> None:
+        """The connection is gone, and with it every tag."""
+        lost, self._lanes, self._by_number = list(self._lanes.values()), {}, {}
+        self._fetching = None
+        for lane in lost:
+            self._on_channel_lost(lane.number)
+
+    def pause(self) -> None:
+        """Takes nothing new; what was delivered stays ours."""
+        self.paused = True
+        for lane in self._lanes.values():
+            tag, lane.consumer_tag = lane.consumer_tag, None
+            if tag is not None and lane.channel.is_open:
+                lane.channel.basic_cancel(tag)
+
+    def resume(self) -> None:
+        """Consumes again."""
+        self.paused = False
+        for lane in self._lanes.values():
+            if lane.consumer_tag is None and lane.channel.is_open:
+                self._consume(lane)
+
+    def fetch(self, done: Callable[[bool], None]) -> None:
+        """Takes one command while paused, cancellations first; ``done`` tells whether there was one."""
+        if self._fetching is not None or not self.up:
+            return
+        self._fetching = done
+        self._fetch_from(list(self._lanes.values()))
+
+    def settle(self, tag: Tag) -> None:
+        """The delivery may be acked at the next `flush`; nothing when its channel is gone."""
+        lane = self._by_number.get(tag.channel)
+        if lane is not None:
+            lane.acks.settle(tag.number)
+
+    def requeue(self, tag: Tag) -> None:
+        """Back to the queue at the price of one redelivery: only for what crashed a sender."""
+        lane = self._by_number.get(tag.channel)
+        if lane is not None and lane.channel.is_open:
+            lane.acks.skip(tag.number)
+            lane.channel.basic_nack(tag.number, requeue=True)
+
+    def flush(self) -> None:
+        """Sends the acks."""
+        for lane in self._lanes.values():
+            if lane.channel.is_open:
+                for number, multiple in lane.acks.flush():
+                    lane.channel.basic_ack(number, multiple)
+
+    def _opened(self, name: str, queue: str, channel: Any) -> None:
+        lane = _Lane(name, queue, next(self._numbers), channel)
+        channel.add_on_close_callback(self._guard(lambda _, reason: self._closed(lane, reason)))
+        channel.add_on_cancel_callback(self._guard(lambda _: self._cancelled(lane)))
+        channel.add_callback(self._guard(lambda _: self._nothing(lane)), [pika.spec.Basic.GetEmpty], one_shot=False)
+        channel.basic_qos(prefetch_count=self._prefetch[name], callback=self._guard(lambda _: self._limited(lane)))
+
+    def _limited(self, lane: _Lane) -> None:
+        self._lanes[lane.lane] = lane
+        self._by_number[lane.number] = lane
+        if not self.paused:
+            self._consume(lane)
+
+    def _consume(self, lane: _Lane) -> None:
+        def proven(_: Any) -> None:
+            if self._link is not None:
+                self._link.proven()
+
+        lane.consumer_tag = lane.channel.basic_consume(
+            lane.queue,
+            self._guard(
+                lambda _, method, properties, body: self._on_delivery(
+                    lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body
+                )
+            ),
+            callback=self._guard(proven),
+        )
+
+    def _fetch_from(self, lanes: list[_Lane]) -> None:
+        if not lanes:
+            self._fetched(False)
+            return
+        lane = lanes[0]
+        self._rest = lanes[1:]
+
+        def got(_: Any, method: Any, properties: Any, body: bytes) -> None:
+            tag = Tag(lane.number, method.delivery_tag)
+            self._on_delivery(lane.lane, tag, method.redelivered, properties, body)
+            self._fetched(True)
+
+        lane.channel.basic_get(lane.queue, self._guard(got))
+
+    def _nothing(self, _lane: _Lane) -> None:
+        self._fetch_from(self._rest)
+
+    def _fetched(self, found: bool) -> None:
+        done, self._fetching = self._fetching, None
+        if done is not None:
+            done(found)
+
+    def _cancelled(self, lane: _Lane) -> None:
+        # The queue was deleted, or the broker took the consumer away. pika never answers such a cancel, and some
+        # brokers keep the consumer suspended until its channel goes: only a new connection is certain to work.
+        lane.consumer_tag = None
+        if self._link is not None:
+            self._link.bounce(f"the broker cancelled the consumer of {lane.queue}")
+
+    def _closed(self, lane: _Lane, reason: Any) -> None:
+        if self._link is not None and self._link.up:
+            self._link.bounce(f"channel of {lane.queue} closed: {getattr(reason, 'reply_text', reason)}")

@@ -1,0 +1,505 @@
+"""The broker side of one process: one loop in one thread, one connection to consume and one to publish.
+
+Two connections, because a memory alarm stops the broker from reading one that publishes, acks included. Everything
+here runs on the loop's thread but `finish`, `begin`, `drain`, `halt`, `wake` and what only reads.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import structlog
+from pika.adapters.select_connection import IOLoop
+
+from worker.app.expire import Delay, Disposition, GiveBack, Hold, Report
+from worker.app.gate import Holds, SendersGate
+from worker.core.breaker import State
+from worker.core.delivery import (
+    HOP,
+    Delivery,
+    Message,
+    dead_letter,
+    delayed,
+    outcome_message,
+    receive,
+    returned,
+)
+from worker.core.lanes import LANES
+from worker.core.ports import Clock
+from worker.core.settlement import Ledger, Tag, Take
+from worker.core.topology import Names, Topology
+from worker.shells.amqp.consumer import Consumer
+from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.link import Link, Parameters
+from worker.shells.amqp.publisher import Publication, Publisher
+from worker.shells.pool import Pool
+
+TICK: Final = 0.1
+LONGEST_HOLD: Final = 600.0
+"""Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh message.
+The broker closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the command."""
+LOOK_AGAIN: Final = 1.0  # seconds between two looks for a command to probe with, when there was none
+REQUEUE_AFTER: Final = 1.0  # a command that crashes senders must not do so as fast as the broker redelivers it
+
+
+class Watch(Protocol):
+    """What the engine tells (metrics)."""
+
+    def received(self, lane: str) -> None: ...
+    def settled(self, lane: str, seconds: float) -> None: ...
+    def outcome(self, lane: str, status: str, reason: str, age_seconds: float | None, now: float) -> None: ...
+    def delayed_retry(self, lane: str) -> None: ...
+    def dead_letter(self, reason: str) -> None: ...
+    def breaker(self, state: int) -> None: ...
+    def paused(self, reason: str, on: bool) -> None: ...
+    def broker_connected(self, up: bool) -> None: ...
+    def broker_reconnected(self) -> None: ...
+    def confirmed(self, seconds: float) -> None: ...
+    def unconfirmed(self, n: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The broker has taken the delivery back before it was started: nothing to settle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The sender failed in a way nobody expected: the broker counts it, up to the delivery limit."""
+
+
+Result = Disposition | Dropped | Crashed
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the engine needs to know."""
+
+    names: Names
+    topology: Topology
+    declare: bool
+    prefetch: dict[str, int]
+
+
+class Engine:
+    """Deliveries in, acks out. An ack is sent for one reason only: everything that settles it is confirmed."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: Parameters,
+        *,
+        gate: SendersGate,
+        watch: Watch,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self._plan = plan
+        self._gate = gate
+        self._watch = watch
+        self._clock = clock
+        self._log = structlog.get_logger()
+        self._pool: Pool | None = None
+        self._loop = IOLoop()
+        self._ledger = Ledger()
+        self._results: deque[tuple[Delivery, Result]] = deque()
+        self._wake_pending = False
+        self._publisher: Publisher[Result] = Publisher(self._loop, watch, on_confirmed=self._confirmed, guard=self._guard)
+        self._consumer = Consumer(
+            {lane: plan.names.queue(lane) for lane in LANES},
+            plan.prefetch,
+            on_delivery=self._delivered,
+            on_channel_lost=self._ledger.channel_lost,
+            guard=self._guard,
+        )
+
+        def link(name: str, on_up: Callable[[Any], None], on_down: Callable[[str], None]) -> Link:
+            return Link(
+                name,
+                self._loop,
+                parameters,
+                on_up=on_up,
+                on_down=on_down,
+                on_refused=self._refused,
+                on_blocked=lambda _: self._publisher.flush(),
+                guard=self._guard,
+                rng=rng,
+            )
+
+        self._publish_link = link("publish", self._publish_up, self._publish_down)
+        self._consume_link = link("consume", self._consume_up, self._consume_down)
+        self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
+        self._ticked = time.monotonic()
+        self._begun = False
+        self._was_held = False
+        self._ramp = False
+        self._breaker = State.CLOSED
+        self._probes = 0
+        self._look_at = 0.0
+        self._connected_once = False
+        self._connected = False
+        self._closing = False
+        self.refused: str | None = None
+        """Set when the broker refused our login before it ever took it."""
+        self.failure: BaseException | None = None
+        """Set when the loop's thread ended by an exception: the process must end too."""
+
+    # -- from any thread --------------------------------------------------------------------------------------------
+
+    def start(self, pool: Pool) -> None:
+        """Connects. Nothing is handed to senders before `begin`."""
+        self._pool = pool
+        pool.hold()
+        self._was_held = True
+        self._gate.on_hold = self._hold_now
+        self._thread.start()
+
+    def begin(self) -> None:
+        """Senders may start."""
+        self._begun = True
+        self.wake()
+
+    def finish(self, delivery: Delivery, result: Result) -> None:
+        """A sender is done with a delivery."""
+        self._results.append((delivery, result))
+        self.wake()
+
+    def wake(self) -> None:
+        """Makes the loop look. Waking a sleeping loop costs 130 µs, so a wake that is on its way serves all."""
+        if not self._wake_pending:
+            self._wake_pending = True
+            self._loop.add_callback_threadsafe(self._guard(self._look))
+
+    def drain(self) -> None:
+        """Takes nothing new, finishes what senders hold, settles, closes; then the thread ends."""
+        self._gate.drain()
+        if self._pool is not None:
+            self._pool.hold()
+        self.wake()
+
+    def halt(self) -> None:
+        """Ends the loop now; what is unacked goes back to its queue."""
+        self._loop.add_callback_threadsafe(self._loop.stop)
+
+    def join(self, timeout: float) -> bool:
+        """Whether the thread ended within ``timeout`` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def running(self) -> bool:
+        """Whether the loop's thread lives."""
+        return self._thread.is_alive()
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the loop last turned."""
+        return time.monotonic() - self._ticked
+
+    def status(self) -> dict[str, object]:
+        """Each component as people and probes read it: "ok" or what is wrong."""
+        holds = self._gate.holds()
+        publisher = self._publisher.trouble or ("" if self._publisher.ready else self._publish_link.trouble or "opening")
+        if self._publish_link.blocked:
+            publisher = "blocked by the broker (memory or disk alarm)"
+        consumer = "" if self._consumer.up else self._consume_link.trouble or "opening"
+        return {
+            "consumer": consumer or "ok",
+            "publisher": publisher or "ok",
+            "breaker": "ok" if holds.breaker is State.CLOSED else holds.breaker.name.lower().replace("_", "-"),
+            "throttle": "throttled" if holds.throttled else "ok",
+            "drain": "draining" if self._gate.draining else "ok",
+            "start": "ok" if self._begun else "starting",
+        }
+
+    def unsettled(self) -> int:
+        """Deliveries that wait for their settlement."""
+        return len(self._ledger)
+
+    # -- the loop's thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._publish_link.connect()
+            self._consume_link.connect()
+            self._tick()
+            self._loop.start()
+        except BaseException as error:  # noqa: BLE001  # a loop that dies in silence would leave a zombie
+            self._fail(error)
+
+    def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*args: Any) -> None:
+            try:
+                callback(*args)
+            except Exception as error:  # noqa: BLE001  # pika would swallow it or lose the thread
+                self._fail(error)
+
+        return guarded
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            self._log.error("broker.loop_failed", exc_info=error)
+        self._loop.stop()
+
+    def _look(self) -> None:
+        self._wake_pending = False
+        self._take_results()
+        self._regulate()
+
+    def _tick(self) -> None:
+        self._loop.call_later(TICK, self._guard(self._tick))
+        now = time.monotonic()
+        self._ticked = now
+        self._look()
+        self._publisher.tick(now)
+        self._consumer.flush()
+        if self._gate.draining:
+            self._drain()
+
+    # -- links ------------------------------------------------------------------------------------------------------
+
+    def _publish_up(self, connection: Any) -> None:
+        self._prepare(connection, self._publish_link, lambda: self._publisher.open(connection, self._publish_link, self._up))
+
+    def _consume_up(self, connection: Any) -> None:
+        self._prepare(connection, self._consume_link, lambda: self._consumer.open(connection, self._consume_link))
+
+    def _prepare(self, connection: Any, link: Link, then: Callable[[], None]) -> None:
+        """Both links see to the topology: each may come back alone after a queue or exchange was deleted."""
+
+        def done(wrong: str | None) -> None:
+            if wrong is None:
+                then()
+            else:
+                link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
+
+        Declaring(
+            connection, self._plan.topology, declare=self._plan.declare, on_done=done, guard=self._guard
+        )
+
+    def _publish_down(self, _reason: str) -> None:
+        self._publisher.down()
+        self._look()
+
+    def _consume_down(self, _reason: str) -> None:
+        self._consumer.down()
+        self._look()
+
+    def _up(self) -> None:
+        self._look()
+
+    def _refused(self, reason: str) -> None:
+        if not self._connected_once:
+            self.refused = reason
+
+    # -- deliveries and results -------------------------------------------------------------------------------------
+
+    def _delivered(self, lane: str, tag: Tag, redelivered: bool, properties: Any, body: bytes) -> None:
+        delivery = receive(
+            lane,
+            body,
+            properties,
+            redelivered=redelivered,
+            epoch=self._clock.epoch(),
+            monotonic=self._clock.monotonic(),
+        )
+        take, entry = self._ledger.deliver(delivery.key, tag, redelivered=redelivered)
+        match take:
+            case Take.WORK:
+                delivery.entry = entry
+                if not redelivered and HOP not in delivery.headers:
+                    self._watch.received(lane)
+                assert self._pool is not None
+                self._pool.offer(delivery)
+            case Take.JOINED:
+                self._log.info("delivery.joined", command_id=delivery.command_id, lane=lane)
+            case Take.SETTLED:
+                self._log.info("delivery.settled_before", command_id=delivery.command_id, lane=lane)
+                self._consumer.settle(tag)
+
+    def _take_results(self) -> None:
+        while self._results:
+            delivery, result = self._results.popleft()
+            self._settle(delivery, result)
+
+    def _settle(self, delivery: Delivery, result: Result) -> None:
+        names, entry = self._plan.names, delivery.entry
+        assert entry is not None
+        match result:
+            case Report(outcome):
+                messages = [outcome_message(names, delivery, outcome)]
+                if outcome.dead_lettered:
+                    messages.append(dead_letter(names, delivery, outcome))
+                self._publish(delivery, result, messages)
+            case Delay(seconds, round_):
+                self._publish(delivery, result, [delayed(names, delivery, seconds, round_, _hop())])
+            case GiveBack():
+                self._give_back(delivery)
+            case Dropped():
+                self._ledger.abandon(entry)
+            case Crashed():
+                tags = self._ledger.abandon(entry)
+                for tag in tags:
+                    self._loop.call_later(REQUEUE_AFTER, self._guard(lambda tag=tag: self._consumer.requeue(tag)))
+            case Hold():
+                raise AssertionError("a held command stays in its lane")
+
+    def _give_back(self, delivery: Delivery) -> None:
+        """To its queue. What was never called for goes by closing the channel, which keeps its place; what was called
+        for goes as a fresh message that carries what is known of its calls."""
+        assert delivery.entry is not None
+        if delivery.progress.attempts and self._publisher.ready:
+            self._publish(delivery, GiveBack(), [returned(self._plan.names, delivery, _hop())])
+        else:
+            self._ledger.abandon(delivery.entry)
+
+    def _publish(self, delivery: Delivery, result: Result, messages: list[Message]) -> None:
+        assert delivery.entry is not None
+        self._ledger.publish(delivery.entry, len(messages))
+        for message in messages:
+            self._publisher.publish(Publication(message, delivery, result))
+
+    def _confirmed(self, publication: Publication[Result]) -> None:
+        delivery = publication.delivery
+        assert delivery.entry is not None
+        tags = self._ledger.confirmed(delivery.entry)
+        if delivery.entry.unconfirmed:
+            return
+        for tag in tags:
+            self._consumer.settle(tag)
+        self._count(delivery, publication.result)
+
+    def _count(self, delivery: Delivery, result: Result) -> None:
+        lane = delivery.lane
+        self._watch.settled(lane, self._clock.monotonic() - delivery.arrived)
+        match result:
+            case Report(outcome):
+                now = self._clock.epoch()
+                age = None if delivery.published_at is None else now - delivery.published_at
+                self._watch.outcome(lane, outcome.status, outcome.reason, age, now)
+                if outcome.dead_lettered:
+                    self._watch.dead_letter(outcome.reason)
+            case Delay():
+                self._watch.delayed_retry(lane)
+
+    # -- holding, probing, draining ---------------------------------------------------------------------------------
+
+    def _hold_now(self) -> None:
+        """From the sender whose answer began a hold."""
+        if self._pool is not None:
+            self._pool.hold()
+        self.wake()
+
+    def _regulate(self) -> None:
+        """Makes pool and consumers follow what holds senders, and says so."""
+        holds = self._gate.holds()
+        self._tell(holds)
+        broker = not self._publisher.ready
+        pausing = holds.breaker is not State.CLOSED or self._gate.draining
+        if pausing != self._consumer.paused:
+            self._consumer.pause() if pausing else self._consumer.resume()
+        held = holds.any or broker or not self._begun or self._gate.draining
+        assert self._pool is not None
+        if held:
+            self._was_held = True
+            self._ramp = self._ramp or holds.any
+            self._pool.hold()
+        elif self._was_held:
+            self._pool.release(ramp=self._ramp)
+            self._was_held = self._ramp = False
+        if self._gate.draining:
+            return
+        if holds.breaker is State.OPEN and not broker and self._gate.probe_due():
+            self._probe()
+        if holds.any and self._publisher.ready:
+            self._return_long_held()
+
+    def _tell(self, holds: Holds) -> None:
+        watch = self._watch
+        watch.breaker(int(holds.breaker))
+        watch.paused("breaker", holds.breaker is not State.CLOSED)
+        watch.paused("throttled", holds.throttled)
+        watch.paused("broker_blocked", self._publish_link.blocked)
+        watch.paused("draining", self._gate.draining)
+        connected = self._publisher.ready and self._consumer.up
+        if connected and not self._connected:
+            if self._connected_once:
+                watch.broker_reconnected()
+            self._log.info("broker.connected", again=self._connected_once)
+            self._connected_once = True
+        self._connected = connected
+        watch.broker_connected(connected)
+        if holds.breaker is not self._breaker:
+            if State.CLOSED in (holds.breaker, self._breaker):
+                event = "breaker.closed" if holds.breaker is State.CLOSED else "breaker.opened"
+                self._log.warning(event, probe_every=self._gate.cooldown())
+            self._breaker = holds.breaker
+
+    def _probe(self) -> None:
+        """One command tests the gateway: one that has not been a probe in this outage, from hand or from the queues;
+        else the one whose turn was longest ago."""
+        assert self._pool is not None
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_AGAIN
+        fresh = next((d for d in self._pool.waiting() if not d.probed), None)
+        if fresh is not None:
+            self._send_probe(fresh)
+        elif self._consumer.up:
+            self._consumer.fetch(self._fetched)
+
+    def _fetched(self, _found: bool) -> None:
+        assert self._pool is not None
+        if not self._gate.probe_due() or self._gate.draining:
+            return
+        waiting = self._pool.waiting()
+        if waiting:
+            self._send_probe(min(waiting, key=lambda d: d.probed))
+
+    def _send_probe(self, delivery: Delivery) -> None:
+        assert self._pool is not None
+        self._probes += 1
+        delivery.probed = self._probes
+        self._gate.probing()
+        if not self._pool.probe(delivery):
+            self._gate.probe_lost()
+
+    def _return_long_held(self) -> None:
+        assert self._pool is not None
+        now = self._clock.monotonic()
+        for delivery in self._pool.waiting():
+            if now - delivery.arrived > LONGEST_HOLD and self._pool.remove(delivery):
+                assert delivery.entry is not None
+                if delivery.entry.orphaned:
+                    self._ledger.abandon(delivery.entry)
+                else:
+                    self._publish(delivery, GiveBack(), [returned(self._plan.names, delivery, _hop())])
+
+    def _drain(self) -> None:
+        assert self._pool is not None
+        for delivery in self._pool.waiting():
+            if self._pool.remove(delivery):
+                self._give_back(delivery)
+        if self._closing:
+            if self._publish_link.closed and self._consume_link.closed:
+                self._loop.stop()
+            return
+        if self._pool.in_hand() or self._results or not self._publisher.idle:
+            return
+        self._closing = True
+        self._consumer.flush()
+        self._consume_link.close()
+        self._publish_link.close()
+
+
+def _hop() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,184 @@
+"""One connection that comes back: hosts in turn, backoff with jitter, told apart by what it is for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import pika
+import structlog
+from pika.adapters.select_connection import IOLoop
+from pika.exceptions import (
+    AMQPError,
+    AuthenticationError,
+    ConnectionClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+FIRST_WAIT: Final = 0.1
+LONGEST_WAIT: Final = 10.0
+"""Seconds between tries, doubling: a broker that comes back must not meet every worker in the same instant."""
+
+Parameters = Callable[[], Sequence[Any]]
+Guard = Callable[..., Callable[..., None]]
+
+log = structlog.get_logger()
+
+
+class Link:
+    """A `pika.SelectConnection` on a shared loop. All methods belong to the loop's thread.
+
+    ``parameters`` is asked anew before every try, so that a rotated password is picked up. ``guard`` wraps every
+    callback: pika turns an exception in one into a lost connection, or lets the loop's thread die in silence.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loop: IOLoop,
+        parameters: Parameters,
+        *,
+        on_up: Callable[[Any], None],
+        on_down: Callable[[str], None],
+        on_refused: Callable[[str], None],
+        on_blocked: Callable[[bool], None],
+        guard: Guard,
+        rng: random.Random,
+    ) -> None:
+        self.name = name
+        self.blocked = False
+        self.trouble = "not connected yet"
+        self._loop = loop
+        self._parameters = parameters
+        self._on_up = on_up
+        self._on_down = on_down
+        self._on_refused = on_refused
+        self._on_blocked = on_blocked
+        self._guard = guard
+        self._rng = rng
+        self._connection: Any = None
+        self._turn = rng.randrange(1 << 16)  # processes begin at different hosts
+        self._failures = 0
+        self._closing = False
+        self._proven_once = False
+
+    @property
+    def up(self) -> bool:
+        """Whether the connection is open."""
+        return self._connection is not None and bool(self._connection.is_open)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed for good."""
+        return self._closing and self._connection is None
+
+    def connect(self) -> None:
+        """Tries the next host; never gives up until `close`."""
+        if self._closing:
+            return
+        try:
+            hosts = self._parameters()
+        except ValueError as error:  # a secret file that is just being replaced
+            self._retry(str(error))
+            return
+        parameters = hosts[self._turn % len(hosts)]
+        self._turn += 1
+        self._connection = pika.SelectConnection(
+            parameters,
+            on_open_callback=self._guard(self._opened),
+            on_open_error_callback=self._guard(self._not_opened),
+            on_close_callback=self._guard(self._lost),
+            custom_ioloop=self._loop,
+        )
+
+    def proven(self) -> None:
+        """The connection does its work: the first consume-ok or confirm. Merely connecting proves nothing: a worker
+        that is thrown out right after connecting would otherwise reconnect as fast as it can."""
+        self._failures = 0
+
+    def bounce(self, reason: str) -> None:
+        """Drops the connection; a new one follows."""
+        if self._connection is None:
+            return
+        self.trouble = reason
+        log.warning("broker.bounce", link=self.name, reason=reason)
+        self._hang_up(reason)
+
+    def close(self) -> None:
+        """Closes for good, after what was written."""
+        self._closing = True
+        self._hang_up("closed by us")
+
+    def _hang_up(self, reason: str) -> None:
+        connection = self._connection
+        if connection is None or connection.is_closed or connection.is_closing:
+            return
+        try:
+            connection.close(200, reason[:200])
+        except AMQPError:
+            self._connection = None
+
+    def _opened(self, connection: Any) -> None:
+        self.trouble = ""
+        connection.add_on_connection_blocked_callback(self._guard(self._now_blocked))
+        connection.add_on_connection_unblocked_callback(self._guard(self._now_unblocked))
+        self._on_up(connection)
+
+    def _not_opened(self, _connection: Any, error: BaseException) -> None:
+        self._connection = None
+        reason = describe(error)
+        if refused(error):
+            self._on_refused(reason)
+        self._retry(reason)
+
+    def _lost(self, _connection: Any, error: BaseException) -> None:
+        self._connection = None
+        self.blocked = False
+        reason = describe(error)
+        self.trouble = self.trouble or reason
+        self._on_down(reason)
+        self._retry(self.trouble)
+
+    def _retry(self, reason: str) -> None:
+        if self._closing:
+            return
+        self.trouble = reason
+        ceiling = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(self._failures, 20))
+        self._failures += 1
+        wait = self._rng.uniform(ceiling / 2, ceiling)
+        log.warning("broker.waiting", link=self.name, reason=reason, retry_in=round(wait, 2))
+        self._loop.call_later(wait, self._guard(self.connect))
+
+    def _now_blocked(self, _connection: Any, method: Any) -> None:
+        self.blocked = True
+        log.warning("broker.blocked", link=self.name, reason=str(getattr(method.method, "reason", "")))
+        self._on_blocked(True)
+
+    def _now_unblocked(self, _connection: Any, _method: Any) -> None:
+        self.blocked = False
+        log.info("broker.unblocked", link=self.name)
+        self._on_blocked(False)
+
+
+def refused(error: BaseException) -> bool:
+    """Whether the broker refused our login or vhost, rather than not being there."""
+    if isinstance(error, (ProbableAuthenticationError, ProbableAccessDeniedError, AuthenticationError)):
+        return True
+    return isinstance(error, ConnectionClosedByBroker) and error.reply_code in (403, 530)
+
+
+def describe(error: BaseException | None) -> str:
+    """One line about a connection's end, without the password that some of pika's texts carry."""
+    if error is None:
+        return "closed"
+    if isinstance(error, (ProbableAuthenticationError, AuthenticationError)):
+        return "the broker refuses our login"
+    if isinstance(error, ProbableAccessDeniedError):
+        return "the broker refuses us this vhost"
+    if isinstance(error, ConnectionClosedByBroker):
+        return f"closed by the broker: {error.reply_code} {error.reply_text}"
+    inner = error.args[0] if error.args and isinstance(error.args[0], BaseException) else error
+    deeper = getattr(inner, "exception", None) or inner
+    return f"{type(deeper).__name__}: {deeper}"[:200] if str(deeper) else type(deeper).__name__

@@ -1,0 +1,185 @@
+"""Publishes with confirms, pipelined on one channel; a publication is given up by nobody but its confirm."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+import pika
+import structlog
+from pika.adapters.select_connection import IOLoop
+
+from worker.core.delivery import Delivery, Message
+from worker.core.settlement import Confirms
+from worker.shells.amqp.link import Guard, Link
+
+CONFIRM_SECONDS: Final = 30.0
+"""A confirm that does not come for this long (a lost quorum gives no answer at all) bounces the connection to the
+next host, and everything unconfirmed is published again."""
+RETRY_FIRST: Final = 1.0
+RETRY_LONGEST: Final = 30.0
+
+log = structlog.get_logger()
+
+R = TypeVar("R")
+
+
+class Watch(Protocol):
+    """What the publisher tells."""
+
+    def confirmed(self, seconds: float) -> None: ...
+    def unconfirmed(self, count: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Publication(Generic[R]):
+    """One message on its way, the delivery whose ack waits for it, and what became of that."""
+
+    message: Message
+    delivery: Delivery
+    result: R
+    published_at: float = 0.0
+    tries: int = 0
+
+
+class Publisher(Generic[R]):
+    """All methods belong to the loop's thread."""
+
+    def __init__(
+        self, loop: IOLoop, watch: Watch, *, on_confirmed: Callable[[Publication[R]], None], guard: Guard
+    ) -> None:
+        self._loop = loop
+        self._watch = watch
+        self._on_confirmed = on_confirmed
+        self._guard = guard
+        self._link: Link | None = None
+        self._channel: Any = None
+        self._confirms: Confirms[Publication[R]] = Confirms()
+        self._backlog: deque[Publication[R]] = deque()
+        self._delayed = 0
+        self.trouble = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether what is published now goes out now."""
+        return self._channel is not None and self._link is not None and not self._link.blocked
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything is confirmed."""
+        return not (self._confirms or self._backlog or self._delayed)
+
+    def __len__(self) -> int:
+        """Publications without their confirm, sent or not."""
+        return len(self._confirms) + len(self._backlog) + self._delayed
+
+    def open(self, connection: Any, link: Link, on_ready: Callable[[], None]) -> None:
+        """Opens the confirm channel on a new connection, then sends what waits."""
+        self._link = link
+
+        def opened(channel: Any) -> None:
+            channel.add_on_close_callback(self._guard(self._closed))
+            channel.add_on_return_callback(self._guard(self._returned))
+            channel.confirm_delivery(self._guard(self._settled), callback=self._guard(lambda _: selected(channel)))
+
+        def selected(channel: Any) -> None:
+            self._channel = channel
+            on_ready()
+            self.flush()
+
+        connection.channel(on_open_callback=self._guard(opened))
+
+    def down(self) -> None:
+        """The connection is gone: whether the broker took what it has not confirmed is unknown, so it goes again."""
+        self._channel = None
+        self._backlog.extendleft(reversed(self._confirms.lost()))
+        self._watch.unconfirmed(len(self))
+
+    def publish(self, publication: Publication[R]) -> None:
+        """Sends now, or as soon as it can be sent."""
+        self._backlog.append(publication)
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what waits."""
+        while self._backlog and self.ready:
+            self._send(self._backlog.popleft())
+        self._watch.unconfirmed(len(self))
+
+    def tick(self, now: float) -> None:
+        """Notices confirms that do not come."""
+        oldest = next(iter(self._confirms), None)
+        if oldest is None or self._link is None or self._link.blocked:
+            return
+        if now - oldest.published_at > CONFIRM_SECONDS:
+            self._link.bounce(f"no confirm for {CONFIRM_SECONDS:.0f} s")
+
+    def _send(self, publication: Publication[R]) -> None:
+        message = publication.message
+        publication.published_at = time.monotonic()
+        self._confirms.published(publication)
+        self._channel.basic_publish(
+            message.exchange,
+            message.routing_key,
+            message.body,
+            pika.BasicProperties(**message.properties),
+            mandatory=True,
+        )
+
+    def _settled(self, frame: Any) -> None:
+        method = frame.method
+        confirmed, again = self._confirms.settle(
+            method.delivery_tag, multiple=method.multiple, ack=isinstance(method, pika.spec.Basic.Ack)
+        )
+        if confirmed:
+            self.trouble = ""
+            if self._link is not None:
+                self._link.proven()
+        now = time.monotonic()
+        for publication in confirmed:
+            self._watch.confirmed(now - publication.published_at)
+            self._on_confirmed(publication)
+        for publication in again:
+            self._later(publication)
+        self._watch.unconfirmed(len(self))
+
+    def _returned(self, _channel: Any, method: Any, properties: Any, _body: bytes) -> None:
+        """A return names no sequence number: it is the first pending message with the same address and id."""
+        for publication in self._confirms:
+            message = publication.message
+            if (message.exchange, message.routing_key, message.properties.get("message_id")) == (
+                method.exchange,
+                method.routing_key,
+                properties.message_id,
+            ) and not self._confirms.is_returned(publication):
+                self._confirms.returned(publication)
+                return
+
+    def _later(self, publication: Publication[R]) -> None:
+        """Refused (nack) or unroutable: it is tried again until it is taken, since nobody else has it."""
+        publication.tries += 1
+        message = publication.message
+        wait = min(RETRY_LONGEST, RETRY_FIRST * 2.0 ** min(publication.tries - 1, 10))
+        self.trouble = f"the broker does not take messages for {message.exchange or message.routing_key!r}"
+        log.error(
+            "publish.refused",
+            exchange=message.exchange,
+            routing_key=message.routing_key,
+            tries=publication.tries,
+            retry_in=wait,
+        )
+        self._delayed += 1
+        self._loop.call_later(wait, self._guard(lambda: self._again(publication)))
+
+    def _again(self, publication: Publication[R]) -> None:
+        self._delayed -= 1
+        self.publish(publication)
+
+    def _closed(self, _channel: Any, reason: Any) -> None:
+        if self._channel is None or self._link is None:
+            return
+        self._channel = None
+        self._link.bounce(f"publishing channel closed: {getattr(reason, 'reply_text', reason)}")

@@ -1,0 +1,312 @@
+"""Short conversations with the broker: connect, declare, verify. For tools and for the start of a worker.
+
+pika's blocking connection serves here, where nothing runs beside it; the worker's own links do not use it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import pika
+from pika.adapters.utils.connection_workflow import (
+    AMQPConnectionWorkflowFailed,
+    AMQPConnectorException,
+    AMQPConnectorStackTimeout,
+)
+from pika.exceptions import (
+    AMQPError,
+    AuthenticationError,
+    ChannelClosed,
+    ConnectionBlockedTimeout,
+    ConnectionClosedByBroker,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+)
+
+from worker import __version__
+from worker.core.topology import Topology
+
+if TYPE_CHECKING:
+    from worker.settings import AmqpSettings
+
+HEARTBEAT: Final = 20
+"""Seconds; a dead peer is noticed within 25."""
+
+CONNECT_TIMEOUT: Final = 5
+"""Seconds for a TCP connection: a node that is gone must not hold back the next one of the list."""
+
+HANDSHAKE_TIMEOUT: Final = 10
+"""Seconds for TCP, TLS and AMQP together: something that accepts and stays silent is no broker."""
+
+BLOCKED_TIMEOUT: Final = 15
+"""Seconds that a tool waits for a broker that blocks its publishers."""
+
+CONNECT_ERRORS: Final = (AMQPError, AMQPConnectorException, AMQPConnectionWorkflowFailed, OSError)
+"""All that pika 1.4 raises while it connects: a failed handshake is no AMQPError there."""
+
+_MISMATCH = re.compile(r"inequivalent arg '([^']+)' for .*: received (.+) but current is (.+)")
+
+
+class BrokerError(Exception):
+    """The broker did not do what was asked. The text is one line: what happened, what to do."""
+
+
+class BrokerRefused(BrokerError):
+    """It is there, and refuses our login, virtual host or permissions."""
+
+
+class BrokerUnreachable(BrokerError):
+    """No broker answers."""
+
+
+class TopologyMismatch(BrokerError):
+    """Exchanges or queues exist with other properties. ``problems`` has a line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+def parameters(amqp: AmqpSettings, role: str = "tool") -> list[pika.URLParameters]:
+    """How to connect to each URL, in their order. ``role`` is shown in the broker's list of connections.
+
+    Options in a URL win over ours. Raises `BrokerError` for TLS files that cannot be used.
+    """
+    return [_parameters(amqp, url, role) for url in amqp.urls()]
+
+
+def address(params: pika.URLParameters) -> str:
+    """``host:port``, which may be shown."""
+    return f"{params.host}:{params.port}"
+
+
+def connect(amqp: AmqpSettings, role: str = "tool") -> pika.BlockingConnection:
+    """A connection to the first URL that answers. Raises `BrokerRefused` or `BrokerUnreachable`.
+
+    While the broker blocks its publishers, the connection ends after `BLOCKED_TIMEOUT`.
+    """
+    refusals: list[BrokerRefused] = []
+    silent: list[str] = []
+    for params in parameters(amqp, role):
+        if params.blocked_connection_timeout is None:
+            params.blocked_connection_timeout = BLOCKED_TIMEOUT
+        try:
+            return pika.BlockingConnection(params)
+        except CONNECT_ERRORS as error:
+            refusal = _refusal(params, error)
+            if refusal is not None:
+                refusals.append(refusal)
+            else:
+                silent.append(f"{address(params)} ({_reason(error)})")
+    if refusals:
+        raise refusals[0]
+    raise BrokerUnreachable(f"no broker answers at {', '.join(silent)}; start it, or correct AMQP_URL")
+
+
+@contextmanager
+def session(amqp: AmqpSettings, role: str = "tool") -> Iterator[pika.BlockingConnection]:
+    """`connect`, closed at the end, with pika's errors translated."""
+    connection = connect(amqp, role)
+    try:
+        yield connection
+    except (AMQPError, OSError) as error:
+        raise broker_error(error) from error
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+def apply(connection: pika.BlockingConnection, topology: Topology) -> None:
+    """Declares everything; what exists stays. Raises `TopologyMismatch` with all that exists otherwise."""
+    mismatches: list[str] = []
+    for act in _declarations(topology):
+        try:
+            _perform(connection, act)
+        except ChannelClosed as closed:
+            if closed.reply_code != 406:
+                raise broker_error(closed, act.subject) from closed
+            mismatches.append(_mismatch(act.subject, closed.reply_text))
+    if mismatches:
+        raise TopologyMismatch(mismatches)
+
+
+def verify(connection: pika.BlockingConnection, topology: Topology) -> list[str]:
+    """What is missing, one line each; changes nothing.
+
+    A broker tells passively whether a name exists, not its arguments and not its bindings: an empty list says
+    nothing about those.
+    """
+    missing: list[str] = []
+    for act in _lookups(topology):
+        try:
+            _perform(connection, act)
+        except ChannelClosed as closed:
+            if closed.reply_code != 404:
+                raise broker_error(closed, act.subject) from closed
+            missing.append(f"{act.subject} is missing; run `qris-expire topology --apply`, or tell its owner")
+    return missing
+
+
+def broker_error(error: Exception, subject: str = "") -> BrokerError:
+    """A foreign error of an open connection, as ours."""
+    about = f" {subject}" if subject else ""
+    match error:
+        case ChannelClosed(reply_code=403):
+            return BrokerRefused(
+                f"the broker refuses access{about}; give the user permission for it ({_said(error)})"
+            )
+        case ChannelClosed(reply_code=404):
+            return BrokerError(
+                f"the broker lacks something; run `qris-expire topology --apply` ({_said(error)})"
+            )
+        case ChannelClosed() | ConnectionClosedByBroker():
+            return BrokerError(
+                f"the broker refused{about or ' the request'}; see what it says: {_said(error)}"
+            )
+        case ConnectionBlockedTimeout():
+            return BrokerUnreachable(
+                "the broker blocks publishers (memory or disk alarm); free some, then try again"
+            )
+    return BrokerUnreachable(f"the connection to the broker was lost ({_reason(error)}); try again")
+
+
+def _parameters(amqp: AmqpSettings, url: str, role: str) -> pika.URLParameters:
+    try:
+        params = pika.URLParameters(url)
+    except (ValueError, TypeError, OSError):
+        raise BrokerError("AMQP_URL has options that cannot be used; correct what follows the '?'") from None
+    given = params._all_url_query_values or {}
+    for name, value in _defaults(role).items():
+        if name not in given:
+            setattr(params, name, value)
+    if params.ssl_options is not None and "ssl_options" not in given:
+        params.ssl_options = pika.SSLOptions(_tls(amqp), params.host)
+    return params
+
+
+def _defaults(role: str) -> dict[str, Any]:
+    return {
+        "heartbeat": HEARTBEAT,
+        "blocked_connection_timeout": None,
+        "connection_attempts": 1,
+        "socket_timeout": CONNECT_TIMEOUT,
+        "stack_timeout": HANDSHAKE_TIMEOUT,
+        "client_properties": {
+            "connection_name": f"qris-expire {role} {socket.gethostname()}/{os.getpid()}",
+            "product": "qris-expire-worker",
+            "version": __version__,
+        },
+    }
+
+
+def _tls(amqp: AmqpSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=amqp.ca_file)
+    except (ssl.SSLError, OSError):
+        raise BrokerError(
+            "AMQP_CA_FILE holds no CA certificates; give a PEM file with at least one"
+        ) from None
+    if amqp.cert_file is not None:
+        try:
+            # A passphrase would be asked for on the terminal, where nobody is: refuse such a key instead.
+            context.load_cert_chain(amqp.cert_file, amqp.key_file, password="")
+        except (ssl.SSLError, OSError):
+            raise BrokerError(
+                "AMQP_CERT_FILE and AMQP_KEY_FILE are no certificate and its unencrypted key; correct them"
+            ) from None
+    return context
+
+
+def _refusal(params: pika.URLParameters, error: Exception) -> BrokerRefused | None:
+    match error:
+        case ProbableAccessDeniedError() | ConnectionClosedByBroker(reply_code=530):
+            return BrokerRefused(
+                f"the broker at {address(params)} refuses {params.credentials.username!r} the virtual host "
+                f"{params.virtual_host!r}; create it and give permission, or correct AMQP_URL"
+            )
+        case ProbableAuthenticationError() | AuthenticationError() | ConnectionClosedByBroker(reply_code=403):
+            return BrokerRefused(
+                f"the broker at {address(params)} refuses the login of {params.credentials.username!r}; "
+                "correct user and password in AMQP_URL"
+            )
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in a few words: pika wraps the system's errors several times."""
+    for cause in (getattr(error, "exception", None), *error.args):
+        if isinstance(cause, BaseException):
+            return _reason(cause)
+    match error:
+        case AMQPConnectorStackTimeout():
+            return "something listens, but does not talk AMQP in time"
+        case ssl.SSLCertVerificationError():
+            return f"TLS: {error.verify_message}"
+        case ssl.SSLError(reason=str(reason)):
+            return f"TLS: {reason.lower().replace('_', ' ')}"
+        case OSError(strerror=str(strerror)):
+            return strerror
+    return f"{type(error).__name__} {' '.join(map(str, error.args))}".replace("\n", " ").rstrip()
+
+
+def _said(error: Any) -> str:
+    return f"{error.reply_code} {error.reply_text}"
+
+
+class _Act(NamedTuple):
+    """One method call on a channel, and the object it is about."""
+
+    subject: str
+    method: str
+    arguments: dict[str, Any]
+
+
+def _declarations(topology: Topology) -> Iterator[_Act]:
+    for exchange in topology.exchanges:
+        properties = {"exchange_type": exchange.type, "durable": True, "arguments": dict(exchange.arguments)}
+        yield _Act(f"exchange {exchange.name}", "exchange_declare", {"exchange": exchange.name, **properties})
+    for queue in topology.queues:
+        properties = {"durable": True, "arguments": dict(queue.arguments)}
+        yield _Act(f"queue {queue.name}", "queue_declare", {"queue": queue.name, **properties})
+    for binding in topology.bindings:
+        ends = {"exchange": binding.exchange, "queue": binding.queue, "routing_key": binding.routing_key}
+        yield _Act(f"binding of queue {binding.queue}", "queue_bind", ends)
+
+
+def _lookups(topology: Topology) -> Iterator[_Act]:
+    for exchange in topology.exchanges:
+        yield _Act(
+            f"exchange {exchange.name}", "exchange_declare", {"exchange": exchange.name, "passive": True}
+        )
+    for queue in topology.queues:
+        yield _Act(f"queue {queue.name}", "queue_declare", {"queue": queue.name, "passive": True})
+
+
+def _perform(connection: pika.BlockingConnection, act: _Act) -> None:
+    """On a channel of its own: a refusal closes it."""
+    channel = connection.channel()
+    getattr(channel, act.method)(**act.arguments)
+    channel.close()
+
+
+def _mismatch(subject: str, said: str) -> str:
+    found = _MISMATCH.search(said)
+    if found is None:
+        return f"{subject} cannot be declared; see what the broker says: {said}"
+    argument, wanted, current = found.groups()
+    return (
+        f"{subject} exists with {argument} {_value(current)} instead of {_value(wanted)}; "
+        "match AMQP_QUEUE_TYPE to it, or delete it once it is empty and declare again"
+    )
+
+
+def _value(text: str) -> str:
+    """``the value '50' of type 'signedint'`` → ``50``."""
+    quoted = re.search(r"'([^']*)'", text)
+    return quoted.group(1) if quoted else text

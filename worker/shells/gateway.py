@@ -1,0 +1,197 @@
+"""The gateway over HTTP: one session per thread, no retries of its own, every failure translated at this one door."""
+
+from __future__ import annotations
+
+import json
+import math
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
+from typing import Final, Protocol
+
+import requests
+from requests.adapters import BaseAdapter, HTTPAdapter
+
+from worker.core import jakarta
+from worker.core.outcome import Reason
+from worker.core.ports import TokenUnavailable
+from worker.core.request import SignedRequest
+from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge, printable, read
+from worker.shells.transport import BoundedAdapter, NotSent
+
+DEFAULT_LIFETIME: Final = 900.0  # SNAP's usual token lifetime, for a token service that does not say
+MAX_LIFETIME: Final = 86_400.0  # a longer one is not believed: asking once a day costs nothing
+JAKARTA: Final = timezone(timedelta(seconds=jakarta.OFFSET_SECONDS))
+_TOKEN_BODY: Final = b'{"grantType":"client_credentials"}'
+_SKEW_EVERY: Final = 5.0  # seconds between two readings of the Date header: parsing it costs as much as the signature
+
+
+class Probe(Protocol):
+    """What the client tells about each exchange."""
+
+    def request(self, operation: str, response_code: str, seconds: float) -> None: ...
+    def clock_skew(self, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where and how: URLs with the version in them, timeouts in seconds (the second bounds the whole answer)."""
+
+    token_url: str
+    expire_url: str
+    connect_timeout: float
+    read_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A token and the seconds it lives, counted from before it was asked for."""
+
+    value: str
+    lifetime: float
+
+
+class GatewayClient:
+    """The `Gateway` of the core's ports, and the token service. Thread-safe."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        probe: Probe,
+        *,
+        context: Callable[[], ssl.SSLContext | None] = lambda: None,
+        adapter: Callable[[ssl.SSLContext | None], BaseAdapter] = BoundedAdapter,
+    ) -> None:
+        self._endpoint = endpoint
+        self._probe = probe
+        self._context = context
+        self._adapter = adapter
+        self._local = threading.local()
+        self._skew_read_at = float("-inf")
+
+    def send(self, request: SignedRequest) -> Reply | NoReply:
+        """One expire call."""
+        return self._post(self._endpoint.expire_url, request.headers, request.body)
+
+    def fetch_token(self, client_id: str, timestamp: str, signature: str) -> Grant:
+        """One token request. Raises `TokenUnavailable` with the judgement of what came instead of a token."""
+        headers = {
+            "Content-Type": "application/json",
+            "X-TIMESTAMP": timestamp,
+            "X-CLIENT-KEY": client_id,
+            "X-SIGNATURE": signature,
+        }
+        started = time.monotonic()
+        answer = self._post(self._endpoint.token_url, headers, _TOKEN_BODY)
+        code = read(answer.body)[0] if isinstance(answer, Reply) else None
+        self._probe.request("token", code or "", time.monotonic() - started)
+        grant = _grant(answer, time.time()) if isinstance(answer, Reply) else None
+        if grant is None:
+            raise TokenUnavailable(judge_token(answer))
+        return grant
+
+    def _post(self, url: str, headers: dict[str, str], body: bytes) -> Reply | NoReply:
+        prepared = requests.PreparedRequest()
+        prepared.method, prepared.url, prepared.body = "POST", url, body
+        prepared.headers = headers  # type: ignore[assignment]  # a plain dict does, and costs a tenth
+        timeout = (self._endpoint.connect_timeout, self._endpoint.read_timeout)
+        started = time.monotonic()
+        try:
+            adapter = self._session().get_adapter(url)
+            response = adapter.send(prepared, timeout=timeout)
+        except NotSent as error:
+            return NoReply(False, printable(str(error)))
+        except requests.RequestException as error:
+            return NoReply(True, printable(str(error)))
+        fields = response.headers
+        self._read_skew(fields.get("date"), started)
+        return Reply(response.status_code, response.content, fields.get("retry-after"))
+
+    def _session(self) -> requests.Session:
+        """This thread's session; a new one once the trust was rotated."""
+        context = self._context()
+        session: requests.Session | None = getattr(self._local, "session", None)
+        if session is None or self._local.context is not context:
+            if session is not None:
+                session.close()
+            session = self._local.session = requests.Session()
+            self._local.context = context
+            # The session would otherwise read proxies, netrc and CA from the environment at every request.
+            session.trust_env = False
+            adapter = self._adapter(context)
+            session.mount("https://", adapter)
+            session.mount("http://", adapter)
+        return session
+
+    def _read_skew(self, date: str | None, started: float) -> None:
+        """How far our clock is ahead of the gateway's, in seconds: to half a second, since Date has whole ones."""
+        now = time.monotonic()
+        if date is None or now - self._skew_read_at < _SKEW_EVERY:
+            return
+        self._skew_read_at = now
+        try:
+            theirs = parsedate_to_datetime(date).timestamp()
+        except (ValueError, TypeError, OverflowError, IndexError):
+            return
+        self._probe.clock_skew(time.time() - (now - started) / 2 - (theirs + 0.5))
+
+
+def judge_token(answer: Reply | NoReply) -> Verdict:
+    """The token service's answer in the words of the verdict table: refused → systemic, throttled, else transient.
+    Nothing took effect, whatever it was."""
+    verdict = judge(answer)
+    refused = verdict.kind in (Kind.REFUSED, Kind.TOKEN, Kind.SYSTEMIC, Kind.ID_CLASH)
+    kind = Kind.SYSTEMIC if refused else Kind.THROTTLED if verdict.kind is Kind.THROTTLED else Kind.TRANSIENT
+    if verdict.reason is Reason.ALREADY_EXPIRED:  # 403xx00: for a token it is "forbidden"
+        kind = Kind.SYSTEMIC
+    message = verdict.message or "an answer without a token"
+    return Verdict(
+        kind, None, False, verdict.code, f"token service: {message}", verdict.note, verdict.retry_after
+    )
+
+
+def timestamp(epoch: float, *, milliseconds: bool) -> str:
+    """X-TIMESTAMP of the token request."""
+    return jakarta.iso(epoch, milliseconds=milliseconds)
+
+
+def _grant(reply: Reply, epoch: float) -> Grant | None:
+    """SNAP makes responseCode mandatory only on failure: success is HTTP 2xx and a token that can be a header."""
+    if not 200 <= reply.status < 300:
+        return None
+    try:
+        fields = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        return None
+    token = fields.get("accessToken") if isinstance(fields, dict) else None
+    if not (isinstance(token, str) and 0 < len(token) <= 4096 and token.isascii() and token.isprintable()):
+        return None
+    if " " in token:
+        return None
+    return Grant(token, _lifetime(fields.get("expiresIn"), epoch))
+
+
+def _lifetime(value: object, epoch: float) -> float:
+    """``expiresIn`` as seen in the wild: the string "900", an integer, or a date-time."""
+    seconds = DEFAULT_LIFETIME
+    if isinstance(value, str) and not value.strip().isdigit():
+        try:
+            moment = datetime.fromisoformat(value.strip())
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=JAKARTA)).timestamp() - epoch
+        except (ValueError, OverflowError):
+            pass
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        seconds = min(float(value), MAX_LIFETIME) if math.isfinite(float(value)) else seconds
+    return min(max(seconds, 1.0), MAX_LIFETIME)
+
+
+def stock_adapter(context: ssl.SSLContext | None) -> HTTPAdapter:
+    """The adapter that ships with requests, without its retries: for proxies, which the bounded one does not speak."""
+    adapter = HTTPAdapter(max_retries=0, pool_connections=1, pool_maxsize=1)
+    if context is not None:
+        adapter.init_poolmanager(1, 1, ssl_context=context)
+    return adapter

@@ -1,0 +1,173 @@
+"""Logs: one line per event, JSON for machines or coloured text for a terminal; structlog and stdlib alike.
+
+Use ``structlog.get_logger()`` anywhere; before `configure` its lines go to structlog's own default.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, MutableMapping
+from typing import Any, Final, Literal, TextIO
+
+import structlog
+
+from worker.core import jakarta
+
+LogFormat = Literal["json", "console"]
+Render = Callable[[str, MutableMapping[str, Any]], str]
+
+FOREIGN_LEVEL: Final = logging.WARNING
+"""pika tells every frame's fate at INFO; what it and urllib3 say from here on is worth a line."""
+
+MAX_TRACEBACK: Final = 3_000
+"""A pipe takes 4 KiB in one piece; longer lines of several processes could mix. The end says most."""
+
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)|(?<=Bearer )\S+", re.IGNORECASE)
+
+
+def configure(format: LogFormat | None = None, level: str = "info", stream: TextIO | None = None) -> None:
+    """Sends logs to ``stream`` (standard output): structlog's from ``level`` on, the libraries' from WARNING.
+
+    Without ``format``: console on a terminal, else JSON. Call it once, before the first line is logged.
+    """
+    stream = stream or sys.stdout
+    if format is None:
+        format = "console" if stream.isatty() else "json"
+    render = json_line if format == "json" else _console(colors=stream.isatty())
+    lines = _Lines(stream)
+    structlog.configure(
+        processors=[lambda _, method, event: render(method, event)],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: lines,
+        cache_logger_on_first_use=True,
+    )
+    lowest = max(FOREIGN_LEVEL, logging.getLevelNamesMapping()[level.upper()])
+    logging.basicConfig(handlers=[_Foreign(render, lines)], level=lowest, force=True)
+    logging.captureWarnings(True)
+
+
+def json_line(level: str, event: MutableMapping[str, Any]) -> str:
+    """One JSON object without line breaks: timestamp in ``+07:00``, level, event, and the rest as given."""
+    line = {"timestamp": _clock(), "level": level, "event": event.pop("event", "")}
+    if "exc_info" in event:
+        _add_exception(event)
+    line.update(event)
+    try:
+        return _encode(line)
+    except (TypeError, ValueError, RecursionError):  # NaN, a cycle, keys of another type
+        return _encode({str(key): _plain(value) for key, value in line.items()})
+
+
+def redact(text: str) -> str:
+    """Masks passwords in URLs and bearer tokens: a last resort for texts of others. Ours never hold one."""
+    return _CREDENTIALS.sub("***", text)
+
+
+class _Lines:
+    """The stream, a whole line at a time: one write(2) each, so that several processes do not mix."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        try:
+            self._fd: int | None = stream.fileno()
+        except (OSError, ValueError):  # a stream in memory
+            self._fd = None
+
+    def msg(self, line: str) -> None:
+        """Writes it. A full disk or a closed pipe loses the line, never the command that is worked on."""
+        try:
+            if self._fd is None:
+                self._stream.write(line + "\n")
+            else:
+                _write(self._fd, (line + "\n").encode("utf-8", "backslashreplace"))
+        except OSError:
+            pass
+
+    debug = info = warning = error = critical = msg
+
+
+def _write(fd: int, data: bytes) -> None:
+    done = os.write(fd, data)
+    while done < len(data):  # only lines beyond a pipe's 4 KiB get here
+        done += os.write(fd, data[done:])
+
+
+class _Foreign(logging.Handler):
+    """Lines of libraries that log with the standard library."""
+
+    def __init__(self, render: Render, lines: _Lines) -> None:
+        super().__init__()
+        self._render, self._lines = render, lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Never raises."""
+        try:
+            event: dict[str, Any] = {"event": redact(record.getMessage()), "logger": record.name}
+            if record.exc_info:
+                event["exc_info"] = record.exc_info
+            self._lines.msg(self._render(record.levelname.lower(), event))
+        except Exception:
+            self.handleError(record)
+
+
+_encoder = json.JSONEncoder(separators=(",", ":"), default=str, allow_nan=False, check_circular=True)
+_encode = _encoder.encode
+_second = (0, "")
+
+
+def _clock() -> str:
+    """Now, in Jakarta, to the millisecond. The part down to the second is made once a second."""
+    global _second
+    now = time.time_ns() // 1_000_000
+    whole, thousandths = divmod(now, 1000)
+    made, text = _second
+    if made != whole:
+        text = jakarta.iso(whole, milliseconds=False)[:-6]
+        _second = (whole, text)  # one assignment: threads may do it twice, never half
+    return f"{text}.{thousandths:03d}+07:00"
+
+
+def _add_exception(event: MutableMapping[str, Any]) -> None:
+    text = _traceback(event.pop("exc_info"))
+    if text:
+        event["exception"] = text
+
+
+def _traceback(info: object) -> str:
+    """The traceback, without local variables: those may hold secrets."""
+    if info is True:
+        info = sys.exc_info()
+    error = info[1] if isinstance(info, tuple) else info
+    if not isinstance(error, BaseException):
+        return ""
+    text = redact("".join(traceback.format_exception(error)).rstrip())
+    return text if len(text) <= MAX_TRACEBACK else "…" + text[-MAX_TRACEBACK:]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, str | int | bool | None):
+        return value
+    try:
+        return str(value)
+    except Exception as error:  # a foreign __str__ must not stop the worker
+        return f"<{type(value).__name__}: {type(error).__name__}>"
+
+
+def _console(*, colors: bool) -> Render:
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=colors, timestamp_key="timestamp", exception_formatter=structlog.dev.plain_traceback
+    )
+
+    def render(level: str, event: MutableMapping[str, Any]) -> str:
+        if "exc_info" in event:
+            _add_exception(event)
+        event.update(timestamp=_clock()[11:23], level=level)
+        return str(renderer(None, level, event))
+
+    return render

@@ -1,0 +1,75 @@
+"""The `Observer`: one wide log line and the counters of every attempt."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import structlog
+
+from worker.core.ports import Attempt
+from worker.core.verdict import Kind, Verdict
+from worker.shells.metrics import Metrics
+
+SKEW_WARNING: Final = 30.0  # seconds; some providers refuse signatures that are two minutes off
+_SKEW_EVERY: Final = 60.0
+_BAD_LEVEL = frozenset({Kind.SYSTEMIC})
+
+
+class Telemetry:
+    """Metrics and logs of what senders see. Thread-safe."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._log = structlog.get_logger()
+        self._skew_told = float("-inf")
+
+    def attempted(self, attempt: Attempt) -> None:
+        """See `Observer`."""
+        verdict = attempt.verdict
+        if attempt.external_id is not None:
+            self._metrics.request("expire", verdict.code or "", attempt.seconds)
+        log = self._log.error if verdict.kind in _BAD_LEVEL else self._log.info
+        log(
+            "attempt",
+            command_id=attempt.command_id,
+            lane=attempt.lane,
+            billnumber=attempt.billnumber,
+            batch_id=attempt.batch_id,
+            attempt=attempt.number,
+            external_id=attempt.external_id,
+            verdict=verdict.kind.value,
+            response_code=verdict.code,
+            message=verdict.message,
+            http_status=attempt.status,
+            effect_unknown=verdict.effect_unknown,
+            note=verdict.note,
+            seconds=round(attempt.seconds, 4),
+        )
+
+    def retrying(self, verdict: Verdict) -> None:
+        """See `Observer`."""
+        self._metrics.retry(verdict.kind.value)
+
+    def request(self, operation: str, response_code: str, seconds: float) -> None:
+        """One exchange with the token service."""
+        self._metrics.request(operation, response_code, seconds)
+
+    def clock_skew(self, seconds: float) -> None:
+        """How far our clock is ahead of the gateway's."""
+        self._metrics.clock_skew(seconds)
+        now = time.monotonic()
+        if abs(seconds) > SKEW_WARNING and now - self._skew_told > _SKEW_EVERY:
+            self._skew_told = now
+            self._log.warning(
+                "clock.skewed", seconds=round(seconds, 1), action="set this machine's clock (NTP); signatures carry its time"
+            )
+
+    def token_refresh(self, result: str) -> None:
+        """A token request ended."""
+        self._metrics.token_refresh(result)
+        (self._log.info if result == "ok" else self._log.error)("token.refresh", result=result)
+
+    def token_expiry(self, timestamp: float) -> None:
+        """The token in use is good until then."""
+        self._metrics.token_expiry(timestamp)

@@ -1,0 +1,124 @@
+"""One access token for all senders: fetched once at a time, refreshed early, thrown away by generation."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from worker.core.ports import Clock, Token, TokenUnavailable
+from worker.core.verdict import Kind
+from worker.shells.gateway import Grant
+
+REFRESH_FROM: Final = 0.8
+REFRESH_TO: Final = 0.9
+"""A token is renewed at a random point of this share of its life, so that processes do not ask together."""
+RETRY_EARLY_REFRESH: Final = 5.0  # seconds before an early refresh that failed is tried again; the old token still serves
+YOUNG: Final = 5.0
+"""A token refused within this many seconds of its birth was probably killed by another process's new one."""
+TRUCE: Final = 4.0
+"""Then wait up to this long before killing theirs in turn: without it two processes refresh for ever and none works."""
+
+
+class Watch(Protocol):
+    """What the store tells about its refreshes."""
+
+    def token_refresh(self, result: str) -> None: ...
+    def token_expiry(self, timestamp: float) -> None: ...
+
+
+class TokenStore:
+    """The `Tokens` of the core's ports. ``fetch`` makes one token request; ``pause`` waits (and raises on a drain)."""
+
+    def __init__(
+        self,
+        fetch: Callable[[], Grant],
+        watch: Watch,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        pause: Callable[[float], None],
+    ) -> None:
+        self._fetch = fetch
+        self._watch = watch
+        self._clock = clock
+        self._rng = rng
+        self._pause = pause
+        self._flight = threading.Lock()
+        self._flights = 0
+        self._failure: TokenUnavailable | None = None
+        self._token: Token | None = None
+        self._generation = 0
+        self._born = float("-inf")
+        self._refresh_at = 0.0
+        self._expires_at = 0.0
+        self._feuds = 0
+
+    def get(self) -> Token:
+        """See `Tokens`. The fast path takes no lock: a token is one immutable object."""
+        token, now = self._token, self._clock.monotonic()
+        if token is not None and now < self._refresh_at:
+            return token
+        if token is not None and now < self._expires_at:
+            return self._refresh_early(token)
+        return self._refresh_now()
+
+    def invalidate(self, generation: int) -> None:
+        """See `Tokens`."""
+        with_token = self._token
+        if with_token is None or with_token.generation != generation:
+            return
+        self._feuds = self._feuds + 1 if self._clock.monotonic() - self._born < YOUNG else 0
+        self._token = None
+
+    def renew(self) -> None:
+        """Credentials were rotated: the next `get` asks for a token with the new ones."""
+        self._token = None
+
+    def _refresh_early(self, token: Token) -> Token:
+        """One sender fetches the successor; the others go on with the token they have."""
+        if not self._flight.acquire(blocking=False):
+            return token
+        try:
+            return self._renew()
+        except TokenUnavailable:
+            self._refresh_at = self._clock.monotonic() + RETRY_EARLY_REFRESH
+            return token
+        finally:
+            self._flight.release()
+
+    def _refresh_now(self) -> Token:
+        """One sender fetches, the others wait for its result, good or bad: a dead token service gets one request at
+        a time, and a sender never queues for a second failure."""
+        flights = self._flights
+        with self._flight:
+            token = self._token
+            if token is not None and self._clock.monotonic() < self._expires_at:
+                return token
+            if self._flights != flights and self._failure is not None:
+                raise TokenUnavailable(self._failure.verdict, shared=True)
+            if self._feuds > 1:
+                self._pause(self._rng.uniform(0.0, TRUCE))
+            return self._renew()
+
+    def _renew(self) -> Token:
+        """One token request; the flight's lock is held."""
+        asked = self._clock.monotonic()
+        try:
+            grant = self._fetch()
+        except TokenUnavailable as failure:
+            self._failure = failure
+            self._watch.token_refresh("refused" if failure.verdict.kind is Kind.SYSTEMIC else "error")
+            raise
+        finally:
+            self._flights += 1
+        self._failure = None
+        self._generation += 1
+        self._born = self._clock.monotonic()
+        self._refresh_at = asked + grant.lifetime * self._rng.uniform(REFRESH_FROM, REFRESH_TO)
+        self._expires_at = asked + grant.lifetime
+        self._token = Token(grant.value, self._generation)
+        self._watch.token_refresh("ok")
+        self._watch.token_expiry(self._clock.epoch() + grant.lifetime)
+        return self._token

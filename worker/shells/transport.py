@@ -1,0 +1,269 @@
+"""A transport adapter for `requests` that bounds the whole answer in time and size, over one socket per adapter.
+
+``requests`` stays the interface: prepared requests go in, responses come out. The stock adapter can bound only
+single socket operations, and costs twice the CPU of everything else the worker does for a command. Parsing is
+httptools' (llhttp, the parser of Node.js); this module moves bytes and keeps the clock.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import time
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httptools
+import requests
+from requests import exceptions
+from requests.adapters import BaseAdapter
+from requests.structures import CaseInsensitiveDict
+
+MAX_BODY_BYTES: Final = 64 * 1024  # an answer is a hundred bytes; more is a firewall's page or a mistake
+MAX_HEAD_BYTES: Final = 64 * 1024
+IDLE_SECONDS: Final = 15.0
+"""A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing one is a call
+of which nobody knows whether it took effect."""
+
+
+class NotSent(exceptions.ConnectionError):
+    """No connection was made, so the server saw nothing of the request."""
+
+
+class Lost(exceptions.ConnectionError):
+    """The request went out, at least in part, and no complete answer came back."""
+
+
+class BoundedAdapter(BaseAdapter):
+    """One keep-alive connection to one origin. Not thread-safe: one adapter (and session) per thread.
+
+    ``send(timeout=(connect, total))``: seconds for connecting (TLS included), then for everything else, body included.
+    Raises `NotSent` or `Lost`; redirects, cookies, proxies and content codings are not its business.
+    """
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        super().__init__()
+        self._context = context
+        self._socket: socket.socket | None = None
+        self._origin: tuple[str, str, int] | None = None
+        self._idle_since = 0.0
+
+    def send(
+        self,
+        request: requests.PreparedRequest,
+        stream: bool = False,
+        timeout: Any = None,
+        verify: Any = True,
+        cert: Any = None,
+        proxies: Any = None,
+    ) -> requests.Response:
+        """See `requests.adapters.BaseAdapter.send`; ``verify`` and ``cert`` are the context's, given once."""
+        connect, total = timeout
+        origin, target = _target(request)
+        data = _serialise(request, origin, target)
+        connection = self._connection(origin, connect)
+        deadline = time.monotonic() + total
+        try:
+            _send(connection, data, deadline)
+            answer = _receive(connection, deadline)
+        except OSError as error:
+            self.close()
+            raise Lost(_describe(error), request=request) from None
+        except httptools.HttpParserError as error:
+            self.close()
+            raise Lost(f"the answer is no HTTP: {error}", request=request) from None
+        except BaseException:
+            self.close()
+            raise
+        if answer.reusable:
+            self._idle_since = time.monotonic()
+        else:
+            self.close()
+        return answer.response(request)
+
+    def close(self) -> None:
+        """Drops the connection."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connection(self, origin: tuple[str, str, int], timeout: float) -> socket.socket:
+        if self._socket is not None and (
+            origin != self._origin
+            or time.monotonic() - self._idle_since > IDLE_SECONDS
+            or select.select((self._socket,), (), (), 0)[0]  # readable while idle: the server has closed it
+        ):
+            self.close()
+        if self._socket is None:
+            self._socket = self._open(origin, timeout)
+            self._origin = origin
+        return self._socket
+
+    def _open(self, origin: tuple[str, str, int], timeout: float) -> socket.socket:
+        scheme, host, port = origin
+        deadline = time.monotonic() + timeout
+        try:
+            raw = socket.create_connection((host, port), timeout)
+        except OSError as error:
+            raise NotSent(f"no connection to {host}:{port}: {_describe(error)}") from None
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if scheme == "http":
+                return raw
+            raw.settimeout(max(deadline - time.monotonic(), 0.001))
+            return (self._context or ssl.create_default_context()).wrap_socket(raw, server_hostname=host)
+        except OSError as error:
+            raw.close()
+            raise NotSent(f"no TLS with {host}:{port}: {_describe(error)}") from None
+
+
+class _Answer:
+    """What the parser reports of one response; 1xx answers are passed over."""
+
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.headers: dict[str, str] = {}
+        self.reason = ""
+        self.body: list[bytes] = []
+        self.size = 0
+        self.status = 0
+        self.headed = False
+        self.complete = False
+        self.keep_alive = False
+        self.surplus = False
+
+    # -- httptools' callbacks; an exception in one ends the parse ---------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self.surplus = self.complete  # a second answer to one request: not ours, and nothing after it can be trusted
+
+    def on_status(self, status: bytes) -> None:
+        if not self.surplus:
+            self.reason = status.decode("latin-1")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.surplus:
+            return
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
+
+    def on_headers_complete(self) -> None:
+        if self.surplus:
+            return
+        self.status = self.parser.get_status_code()
+        if self.status >= 200:
+            self.headed = True
+
+    def on_body(self, data: bytes) -> None:
+        if not self.surplus:
+            self.size += len(data)
+            self.body.append(data)
+
+    def on_message_complete(self) -> None:
+        if self.surplus:
+            return
+        if self.status < 200:
+            self.headers.clear()  # 100 Continue, 103 Early Hints: the answer is still to come
+            return
+        self.complete = True
+        self.keep_alive = self.parser.should_keep_alive()
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def too_large(self) -> bool:
+        return self.size > MAX_BODY_BYTES
+
+    @property
+    def reusable(self) -> bool:
+        return self.complete and self.keep_alive and not self.surplus
+
+    def ends_with_connection(self) -> bool:
+        """RFC 9112 6.3: without a length the body ends where the connection does."""
+        return (
+            self.headed and "content-length" not in self.headers and "transfer-encoding" not in self.headers
+        )
+
+    def response(self, request: requests.PreparedRequest) -> requests.Response:
+        response = requests.Response()
+        response.status_code = self.status
+        response.reason = self.reason
+        response.headers = CaseInsensitiveDict(self.headers)
+        response._content = b"".join(self.body)[:MAX_BODY_BYTES]
+        response._content_consumed = True  # type: ignore[attr-defined]
+        response.url = request.url or ""
+        response.request = request
+        return response
+
+
+def _target(request: requests.PreparedRequest) -> tuple[tuple[str, str, int], str]:
+    parts = urlsplit(request.url or "")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    return (parts.scheme, parts.hostname or "", port), target
+
+
+def _serialise(request: requests.PreparedRequest, origin: tuple[str, str, int], target: str) -> bytes:
+    scheme, host, port = origin
+    body = request.body or b""
+    if isinstance(body, str):
+        body = body.encode()
+    if not isinstance(body, bytes):
+        raise exceptions.InvalidSchema("only bodies in memory are sent")
+    default = 443 if scheme == "https" else 80
+    authority = f"[{host}]" if ":" in host else host
+    if port != default:
+        authority = f"{authority}:{port}"
+    lines = [f"{request.method} {target} HTTP/1.1", f"Host: {authority}"]
+    lines += [f"{name}: {value}" for name, value in request.headers.items()]
+    if "Content-Length" not in request.headers:
+        lines.append(f"Content-Length: {len(body)}")
+    head = "\r\n".join(lines)
+    # One line per header and no control characters: a value with CRLF in it would be a header of its own.
+    if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
+        raise exceptions.InvalidHeader("a header holds a line break or NUL")
+    return head.encode("latin-1") + b"\r\n\r\n" + body
+
+
+def _send(connection: socket.socket, data: bytes, deadline: float) -> None:
+    connection.settimeout(_left(deadline))
+    connection.sendall(data)  # its timeout bounds the whole of it
+
+
+def _receive(connection: socket.socket, deadline: float) -> _Answer:
+    answer = _Answer()
+    received = 0
+    while not answer.complete:
+        connection.settimeout(_left(deadline))
+        data = connection.recv(16 * 1024)
+        if not data:
+            if answer.ends_with_connection():
+                answer.complete = True
+                return answer
+            raise ConnectionResetError(
+                "the connection was closed before an answer" if not received else "the answer is cut off"
+            )
+        received += len(data)
+        answer.parser.feed_data(data)
+        if not answer.headed and received > MAX_HEAD_BYTES:
+            raise ConnectionAbortedError(f"more than {MAX_HEAD_BYTES} bytes of headers")
+        if answer.too_large:
+            return answer  # not complete, so the connection is not reused; what it says does not matter
+    return answer
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def _describe(error: OSError) -> str:
+    """The error in words, without addresses of memory or of peers."""
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not trusted: {error.verify_message}"
+    return error.strerror or str(error) or type(error).__name__

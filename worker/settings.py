@@ -261,22 +261,24 @@ class AmqpSettings(Group):
     model_config = SettingsConfigDict(env_prefix="AMQP_")
 
     url: AmqpUrls = Field(
-        SecretStr("amqp://guest:guest@localhost:5672/%2F"),
+        default=SecretStr("amqp://guest:guest@localhost:5672/%2F"),
         description="One URL, or several separated by commas for the nodes of a cluster; `amqps://` for TLS.",
     )
-    url_file: Path | None = Field(None, description="Path of a mounted file that holds `AMQP_URL`.")
-    prefix: AmqpPrefix = Field("qris.expire", description="Prefix of every exchange and queue.")
-    queue_type: QueueType = Field("quorum", description="`quorum`, or `classic`.")
+    url_file: Path | None = Field(default=None, description="Path of a mounted file that holds `AMQP_URL`.")
+    prefix: AmqpPrefix = Field(default="qris.expire", description="Prefix of every exchange and queue.")
+    queue_type: QueueType = Field(default="quorum", description="`quorum`, or `classic`.")
     declare: bool = Field(
-        True,
+        default=True,
         description="`false`: the topology is someone else's; verify it passively, say what is missing.",
     )
     ca_file: ReadableFile | None = Field(
-        None, description="CA certificates of the broker.", json_schema_extra={"default": "the system's"}
+        default=None,
+        description="CA certificates of the broker.",
+        json_schema_extra={"default": "the system's"},
     )
-    cert_file: ReadableFile | None = Field(None, description="Client certificate for mutual TLS.")
+    cert_file: ReadableFile | None = Field(default=None, description="Client certificate for mutual TLS.")
     key_file: ReadableFile | None = Field(
-        None, validate_default=True, description="Private key of that certificate."
+        default=None, validate_default=True, description="Private key of that certificate."
     )
 
     @field_validator("key_file")
@@ -301,18 +303,20 @@ class GatewaySettings(Group):
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_")
 
-    allow_http: bool = Field(False, description="`true` allows plain http to other hosts than this one.")
+    allow_http: bool = Field(
+        default=False, description="`true` allows plain http to other hosts than this one."
+    )
     base_url: BaseUrl = Field(
         description="The gateway with its version, as `https://host/v1.0`; plain http only for loopback."
     )
     token_path: UrlPath = Field(
-        "/access-token/b2b", description="Path of the token service, after the base URL."
+        default="/access-token/b2b", description="Path of the token service, after the base URL."
     )
     expire_path: UrlPath = Field(
-        "/qr/qr-mpm-expire-billnumber", description="Path of the expire service, after the base URL."
+        default="/qr/qr-mpm-expire-billnumber", description="Path of the expire service, after the base URL."
     )
     sign_path: UrlPath = Field(
-        "",
+        default="",
         validate_default=True,
         description="Path that is signed, where it is not the one that is called.",
         json_schema_extra={"default": "the same as `GATEWAY_EXPIRE_PATH`"},
@@ -320,43 +324,48 @@ class GatewaySettings(Group):
     client_id: HeaderValue = Field(description="The id given at onboarding.")
     client_secret: SecretStr = Field(description="The secret given at onboarding.")
     client_secret_file: Path | None = Field(
-        None, description="Path of a mounted file that holds `GATEWAY_CLIENT_SECRET`."
+        default=None, description="Path of a mounted file that holds `GATEWAY_CLIENT_SECRET`."
     )
     private_key_file: ReadableFile = Field(description="PEM file of the RSA private key, PKCS#8 or PKCS#1.")
     private_key_passphrase: SecretStr | None = Field(
-        None, description="Passphrase of that key, if it has one."
+        default=None, description="Passphrase of that key, if it has one."
     )
     private_key_passphrase_file: Path | None = Field(
-        None, description="Path of a mounted file that holds `GATEWAY_PRIVATE_KEY_PASSPHRASE`."
+        default=None, description="Path of a mounted file that holds `GATEWAY_PRIVATE_KEY_PASSPHRASE`."
     )
     channel_id: HeaderValue = Field(description="The merchant's channel id.")
     channel_headers: HeaderNames = Field(
-        ("CHANNEL-ID", "X-CHANNEL-ID"), description="Headers that carry the channel id, separated by commas."
+        default=("CHANNEL-ID", "X-CHANNEL-ID"),
+        description="Headers that carry the channel id, separated by commas.",
     )
-    merchant_id: Merchant | None = Field(None, description="Merchant of the commands that carry none.")
+    merchant_id: Merchant | None = Field(
+        default=None, description="Merchant of the commands that carry none."
+    )
     signature: Signature = Field(
-        "hmac-sha512",
+        default="hmac-sha512",
         description="How an expire is signed: `hmac-sha512`, `rsa-sha256` or `rsa-sha256-no-token`.",
     )
     bill_field: Member = Field(
-        "billnumber", description="Name of the bill in the gateway's body, or `billNumber`."
+        default="billnumber", description="Name of the bill in the gateway's body, or `billNumber`."
     )
     timestamp_milliseconds: bool = Field(
-        True, description="`false` leaves the milliseconds out of `X-TIMESTAMP`."
+        default=True, description="`false` leaves the milliseconds out of `X-TIMESTAMP`."
     )
-    connect_timeout_seconds: Seconds = Field(5, le=300, description="Longest wait for a connection.")
+    connect_timeout_seconds: Seconds = Field(default=5, le=300, description="Longest wait for a connection.")
     read_timeout_seconds: Seconds = Field(
-        20, le=600, description="Longest wait for a whole answer, body included."
+        default=20, le=600, description="Longest wait for a whole answer, body included."
     )
     max_requests_per_second: float = Field(
-        0,
+        default=0,
         ge=0,
         le=100_000,
         allow_inf_nan=False,
         description="Most expire calls in any second, without bursts; 0 for no limit.",
     )
     ca_file: ReadableFile | None = Field(
-        None, description="CA certificates of the gateway.", json_schema_extra={"default": "the system's"}
+        default=None,
+        description="CA certificates of the gateway.",
+        json_schema_extra={"default": "the system's"},
     )
 
     @field_validator("base_url")
@@ -381,13 +390,17 @@ class RetrySettings(Group):
 
     model_config = SettingsConfigDict(env_prefix="RETRY_")
 
-    max_attempts: int = Field(4, ge=1, le=100, description="Most calls in a round; all of them count.")
-    initial_seconds: Seconds = Field(0.5, le=60, description="First backoff; it doubles, with full jitter.")
-    max_seconds: Seconds = Field(8, le=300, description="Longest backoff between two calls.")
+    max_attempts: int = Field(
+        default=4, ge=1, le=100, description="Most calls in a round; all of them count."
+    )
+    initial_seconds: Seconds = Field(
+        default=0.5, le=60, description="First backoff; it doubles, with full jitter."
+    )
+    max_seconds: Seconds = Field(default=8, le=300, description="Longest backoff between two calls.")
     # The broker takes a command back that is unacked for 30 minutes; a round must end long before.
-    budget_seconds: Seconds = Field(20, le=900, description="Longest time that a round may take.")
+    budget_seconds: Seconds = Field(default=20, le=900, description="Longest time that a round may take.")
     delays_seconds: Delays = Field(
-        (30, 300, 1800),
+        default=(30, 300, 1800),
         description="Whole seconds before each delayed round, which waits in the broker; `none` for none.",
     )
 
@@ -405,10 +418,14 @@ class BreakerSettings(Group):
     model_config = SettingsConfigDict(env_prefix="BREAKER_")
 
     failures: int = Field(
-        10, ge=1, le=10_000, description="Failures in a row, over all commands, that open it."
+        default=10, ge=1, le=10_000, description="Failures in a row, over all commands, that open it."
     )
-    cooldown_seconds: Seconds = Field(15, le=3_600, description="Pause before the first probe; it doubles.")
-    max_cooldown_seconds: Seconds = Field(300, le=86_400, description="Longest pause between two probes.")
+    cooldown_seconds: Seconds = Field(
+        default=15, le=3_600, description="Pause before the first probe; it doubles."
+    )
+    max_cooldown_seconds: Seconds = Field(
+        default=300, le=86_400, description="Longest pause between two probes."
+    )
 
     @field_validator("max_cooldown_seconds")
     @classmethod
@@ -423,16 +440,16 @@ class WorkerSettings(Group):
 
     model_config = SettingsConfigDict(env_prefix="WORKER_")
 
-    concurrency: int = Field(32, ge=1, le=1024, description="Requests in flight per process.")
+    concurrency: int = Field(default=32, ge=1, le=1024, description="Requests in flight per process.")
     sweep_share: float = Field(
-        0.75,
+        default=0.75,
         gt=0,
         le=1,
         allow_inf_nan=False,
         description="The most of them that the sweep lane may hold, rounded down.",
     )
-    drain_seconds: Seconds = Field(25, le=3_600, description="From SIGTERM to a forced stop.")
-    processes: int = Field(1, ge=1, le=64, description="Processes under one parent.")
+    drain_seconds: Seconds = Field(default=25, le=3_600, description="From SIGTERM to a forced stop.")
+    processes: int = Field(default=1, ge=1, le=64, description="Processes under one parent.")
 
 
 class MetricsSettings(Group):
@@ -440,8 +457,8 @@ class MetricsSettings(Group):
 
     model_config = SettingsConfigDict(env_prefix="METRICS_")
 
-    host: Host = Field("0.0.0.0", description="Address of `/metrics`, `/livez` and `/readyz`.")
-    port: int = Field(9108, ge=1, le=65_535, description="Their port.")
+    host: Host = Field(default="0.0.0.0", description="Address of `/metrics`, `/livez` and `/readyz`.")
+    port: int = Field(default=9108, ge=1, le=65_535, description="Their port.")
 
 
 class LogSettings(Group):
@@ -450,12 +467,12 @@ class LogSettings(Group):
     model_config = SettingsConfigDict(env_prefix="LOG_")
 
     format: Annotated[LogFormat | None, BeforeValidator(_lower)] = Field(
-        None,
+        default=None,
         description="`json` or `console`.",
         json_schema_extra={"default": "`json`, `console` on a terminal"},
     )
     level: Annotated[LogLevel, BeforeValidator(_lower)] = Field(
-        "info", description="`debug`, `info`, `warning` or `error`."
+        default="info", description="`debug`, `info`, `warning` or `error`."
     )
 
 
@@ -501,8 +518,8 @@ def load(
 def load(*groups: type[Group], environ: Variables = os.environ, env_file: Path | None = Path(".env")) -> Any:
     """All `Settings`; with one group named that group, with two both.
 
-    The environment wins over ``env_file``; an empty variable is an unset one. Only variables with the prefix of
-    a wanted group are looked at. Raises `SettingsError` with everything that is wrong.
+    The environment wins over ``env_file``; an empty variable is unset. Only variables of the wanted groups
+    are looked at. Raises `SettingsError` with everything that is wrong.
     """
     problems: list[str] = []
     sources = [_set_ones(environ), _set_ones(_env_file(env_file, problems))]
@@ -569,9 +586,11 @@ def _env_file(path: Path | None, problems: list[str]) -> Variables:
     except UnicodeDecodeError:
         problems.append(f"{path.name}: is not UTF-8 text; save it as UTF-8")
         return {}
-    for line in lines:
-        if line.error or (line.key is not None and line.value is None):
-            problems.append(f"{path.name}: line {line.original.line} is not NAME=value; correct or quote it")
+    problems += [
+        f"{path.name}: line {line.original.line} is not NAME=value; correct or quote it"
+        for line in lines
+        if line.error or (line.key is not None and line.value is None)
+    ]
     return {line.key: line.value or "" for line in lines if line.key is not None}
 
 

@@ -59,11 +59,14 @@ def processes_of(directory: Path) -> list[str]:
     return found
 
 
-def is_confirmed(rabbit: Rabbit, queue: str, body: bytes) -> bool:
-    try:
-        rabbit.publish("", queue, body)
-    except pika.exceptions.NackError:
-        return False
+def is_confirmed(url: str, queue: str, body: bytes) -> bool:
+    # On a channel of its own each time: RabbitMQ 3.10.8 nacks on until the dead leader is back if the first
+    # publish of a channel comes before there is a new leader, about 0.3 s.
+    with Rabbit(url) as rabbit:
+        try:
+            rabbit.publish("", queue, body)
+        except pika.exceptions.NackError:
+            return False
     return True
 
 
@@ -201,11 +204,7 @@ def test_cluster_survives_one_node(cluster: PrivateCluster) -> None:
     wait_until(lambda: cluster.nodes[0].would_remember(queue), 10, "the queue is on disk")
     cluster.nodes[0].kill()
 
-    with Rabbit(cluster.urls[1]) as rabbit:
-        # Until a new leader is elected the broker nacks at once.
-        wait_until(
-            lambda: is_confirmed(rabbit, queue, b"still there"), 30, "a confirm without the third node"
-        )
+    wait_until(lambda: is_confirmed(cluster.urls[1], queue, b"still there"), 30, "a confirm of two nodes")
 
     cluster.nodes[0].start()
     with Rabbit(cluster.urls[0]) as rabbit:

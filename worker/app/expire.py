@@ -167,7 +167,9 @@ class Expire:
         answer = self._gateway.send(signed)
         verdict = judge(answer)
         if verdict.kind is Kind.TOKEN:
-            self._tokens.invalidate(token.generation)
+            self._tokens.refused(token.generation)
+        elif verdict.kind in FINAL:
+            self._tokens.accepted()
         job.delivery.progress.effect_unknown |= verdict.effect_unknown
         job.delivery.progress.last_code = verdict.code
         return self._judged(job, verdict, signed, answer, started)

@@ -11,8 +11,8 @@ from worker.core.verdict import NoReply, Reply, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """An access token and the generation it belongs to: an invalidation names a generation, so that late answers to
-    an old token never throw away its successor."""
+    """An access token and the generation it belongs to: a refusal names a generation, so that late answers to an old
+    token never throw away its successor."""
 
     value: str
     generation: int
@@ -36,8 +36,12 @@ class Tokens(Protocol):
     def get(self) -> Token:
         """A token that is good by our clock. Raises `TokenUnavailable`; may block for one token request."""
 
-    def invalidate(self, generation: int) -> None:
-        """The gateway refused the token of this generation: fetch a new one at the next `get`."""
+    def accepted(self) -> None:
+        """The gateway took a call, so it takes the token."""
+
+    def refused(self, generation: int) -> None:
+        """The gateway refused the token of this generation: the next `get` fetches a new one (unless refusals come so
+        fast that one alone proves nothing)."""
 
 
 class Gateway(Protocol):

@@ -6,7 +6,6 @@ loopback only and ends with the process that started it.
 """
 
 import os
-import random
 import re
 import secrets
 import shutil
@@ -118,7 +117,7 @@ def install() -> None:
 
 def free_port() -> int:
     """A port of loopback that nobody listens on now; a later taker is possible, so be ready to retry."""
-    while not _is_free(port := random.choice(PORTS)):
+    while not _is_free(port := secrets.choice(PORTS)):
         pass
     return port
 
@@ -260,9 +259,9 @@ class PrivateBroker:
     def would_remember(self, queue: str) -> bool:
         """Whether this quorum queue would come back after `kill`; only of the default virtual host.
 
-        A node writes down which member of which queue it hosts about a second after the declaration, although
-        publishes are confirmed before (names.dets of Ra; seen in 3.10.8). Killed in between, it knows the
-        queue and finds no member, and everything on that queue times out for ever.
+        A node writes the queue into its list of members (names.dets) a second after its declaration, though
+        publishes are confirmed before. Killed in between and started again, RabbitMQ 3.10.8 lets all use of
+        that queue time out.
         """
         names = self._at / "data" / self.node / "quorum" / self.node / "names.dets"
         # With its length before it, so that no longer name passes for this one.

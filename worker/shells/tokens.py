@@ -15,10 +15,15 @@ REFRESH_FROM: Final = 0.8
 REFRESH_TO: Final = 0.9
 """A token is renewed at a random point of this share of its life, so that processes do not ask together."""
 RETRY_EARLY_REFRESH: Final = 5.0  # seconds before an early refresh that failed is tried again; the old token still serves
-YOUNG: Final = 5.0
-"""A token refused within this many seconds of its birth was probably killed by another process's new one."""
+REFUSALS_AT_ONCE: Final = 5
+REFUSALS_EVERY: Final = 10.0
+"""So many refused tokens are replaced at once, and one more every ten seconds. Beyond that a refusal alone is not
+believed (a gateway that refuses one call in fifty would be asked for a token every few milliseconds)…"""
+REFUSED_IN_A_ROW: Final = 3
+"""…unless this many come without one accepted call between them: then the token is dead."""
 TRUCE: Final = 4.0
-"""Then wait up to this long before killing theirs in turn: without it two processes refresh for ever and none works."""
+"""Tokens that die this fast are killed by another process's new ones. Waiting up to this long before killing theirs in
+turn lets each work for a while; without it both would refresh for ever and neither would get a call through."""
 
 
 class Watch(Protocol):
@@ -45,15 +50,18 @@ class TokenStore:
         self._clock = clock
         self._rng = rng
         self._pause = pause
+        self._lock = threading.Lock()
         self._flight = threading.Lock()
         self._flights = 0
         self._failure: TokenUnavailable | None = None
         self._token: Token | None = None
         self._generation = 0
-        self._born = float("-inf")
         self._refresh_at = 0.0
         self._expires_at = 0.0
-        self._feuds = 0
+        self._refused = 0  # in a row, without an accepted call between them
+        self._allowance = float(REFUSALS_AT_ONCE)
+        self._allowance_at = clock.monotonic()
+        self._truce = False
 
     def get(self) -> Token:
         """See `Tokens`. The fast path takes no lock: a token is one immutable object."""
@@ -64,13 +72,30 @@ class TokenStore:
             return self._refresh_early(token)
         return self._refresh_now()
 
-    def invalidate(self, generation: int) -> None:
+    def accepted(self) -> None:
+        """See `Tokens`. Called for every good answer, so it is one comparison."""
+        if self._refused:
+            self._refused = 0
+
+    def refused(self, generation: int) -> None:
         """See `Tokens`."""
-        with_token = self._token
-        if with_token is None or with_token.generation != generation:
-            return
-        self._feuds = self._feuds + 1 if self._clock.monotonic() - self._born < YOUNG else 0
-        self._token = None
+        with self._lock:
+            token = self._token
+            if token is None or token.generation != generation:
+                return
+            self._refused += 1
+            now = self._clock.monotonic()
+            earned = (now - self._allowance_at) / REFUSALS_EVERY
+            self._allowance = min(self._allowance + earned, float(REFUSALS_AT_ONCE))
+            self._allowance_at = now
+            if self._allowance >= 1.0:
+                self._allowance -= 1.0
+            elif self._refused >= REFUSED_IN_A_ROW:
+                self._truce = True
+            else:
+                return
+            self._refused = 0
+            self._token = None
 
     def renew(self) -> None:
         """Credentials were rotated: the next `get` asks for a token with the new ones."""
@@ -98,7 +123,8 @@ class TokenStore:
                 return token
             if self._flights != flights and self._failure is not None:
                 raise TokenUnavailable(self._failure.verdict, shared=True)
-            if self._feuds > 1:
+            if self._truce:
+                self._truce = False
                 self._pause(self._rng.uniform(0.0, TRUCE))
             return self._renew()
 
@@ -115,7 +141,6 @@ class TokenStore:
             self._flights += 1
         self._failure = None
         self._generation += 1
-        self._born = self._clock.monotonic()
         self._refresh_at = asked + grant.lifetime * self._rng.uniform(REFRESH_FROM, REFRESH_TO)
         self._expires_at = asked + grant.lifetime
         self._token = Token(grant.value, self._generation)

@@ -182,4 +182,5 @@ class Publisher(Generic[R]):
         if self._channel is None or self._link is None:
             return
         self._channel = None
-        self._link.bounce(f"publishing channel closed: {getattr(reason, 'reply_text', reason)}")
+        if self._link.up:
+            self._link.bounce(f"publishing channel closed: {getattr(reason, 'reply_text', reason)}")

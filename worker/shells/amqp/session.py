@@ -10,7 +10,7 @@ import re
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pika
@@ -118,7 +118,7 @@ def session(amqp: AmqpSettings, role: str = "tool") -> Iterator[pika.BlockingCon
     except (AMQPError, OSError) as error:
         raise broker_error(error) from error
     finally:
-        if connection.is_open:
+        with suppress(AMQPError):
             connection.close()
 
 

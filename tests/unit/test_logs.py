@@ -1,0 +1,213 @@
+"""Log lines: one per event, whole, dated in Jakarta, and without what must not be shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from worker.shells import logs
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """Logging is global; leave it as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_line_has_time_level_and_event_first() -> None:
+    """A JSON line begins with timestamp in +07:00, level and event."""
+
+    stream = io.StringIO()
+    logs.configure("json", "info", stream)
+
+    structlog.get_logger().bind(lane="sweep").info("attempt", seconds=0.2, sent=None)
+
+    (line,) = lines(stream)
+    assert list(line) == ["timestamp", "level", "event", "lane", "seconds", "sent"]
+    assert (line["level"], line["event"], line["lane"], line["sent"]) == ("info", "attempt", "sweep", None)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+07:00", line["timestamp"])
+
+
+def test_below_the_level_nothing_is_written() -> None:
+    """`info` leaves debug out."""
+
+    stream = io.StringIO()
+    logs.configure("json", "info", stream)
+
+    structlog.get_logger().debug("detail")
+
+    assert stream.getvalue() == ""
+
+
+def test_any_value_gives_a_line() -> None:
+    """What JSON cannot hold is written as text instead of raising in whoever logs."""
+
+    class Rude:
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    stream = io.StringIO()
+    logs.configure("json", "info", stream)
+    cycle: list[Any] = []
+    cycle.append(cycle)
+
+    structlog.get_logger().info("odd", nan=float("nan"), set={1}, cycle=cycle, rude=Rude(), text="a\nb\u2028")
+
+    assert len(stream.getvalue().splitlines()) == 1
+    (line,) = lines(stream)
+    assert (line["nan"], line["set"], line["text"]) == ("nan", "{1}", "a\nb\u2028")
+    assert line["rude"] == "<Rude: RuntimeError>"
+
+
+def test_exception_is_one_line_without_locals() -> None:
+    """A traceback stays in its line, and shows no local variable."""
+
+    stream = io.StringIO()
+    logs.configure("json", "info", stream)
+    password = "".join(["hun", "ter2"])
+
+    try:
+        raise RuntimeError(f"amqp://guest:{password}@host")
+    except RuntimeError:
+        structlog.get_logger().exception("failed")
+
+    (line,) = lines(stream)
+    assert line["level"] == "error"
+    assert "RuntimeError: amqp://***@host" in line["exception"]
+    assert password not in stream.getvalue()
+
+
+def test_long_traceback_keeps_its_end() -> None:
+    """A traceback is cut so that its line fits a pipe's piece; its end says most."""
+
+    stream = io.StringIO()
+    logs.configure("json", "info", stream)
+
+    try:
+        raise RuntimeError("x" * 10_000 + " the end")
+    except RuntimeError:
+        structlog.get_logger().exception("failed")
+
+    (line,) = lines(stream)
+    assert len(line["exception"]) <= logs.MAX_TRACEBACK + 1
+    assert line["exception"].endswith("the end")
+
+
+def test_libraries_log_in_the_same_form_from_warning_on() -> None:
+    """pika's and urllib3's warnings come as JSON lines, without passwords; their chatter does not."""
+
+    stream = io.StringIO()
+    logs.configure("json", "debug", stream)
+
+    logging.getLogger("pika.adapters").info("chatter")
+    logging.getLogger("pika.adapters").warning("lost %s", "amqp://guest:hunter2@host")
+
+    (line,) = lines(stream)
+    assert (line["level"], line["logger"]) == ("warning", "pika.adapters")
+    assert line["event"] == "lost amqp://***@host"
+
+
+def test_terminal_gets_the_console_form() -> None:
+    """Without a format, a terminal gets text for people and anything else JSON."""
+
+    terminal, pipe = Terminal(), io.StringIO()
+    logs.configure(None, "info", terminal)
+    structlog.get_logger().info("attempt", lane="sweep")
+    logs.configure(None, "info", pipe)
+    structlog.get_logger().info("attempt", lane="sweep")
+
+    assert not terminal.getvalue().startswith("{")
+    assert "sweep" in terminal.getvalue()
+    assert lines(pipe)[0]["lane"] == "sweep"
+
+
+def test_console_shows_exceptions_without_locals() -> None:
+    """The console form prints a plain traceback."""
+
+    stream = io.StringIO()
+    logs.configure("console", "info", stream)
+    password = "".join(["hun", "ter2"])
+
+    try:
+        raise RuntimeError(f"length {len(password)}")
+    except RuntimeError:
+        structlog.get_logger().exception("failed")
+
+    assert "RuntimeError: length 7" in stream.getvalue()
+    assert password not in stream.getvalue()
+
+
+def test_lines_of_several_threads_stay_whole() -> None:
+    """Each line is one write: threads and processes on one pipe do not mix theirs."""
+
+    reader, writer = os.pipe()
+    read: list[bytes] = []
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb") as end:
+        collector = threading.Thread(target=lambda: read.append(end.read()))
+        collector.start()
+        logs.configure("json", "info", stream)
+        log = structlog.get_logger()
+        writers = [
+            threading.Thread(target=lambda: [log.info("attempt", text="x" * 500) for _ in range(200)])
+            for _ in range(4)
+        ]
+        for thread in writers:
+            thread.start()
+        for thread in writers:
+            thread.join()
+        stream.close()
+        collector.join()
+
+    assert len([json.loads(line) for line in read[0].splitlines()]) == 800
+
+
+def test_closed_pipe_does_not_stop_the_worker() -> None:
+    """A line that cannot be written is lost; whoever logs goes on."""
+
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        logs.configure("json", "info", stream)
+        os.close(reader)
+
+        structlog.get_logger().info("attempt")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("amqps://u:p@h/ and https://a:b@c", "amqps://***@h/ and https://***@c"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+        ("amqp://host:5672/ is fine", "amqp://host:5672/ is fine"),
+    ],
+)
+def test_redaction_of_foreign_texts(text: str, shown: str) -> None:
+    """Passwords in URLs and bearer tokens are masked in texts of others."""
+
+    assert logs.redact(text) == shown

@@ -1,0 +1,360 @@
+"""Everything on one machine: a broker, the simulated gateway, one worker, a mixed batch, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pika
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from worker.core.lanes import CANCELLATION, SWEEP
+from worker.core.topology import Names, Topology, topology
+from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port, install
+from worker.sandbox.simulator import Script, Simulator
+from worker.settings import AmqpSettings
+from worker.shells.amqp.session import apply, connect
+
+DELAYS: Final = (1,)
+LATENCY: Final = 0.1  # seconds the simulated gateway takes: enough to see the lanes at work
+LONGEST: Final = 45.0  # seconds from the first command to the last outcome; more means that something is wrong
+PACE: Final = 0.1  # seconds between two cancellations, published while the sweep is queued
+
+FAULTS: Final = {
+    "latency": LATENCY,
+    "rates": [
+        {"share": 0.05, "fault": {"code": "5009300", "message": "General Error"}},
+        {"share": 0.02, "fault": {"code": "4019301", "message": "Access Token Invalid"}},
+        {"share": 0.02, "fault": {"code": "4099300", "message": "Cannot use same X-EXTERNAL-ID in same day"}},
+        {"share": 0.01, "fault": {"reset": "after"}},
+    ],
+    "bills": {
+        "PAID-1": [{"code": "4049314", "message": "Paid Bill", "repeat": True}],
+        "PAID-2": [{"code": "4049314", "message": "Paid Bill", "repeat": True}],
+        "GONE-1": [{"code": "4049301", "message": "QR not Found", "repeat": True}],
+        "GONE-2": [{"code": "4049301", "message": "QR not Found", "repeat": True}],
+        "OLD-1": [{"code": "4039300", "message": "Transaction Expired", "repeat": True}],
+        "STUCK-1": [{"code": "5009300", "message": "General Error", "repeat": True}],
+    },
+}
+SETTINGS: Final = {
+    "WORKER_CONCURRENCY": "16",
+    "RETRY_MAX_ATTEMPTS": "3",
+    "RETRY_INITIAL_SECONDS": "0.2",
+    "RETRY_MAX_SECONDS": "1",
+    "RETRY_DELAYS_SECONDS": ",".join(map(str, DELAYS)),
+    "METRICS_HOST": "127.0.0.1",
+    "LOG_FORMAT": "json",
+}
+FOREIGN: Final = ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_")
+
+
+class DemoError(Exception):
+    """The demo could not show what it should: one line, what happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One command of the batch."""
+
+    lane: str
+    message_id: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came back, by command."""
+
+    expected: int
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    duplicates: int = 0
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {CANCELLATION: [], SWEEP: []})
+
+    def add(self, outcome: dict[str, Any], published_at: float, now: float) -> None:
+        """Counts an outcome once, however often it is told."""
+        if outcome["commandId"] in self.outcomes:
+            self.duplicates += 1
+            return
+        self.outcomes[outcome["commandId"]] = outcome
+        self.seconds[outcome["lane"]].append(now - published_at)
+
+    @property
+    def complete(self) -> bool:
+        """Every command has its outcome."""
+        return len(self.outcomes) >= self.expected
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """By status and reason."""
+        return Counter((o["status"], o["reason"]) for o in self.outcomes.values())
+
+
+def batch(size: int) -> list[Order]:
+    """A sweep of mostly good bills, cancellations beside it, and every kind of trouble."""
+    special = list(FAULTS["bills"])  # type: ignore[call-overload]
+    cancellations = max(size // 6, len(special))
+    orders = [Order(CANCELLATION, f"demo-{bill}", _body(bill)) for bill in special]
+    orders += [Order(CANCELLATION, f"demo-c{n}", _body(f"C{n:06d}")) for n in range(cancellations - len(special))]
+    late = _body("LATE-1", notAfter="2020-01-01T00:00:00+07:00")
+    orders += [
+        Order(SWEEP, "demo-late", late),
+        Order(SWEEP, "demo-broken", b'{"billnumber": '),
+        Order(SWEEP, "demo-number", b'{"billnumber": 10092081}'),
+    ]
+    orders += [Order(SWEEP, f"demo-s{n}", _body(f"S{n:06d}")) for n in range(size - len(orders))]
+    return orders
+
+
+def run(size: int, console: Console) -> None:
+    """The whole demo. Raises `DemoError`; leaves no process, queue or file behind, whatever happens."""
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qris-expire-demo-")))
+        url = _broker(stack, console)
+        amqp = AmqpSettings(url=url, prefix=f"demo.{secrets.token_hex(4)}")
+        simulator = stack.enter_context(Simulator(Script.parse(FAULTS)))
+        console.print(f"gateway    simulated at {simulator.base_url}, with faults on one call in ten")
+        channel, inbox = stack.enter_context(_prepared(amqp))
+        port = free_port()
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
+            **SETTINGS,
+            **simulator.environment(directory / "client-key.pem"),
+            "AMQP_URL": url,
+            "AMQP_PREFIX": amqp.prefix,
+            "METRICS_PORT": str(port),
+        }
+        worker = stack.enter_context(_worker(environment, directory))
+        console.print(f"worker     process {worker.pid}, metrics at http://127.0.0.1:{port}/metrics")
+        tally = Tally(size)
+        started = time.monotonic()
+        orders = batch(size)
+        _watch(channel, inbox, amqp.names, orders, tally, simulator, worker, console)
+        took = time.monotonic() - started
+        metrics = _scrape(port)
+        _stop(worker, directory)
+        dead = channel.queue_declare(amqp.names.dead, passive=True).method.message_count
+        _report(console, tally, simulator, took, metrics, dead)
+
+
+# -- the parts ------------------------------------------------------------------------------------------------------
+
+
+def _broker(stack: ExitStack, console: Console) -> str:
+    """The URL of a broker: the one at AMQP_URL, else a private node, installed first where we may."""
+    url = (os.environ.get("AMQP_URL") or "amqp://guest:guest@127.0.0.1:5672/%2F").partition(",")[0]
+    answer = answers(url, 3)
+    if answer is Answer.READY:
+        console.print("broker     the RabbitMQ that is already here (AMQP_URL)")
+        return url
+    if os.environ.get("AMQP_URL") and answer is Answer.REFUSED_LOGIN:
+        raise DemoError("the broker at AMQP_URL refuses our login; correct it, or unset it to get a private broker")
+    if find_server() is None:
+        console.print("broker     RabbitMQ is not installed; installing it with apt …")
+        install()
+    console.print("broker     starting a private RabbitMQ node …")
+    private = stack.enter_context(PrivateBroker())
+    console.print(f"broker     private node at 127.0.0.1:{private.port}, gone when the demo ends")
+    return private.url
+
+
+@contextmanager
+def _prepared(amqp: AmqpSettings) -> Iterator[tuple[Any, str]]:
+    """A channel, and a queue that gets a copy of every outcome; all of it is deleted at the end."""
+    made = topology(amqp.prefix, amqp.queue_type, DELAYS)
+    connection = connect(amqp)
+    try:
+        apply(connection, made)
+        channel = connection.channel()
+        channel.confirm_delivery()
+        inbox = channel.queue_declare("", exclusive=True).method.queue
+        channel.queue_bind(inbox, amqp.names.outcomes, "#")
+        yield channel, inbox
+    finally:
+        _delete(connection, made)
+        with suppress(Exception):
+            connection.close()
+
+
+def _delete(connection: Any, made: Topology) -> None:
+    with suppress(Exception):
+        channel = connection.channel()
+        for queue in made.queues:
+            channel.queue_delete(queue.name)
+        for exchange in made.exchanges:
+            channel.exchange_delete(exchange.name)
+
+
+@contextmanager
+def _worker(environment: dict[str, str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (directory / "worker.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", "run"],
+            env=environment,
+            cwd=directory,  # away from a .env that is not the demo's
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _watch(
+    channel: Any,
+    inbox: str,
+    names: Names,
+    orders: list[Order],
+    tally: Tally,
+    simulator: Simulator,
+    worker: subprocess.Popen[bytes],
+    console: Console,
+) -> None:
+    """Publishes the sweep at once and the cancellations beside it, takes the outcomes, shows both."""
+    published: dict[str, float] = {}
+
+    def publish(order: Order) -> None:
+        published[order.message_id] = time.monotonic()
+        properties = pika.BasicProperties(
+            message_id=order.message_id, delivery_mode=2, timestamp=int(time.time()), content_type="application/json"
+        )
+        channel.basic_publish(names.commands, order.lane, order.body, properties, mandatory=True)
+
+    for order in orders:
+        if order.lane == SWEEP:
+            publish(order)
+    cancellations = [order for order in orders if order.lane == CANCELLATION]
+    deadline = time.monotonic() + LONGEST
+    next_at = time.monotonic()
+    with _view(console) as show:
+        while not tally.complete:
+            now = time.monotonic()
+            if worker.poll() is not None:
+                raise DemoError(f"the worker ended early, with exit code {worker.returncode}")
+            if now > deadline:
+                raise DemoError(f"only {len(tally.outcomes)} of {tally.expected} outcomes after {LONGEST:.0f} s")
+            if cancellations and now >= next_at:
+                next_at = now + PACE
+                publish(cancellations.pop())
+            _take(channel, inbox, tally, published)
+            depths = {lane: _depth(channel, names.queue(lane)) for lane in (CANCELLATION, SWEEP)}
+            show(lambda depths=depths: _picture(tally, simulator, depths))
+
+
+def _take(channel: Any, inbox: str, tally: Tally, published: dict[str, float]) -> None:
+    quiet = time.monotonic() + 0.1
+    while time.monotonic() < quiet:
+        method, _, body = channel.basic_get(inbox, auto_ack=True)
+        if method is None:
+            time.sleep(0.02)
+            continue
+        outcome = json.loads(body)
+        tally.add(outcome, published[outcome["commandId"]], time.monotonic())
+
+
+def _depth(channel: Any, queue: str) -> int:
+    return int(channel.queue_declare(queue, passive=True).method.message_count)
+
+
+def _scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:  # noqa: S310
+        return str(answer.read().decode())
+
+
+def _stop(worker: subprocess.Popen[bytes], directory: Path) -> None:
+    worker.send_signal(signal.SIGTERM)
+    try:
+        code = worker.wait(30)
+    except subprocess.TimeoutExpired:
+        raise DemoError("the worker did not drain within 30 s") from None
+    if code != 0:
+        last = (directory / "worker.log").read_text().splitlines()[-1:]
+        raise DemoError(f"the worker ended with exit code {code}: {' '.join(last)}")
+
+
+# -- what a person sees ---------------------------------------------------------------------------------------------
+
+Show = Callable[[Callable[[], Table]], None]
+
+
+@contextmanager
+def _view(console: Console) -> Iterator[Show]:
+    """A live table on a terminal, a line every other second elsewhere."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=8, transient=True) as live:
+            yield lambda picture: live.update(picture())
+        return
+    last = time.monotonic()
+
+    def line(picture: Callable[[], Table]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 2:
+            last = time.monotonic()
+            console.print(picture().caption)
+
+    yield line
+
+
+def _picture(tally: Tally, simulator: Simulator, depths: dict[str, int]) -> Table:
+    seen = simulator.report(bills=False)
+    done = len(tally.outcomes)
+    table = Table(title="qris-expire demo", title_justify="left", caption_justify="left", min_width=60)
+    table.caption = f"{done} of {tally.expected} outcomes, {seen.expire_calls} calls, {depths[SWEEP]} waiting in the sweep"
+    for heading in ("status", "reason", "commands"):
+        table.add_column(heading, justify="right" if heading == "commands" else "left")
+    for (status, reason), count in sorted(tally.counts().items()):
+        table.add_row(status, reason, str(count))
+    return table
+
+
+def _report(
+    console: Console, tally: Tally, simulator: Simulator, took: float, metrics: str, dead: int
+) -> None:
+    counts = tally.counts()
+    table = Table(title="What became of them", title_justify="left")
+    table.add_column("status")
+    table.add_column("reason")
+    table.add_column("commands", justify="right")
+    for (status, reason), count in sorted(counts.items()):
+        table.add_row(status, reason, str(count))
+    table.add_section()
+    table.add_row("total", f"of {tally.expected} commands published", str(counts.total()))
+    console.print(table)
+    seen = simulator.report(bills=False)
+    answered = ", ".join(f"{code} ×{count}" for code, count in sorted(seen.by_code.items()))
+    console.print(f"gateway    {seen.expire_calls} expire calls, {seen.token_calls} token calls: {answered}", soft_wrap=True)
+    cancelled = sorted(tally.seconds[CANCELLATION])
+    console.print(
+        f"speed      {took:.1f} s in all; half of the cancellations were dead within "
+        f"{cancelled[len(cancelled) // 2]:.2f} s, while the sweep was queued"
+    )
+    console.print(f"dead       {dead} dead letters wait for people: what is unresolved or invalid, with its reason")
+    retried = next((o for o in tally.outcomes.values() if o["attempts"] > 1 and o["status"] == "expired"), None)
+    if retried is not None:
+        console.print("an outcome, as your pipeline receives it:")
+        console.print(json.dumps(retried), soft_wrap=True)
+    console.print("some of its metrics:")
+    for line in metrics.splitlines():
+        if line.startswith(("qris_expire_outcomes_total", "qris_expire_retries_total")) and not line.endswith(" 0.0"):
+            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"the worker drained and ended with 0: {tally.expected} commands, {counts.total()} outcomes.")
+
+
+def _body(bill: str, **more: str) -> bytes:
+    return json.dumps({"billnumber": bill, "additionalInfo": {"merchantId": "121000001"}, **more}).encode()

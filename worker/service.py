@@ -42,7 +42,7 @@ PREFETCH_PER_SENDER: Final = 2
 crash, and would keep commands from other processes."""
 LOOP_SILENT: Final = 15.0  # seconds: a broker loop that has not turned for so long hangs, and only a restart helps
 SENDER_SILENT: Final = 120.0
-"""Seconds beyond a call's own bounds after which a sender counts as hung."""
+"""Margin in seconds beyond a round's own bounds after which a sender counts as hung."""
 SECRETS_EVERY: Final = 2.0  # seconds between two looks at mounted secrets
 
 log = structlog.get_logger()
@@ -66,9 +66,9 @@ class Worker:
         telemetry = Telemetry(self.metrics)
         self.credentials = Credentials(gateway, _rereading(gateway))
         self.gate = _gate(settings, clock, rng)
-        client = GatewayClient(_endpoint(gateway), telemetry, context=lambda: self.credentials.context)
+        client = GatewayClient(endpoint(gateway), telemetry, context=lambda: self.credentials.context)
         self.tokens = TokenStore(
-            _fetcher(client, self.credentials, gateway, clock), telemetry, clock=clock, rng=rng, pause=self.gate.sleep
+            fetcher(client, self.credentials, gateway, clock), telemetry, clock=clock, rng=rng, pause=self.gate.sleep
         )
         self.expire = Expire(
             gateway=client,
@@ -103,7 +103,7 @@ class Worker:
         self.metrics.in_hand(delivery.lane, 1)
         try:
             result = self.expire(delivery, probe=probe)
-        except Exception as error:  # noqa: BLE001  # a bug of ours must not take the other senders with it
+        except Exception as error:  # a bug of ours must not take the other senders with it
             log.error("sender.crashed", command_id=delivery.command_id, lane=delivery.lane, exc_info=error)
             self.engine.finish(delivery, Crashed())
             return False
@@ -188,9 +188,21 @@ def _trouble(worker: Worker) -> int | None:
         return _say(REFUSED, "broker.refused", engine.refused, "correct AMQP_URL: user, password, vhost, permissions")
     if engine.failure is not None or not engine.running:
         return _say(FAILED, "worker.failed", f"the broker loop ended: {engine.failure!r}", "restart; report the traceback")
+    held = worker.pool.longest()
+    if held > _longest_round(worker.settings):
+        return _say(FAILED, "worker.hung", f"a sender has held its command for {held:.0f} s", "restart")
     if engine.silent_for > LOOP_SILENT:
         return _say(FAILED, "worker.hung", f"the broker loop has not turned for {engine.silent_for:.0f} s", "restart")
     return None
+
+
+def _longest_round(settings: Settings) -> float:
+    """Seconds after which a sender can only hang: budget, a last call and a last token request (one's own and one that
+    it waited for), its place under the rate limit, and a margin."""
+    gateway, rate = settings.gateway, settings.gateway.max_requests_per_second
+    call = gateway.connect_timeout_seconds + gateway.read_timeout_seconds
+    queue = settings.worker.concurrency * settings.retry.max_attempts / rate if rate else 0.0
+    return settings.retry.budget_seconds + 3 * call + queue + SENDER_SILENT
 
 
 def _check_credentials(worker: Worker) -> int | None:
@@ -269,7 +281,8 @@ def _policy(settings: Settings) -> RetryPolicy:
     )
 
 
-def _endpoint(gateway: GatewaySettings) -> Endpoint:
+def endpoint(gateway: GatewaySettings) -> Endpoint:
+    """Where and how the gateway is called."""
     return Endpoint(
         gateway.base_url + gateway.token_path,
         gateway.base_url + gateway.expire_path,
@@ -305,9 +318,11 @@ def _external_ids(clock: SystemClock) -> Callable[[], str]:
     return lambda: external_id(clock.epoch(), node, next(serial))
 
 
-def _fetcher(
+def fetcher(
     client: GatewayClient, credentials: Credentials, gateway: GatewaySettings, clock: SystemClock
 ) -> Callable[[], Grant]:
+    """One token request, signed now with the key of now."""
+
     def fetch() -> Grant:
         moment = timestamp(clock.epoch(), milliseconds=gateway.timestamp_milliseconds)
         signature = credentials.token_signature(gateway.client_id, moment)

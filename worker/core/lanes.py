@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Final, Generic, Protocol, TypeVar
 
 CANCELLATION: Final = "cancellation"
@@ -26,7 +27,7 @@ T = TypeVar("T", bound=HasLane)
 
 def sweep_cap(concurrency: int, share: float) -> int:
     """The most senders that the sweep may hold: its share rounded down, yet one, or it would never move."""
-    return max(1, int(concurrency * share))
+    return max(1, int(Fraction(str(share)) * concurrency))  # in floats, 0.29 of 100 is 28
 
 
 class Lanes(Generic[T]):

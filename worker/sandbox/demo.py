@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pika
+from pydantic import SecretStr
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -125,7 +127,7 @@ def run(size: int, console: Console) -> None:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qris-expire-demo-")))
         url = _broker(stack, console)
-        amqp = AmqpSettings(url=url, prefix=f"demo.{secrets.token_hex(4)}")
+        amqp = AmqpSettings(url=SecretStr(url), prefix=f"demo.{secrets.token_hex(4)}")
         simulator = stack.enter_context(Simulator(Script.parse(FAULTS)))
         console.print(f"gateway    simulated at {simulator.base_url}, with faults on one call in ten")
         channel, inbox = stack.enter_context(_prepared(amqp))
@@ -254,7 +256,7 @@ def _watch(
                 publish(cancellations.pop())
             _take(channel, inbox, tally, published)
             depths = {lane: _depth(channel, names.queue(lane)) for lane in (CANCELLATION, SWEEP)}
-            show(lambda depths=depths: _picture(tally, simulator, depths))
+            show(partial(_picture, tally, simulator, depths))
 
 
 def _take(channel: Any, inbox: str, tally: Tally, published: dict[str, float]) -> None:

@@ -55,6 +55,11 @@ class Credentials:
         """Trust for https; the same object until a CA file was rotated. None for plain http."""
         return self._loaded.context
 
+    @property
+    def key_bits(self) -> int:
+        """Size of the private key."""
+        return self._loaded.key.key_size
+
     def token_signature(self, client_id: str, timestamp: str) -> str:
         """Signs token requests."""
         return token_signature(self._loaded.key, client_id, timestamp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
@@ -46,6 +47,7 @@ class Pool:
         self._lock = threading.Lock()
         self._tickets: SimpleQueue[_Ticket | _Stop | Delivery] = SimpleQueue()
         self._owed = 0
+        self._since: dict[int, float] = {}  # thread → when it took the command that it holds
         self._held = False
         self._threads = [
             threading.Thread(target=self._run, name=f"sender-{number}", daemon=True)
@@ -109,6 +111,11 @@ class Pool:
         with self._lock:
             return self._lanes.in_hand()
 
+    def longest(self) -> float:
+        """Seconds that the slowest sender has held its command."""
+        with self._lock:
+            return time.monotonic() - min(self._since.values(), default=time.monotonic())
+
     def _run(self) -> None:
         while True:
             ticket = self._tickets.get()
@@ -129,8 +136,11 @@ class Pool:
                 self._send(delivery, probe=False)
 
     def _send(self, delivery: Delivery, *, probe: bool) -> None:
+        me = threading.get_ident()
+        self._since[me] = time.monotonic()
         kept = self._work(delivery, probe)
         with self._lock:
+            del self._since[me]
             self._lanes.done(delivery)
             if kept:
                 self._lanes.put_back(delivery)

@@ -19,6 +19,7 @@ from worker.shells.amqp.link import Guard, Link
 CONFIRM_SECONDS: Final = 30.0
 """A confirm that does not come for this long (a lost quorum gives no answer at all) bounces the connection to the
 next host, and everything unconfirmed is published again."""
+REOPEN_AFTER: Final = 0.25  # seconds between a nack and the new channel
 RETRY_FIRST: Final = 1.0
 RETRY_LONGEST: Final = 30.0
 
@@ -56,7 +57,9 @@ class Publisher(Generic[R]):
         self._on_confirmed = on_confirmed
         self._guard = guard
         self._link: Link | None = None
+        self._connection: Any = None
         self._channel: Any = None
+        self._on_ready: Callable[[], None] = lambda: None
         self._confirms: Confirms[Publication[R]] = Confirms()
         self._backlog: deque[Publication[R]] = deque()
         self._delayed = 0
@@ -79,13 +82,20 @@ class Publisher(Generic[R]):
     def open(self, connection: Any, link: Link, on_ready: Callable[[], None]) -> None:
         """Opens the confirm channel on a new connection, then sends what waits."""
         self._link = link
+        self._connection = connection
+        self._on_ready = on_ready
 
         def opened(channel: Any) -> None:
             channel.add_on_close_callback(self._guard(self._closed))
             channel.add_on_return_callback(self._guard(self._returned))
-            channel.confirm_delivery(self._guard(self._settled), callback=self._guard(lambda _: selected(channel)))
+            channel.confirm_delivery(
+                self._guard(lambda frame: self._settled(channel, frame)),
+                callback=self._guard(lambda _: selected(channel)),
+            )
 
         def selected(channel: Any) -> None:
+            if connection is not self._connection:
+                return
             self._channel = channel
             on_ready()
             self.flush()
@@ -93,10 +103,9 @@ class Publisher(Generic[R]):
         connection.channel(on_open_callback=self._guard(opened))
 
     def down(self) -> None:
-        """The connection is gone: whether the broker took what it has not confirmed is unknown, so it goes again."""
-        self._channel = None
-        self._backlog.extendleft(reversed(self._confirms.lost()))
-        self._watch.unconfirmed(len(self))
+        """The connection is gone."""
+        self._channel = self._connection = None
+        self._take_back()
 
     def publish(self, publication: Publication[R]) -> None:
         """Sends now, or as soon as it can be sent."""
@@ -129,7 +138,9 @@ class Publisher(Generic[R]):
             mandatory=True,
         )
 
-    def _settled(self, frame: Any) -> None:
+    def _settled(self, channel: Any, frame: Any) -> None:
+        if channel is not self._channel:
+            return  # a channel given up: its numbers mean nothing on the new one
         method = frame.method
         confirmed, again = self._confirms.settle(
             method.delivery_tag, multiple=method.multiple, ack=isinstance(method, pika.spec.Basic.Ack)
@@ -144,10 +155,14 @@ class Publisher(Generic[R]):
             self._on_confirmed(publication)
         for publication in again:
             self._later(publication)
+        if again and not isinstance(method, pika.spec.Basic.Ack):
+            self._reopen()
         self._watch.unconfirmed(len(self))
 
-    def _returned(self, _channel: Any, method: Any, properties: Any, _body: bytes) -> None:
+    def _returned(self, channel: Any, method: Any, properties: Any, _body: bytes) -> None:
         """A return names no sequence number: it is the first pending message with the same address and id."""
+        if channel is not self._channel:
+            return
         for publication in self._confirms:
             message = publication.message
             if (message.exchange, message.routing_key, message.properties.get("message_id")) == (
@@ -173,6 +188,25 @@ class Publisher(Generic[R]):
         )
         self._delayed += 1
         self._loop.call_later(wait, self._guard(lambda: self._again(publication)))
+
+    def _reopen(self) -> None:
+        """A channel that was nacked once may be nacked for as long as a dead node stays dead (measured: a quorum
+        queue's leader killed just before the channel's first publish), where a new channel is confirmed at once."""
+        channel, connection, self._channel = self._channel, self._connection, None
+        self._take_back()
+        if channel is not None and channel.is_open:
+            channel.close()
+
+        def again() -> None:
+            if connection is self._connection and self._channel is None and connection.is_open and self._link:
+                self.open(connection, self._link, self._on_ready)
+
+        self._loop.call_later(REOPEN_AFTER, self._guard(again))
+
+    def _take_back(self) -> None:
+        """Whether the broker took what it has not confirmed is unknown, so it is published again, in its order."""
+        self._backlog.extendleft(reversed(self._confirms.lost()))
+        self._watch.unconfirmed(len(self))
 
     def _again(self, publication: Publication[R]) -> None:
         self._delayed -= 1

@@ -75,6 +75,46 @@ class Rabbit:
         """Like `take`, as pairs of properties and body."""
         return [(message.properties, message.body) for message in self.take(queue, count, timeout)]
 
+    def consume(self, queue: str, count: int, timeout: float) -> list[Message]:
+        """Like `take`, by a consumer: several times faster for many messages."""
+        taken: list[Message] = []
+        deadline = time.monotonic() + timeout
+        channel = self._connection.channel()
+        channel.basic_qos(prefetch_count=min(count, 500) or 1)
+        try:
+            while len(taken) < count:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise AssertionError(f"{queue}: {len(taken)} of {count} messages within {timeout:g} s")
+                method, properties, body = next(channel.consume(queue, inactivity_timeout=left))
+                if method is not None:
+                    taken.append(
+                        Message(properties, body, method.exchange, method.routing_key, method.redelivered)
+                    )
+                    # What came beyond `count` goes back unacked, to the place where it was.
+                    channel.basic_ack(method.delivery_tag)
+        finally:
+            channel.cancel()
+            channel.close()
+        return taken
+
+    def look(self, queue: str) -> list[Message]:
+        """All messages that are ready, and they stay: an empty list also when there is no such queue."""
+        if not self.has_queue(queue):
+            return []
+        seen: list[Message] = []
+        channel = self._connection.channel()
+        while True:
+            method, properties, body = channel.basic_get(queue)
+            if method is None:
+                channel.close()
+                return seen
+            seen.append(Message(properties, body, method.exchange, method.routing_key, method.redelivered))
+
+    def plain_channel(self) -> Any:
+        """A channel without confirms: publishes return at once."""
+        return self._connection.channel()
+
     def depth(self, queue: str) -> int:
         """Messages ready for a consumer; those in a consumer's hands do not count."""
         return int(self.channel.queue_declare(queue, passive=True).method.message_count)

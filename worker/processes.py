@@ -29,6 +29,7 @@ from typing import Final
 
 import structlog
 
+from worker import signals
 from worker.shells.http import Health, HealthServer
 
 SOCKET_VARIABLE: Final = "QRIS_EXPIRE_METRICS_SOCKET"
@@ -482,8 +483,11 @@ def _signals() -> Iterator[Callable[[float], Sequence[int]]]:
     watched = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
     before = {signum: signal.signal(signum, lambda *_: None) for signum in watched}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    early = [signal.SIGTERM] * signals.received()  # told to stop while this process was still importing
 
     def wait(seconds: float) -> Sequence[int]:
+        if early:
+            return [early.pop()]
         ready, _, _ = select.select([reader], [], [], seconds)
         return tuple(reader.recv(64)) if ready else ()
 

@@ -49,12 +49,16 @@ def _serve(settings: Settings) -> int:
 
 def _supervise(settings: Settings) -> int:
     from worker.processes import supervise
+    from worker.shells.http import ListenError
 
-    return supervise(
-        [sys.executable, "-m", "worker", "run"],
-        processes=settings.worker.processes,
-        host=settings.metrics.host,
-        port=settings.metrics.port,
-        drain_seconds=settings.worker.drain_seconds,
-        environment=dict(os.environ),
-    )
+    try:
+        return supervise(
+            [sys.executable, "-m", "worker", "run"],
+            processes=settings.worker.processes,
+            host=settings.metrics.host,
+            port=settings.metrics.port,
+            drain_seconds=settings.worker.drain_seconds,
+            environment=dict(os.environ),
+        )
+    except ListenError as error:
+        raise Trouble(str(error), code=INVALID) from None

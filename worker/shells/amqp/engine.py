@@ -35,6 +35,7 @@ from worker.core.lanes import LANES
 from worker.core.ports import Clock
 from worker.core.settlement import Ledger, Tag, Take
 from worker.core.topology import Names, Topology
+from worker.shells.amqp import codec
 from worker.shells.amqp.consumer import Consumer
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
@@ -42,6 +43,7 @@ from worker.shells.amqp.publisher import Publication, Publisher
 from worker.shells.pool import Pool
 
 TICK: Final = 0.1
+CLOSE_SECONDS: Final = 3.0
 LONGEST_HOLD: Final = 600.0
 """Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh message.
 The broker closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the command."""
@@ -145,7 +147,7 @@ class Engine:
         self._look_at = 0.0
         self._connected_once = False
         self._connected = False
-        self._closing = False
+        self._closed_at: float | None = None
         self.refused: str | None = None
         """Set when the broker refused our login before it ever took it."""
         self.failure: BaseException | None = None
@@ -159,6 +161,7 @@ class Engine:
         pool.hold()
         self._was_held = True
         self._gate.on_hold = self._hold_now
+        codec.tolerate()
         self._thread.start()
 
     def begin(self) -> None:
@@ -343,8 +346,11 @@ class Engine:
                 self._publish(delivery, result, [delayed(names, delivery, seconds, round_, _hop())])
             case GiveBack():
                 self._give_back(delivery)
-            case Dropped():
+            case Dropped() if entry.orphaned:
                 self._ledger.abandon(entry)
+            case Dropped():  # redelivered to us between the sender's look and ours
+                assert self._pool is not None
+                self._pool.offer(delivery)
             case Crashed():
                 tags = self._ledger.abandon(entry)
                 for tag in tags:
@@ -489,13 +495,15 @@ class Engine:
         for delivery in self._pool.waiting():
             if self._pool.remove(delivery):
                 self._give_back(delivery)
-        if self._closing:
-            if self._publish_link.closed and self._consume_link.closed:
+        if self._closed_at is not None:
+            closed = self._publish_link.closed and self._consume_link.closed
+            # Everything is confirmed and every ack written: a broker that does not answer the close is not waited for.
+            if closed or time.monotonic() - self._closed_at > CLOSE_SECONDS:
                 self._loop.stop()
             return
         if self._pool.in_hand() or self._results or not self._publisher.idle:
             return
-        self._closing = True
+        self._closed_at = time.monotonic()
         self._consumer.flush()
         self._consume_link.close()
         self._publish_link.close()

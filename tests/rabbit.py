@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pika
 import pika.exceptions
 
-from worker.core.topology import topology
+from worker.core.topology import Topology, topology
 
 DELAYS_IN_TESTS = (1, 2, 3, 5, 30, 300, 1800)
 """The retry delays, in seconds, that the `prefix` fixture cleans up after; others are the test's own job."""
@@ -136,6 +136,17 @@ class Rabbit:
         """A durable queue; `max_length=5` becomes the x-argument `x-max-length`."""
         x_arguments = {f"x-{name.replace('_', '-')}": value for name, value in arguments.items()}
         self.channel.queue_declare(queue, durable=True, arguments={"x-queue-type": kind, **x_arguments})
+
+    def declare(self, wanted: Topology) -> None:
+        """What somebody else than the worker would declare."""
+        for exchange in wanted.exchanges:
+            self.channel.exchange_declare(
+                exchange.name, exchange.type, durable=True, arguments=dict(exchange.arguments)
+            )
+        for queue in wanted.queues:
+            self.channel.queue_declare(queue.name, durable=True, arguments=dict(queue.arguments))
+        for binding in wanted.bindings:
+            self.channel.queue_bind(binding.queue, binding.exchange, binding.routing_key)
 
     def bind(self, queue: str, exchange: str, key: str) -> None:
         self.channel.queue_bind(queue, exchange, key)

@@ -80,7 +80,7 @@ class Message:
 
 @dataclass(slots=True, eq=False)
 class Delivery:
-    """One hand-over by the broker. ``key`` names the physical message: command id and hop."""
+    """One hand-over by the broker. ``key`` names the physical message: command id, hop and body."""
 
     lane: str
     body: bytes
@@ -98,7 +98,8 @@ class Delivery:
 
     @property
     def key(self) -> str:
-        """The same for every redelivery of the same physical message, another after each hop."""
+        """The same for every redelivery of the same physical message, another after each hop. The body counts, since a
+        producer that gives all its commands one id must not lose those that come back together."""
         return f"{self.command_id}\n{self.hop}"
 
     @property

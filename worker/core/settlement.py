@@ -52,17 +52,20 @@ class Ledger:
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._open: dict[str, Entry] = {}
         self._by_channel: dict[int, set[Entry]] = {}
-        self._settled: OrderedDict[str, None] = OrderedDict()
+        self._settled: OrderedDict[str, int | None] = OrderedDict()
+        """Keys, and the channel that carries the ack; None once that channel is lost, and maybe the ack with it."""
         self._remembered = remembered
 
     def deliver(self, key: str, tag: Tag, *, redelivered: bool) -> tuple[Take, Entry]:
-        """A message arrived. Only one that the broker marks as redelivered can be one that we already have: a producer
-        may send the same command twice, and then it wants two answers."""
+        """A message arrived. Only one that the broker marks as redelivered, and that a lost channel of ours had, can be
+        one that we already have: a producer may send the same command twice, and then it wants two answers. Taking
+        the second for the first would lose it, when another worker had it in between and gave it back."""
         known = self._open.get(key)
-        if redelivered and known is not None:
+        if redelivered and known is not None and known.orphaned:
             self._hold(known, tag)
             return Take.JOINED, known
-        if redelivered and key in self._settled:
+        if redelivered and key in self._settled and self._settled[key] is None:
+            self._settled[key] = tag.channel
             return Take.SETTLED, Entry(key, [tag])
         # Fresh: from here on, a redelivery under this key may be of this message, not of the settled one.
         self._settled.pop(key, None)
@@ -80,7 +83,7 @@ class Ledger:
         entry.unconfirmed -= 1
         if entry.unconfirmed:
             return ()
-        self._settled[entry.key] = None
+        self._settled[entry.key] = entry.tags[-1].channel if entry.tags else None
         if len(self._settled) > self._remembered:
             self._settled.popitem(last=False)
         return self._close(entry)
@@ -93,6 +96,9 @@ class Ledger:
         """The broker has taken back everything that this channel held."""
         for entry in self._by_channel.pop(channel, ()):
             entry.tags = [tag for tag in entry.tags if tag.channel != channel]
+        for key, acked_on in self._settled.items():
+            if acked_on == channel:
+                self._settled[key] = None
 
     def __len__(self) -> int:
         """Entries not settled, orphans in hand included."""

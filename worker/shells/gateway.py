@@ -7,19 +7,22 @@ import math
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from typing import Final, Protocol
+from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.adapters import BaseAdapter
+from requests.utils import should_bypass_proxies
 
 from worker.core import jakarta
 from worker.core.outcome import Reason
 from worker.core.ports import TokenUnavailable
 from worker.core.request import SignedRequest
+from worker.core.urls import is_loopback
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge, printable, read
 from worker.shells.transport import BoundedAdapter, NotSent
 
@@ -134,7 +137,8 @@ class GatewayClient:
             return
         self._skew_read_at = now
         try:
-            theirs = parsedate_to_datetime(date).timestamp()
+            moment = parsedate_to_datetime(date)
+            theirs = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         except (ValueError, TypeError, OverflowError, IndexError):
             return
         self._probe.clock_skew(time.time() - (now - started) / 2 - (theirs + 0.5))
@@ -149,6 +153,8 @@ def judge_token(answer: Reply | NoReply) -> Verdict:
     if verdict.reason is Reason.ALREADY_EXPIRED:  # 403xx00: for a token it is "forbidden"
         kind = Kind.SYSTEMIC
     message = verdict.message or "an answer without a token"
+    if isinstance(answer, Reply) and b"accessToken" in answer.body:
+        message = f"HTTP {answer.status} without a usable token"  # the body's own text could be the token
     return Verdict(
         kind, None, False, verdict.code, f"token service: {message}", verdict.note, verdict.retry_after
     )
@@ -177,21 +183,49 @@ def _grant(reply: Reply, epoch: float) -> Grant | None:
 
 def _lifetime(value: object, epoch: float) -> float:
     """``expiresIn`` as seen in the wild: the string "900", an integer, or a date-time."""
-    seconds = DEFAULT_LIFETIME
-    if isinstance(value, str) and not value.strip().isdigit():
+    seconds = _seconds(value)
+    if seconds is None and isinstance(value, str):
         try:
             moment = datetime.fromisoformat(value.strip())
             seconds = (moment if moment.tzinfo else moment.replace(tzinfo=JAKARTA)).timestamp() - epoch
         except (ValueError, OverflowError):
             pass
-    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        seconds = min(float(value), MAX_LIFETIME) if math.isfinite(float(value)) else seconds
-    return min(max(seconds, 1.0), MAX_LIFETIME)
+    return DEFAULT_LIFETIME if seconds is None else min(max(seconds, 1.0), MAX_LIFETIME)
 
 
-def stock_adapter(context: ssl.SSLContext | None) -> HTTPAdapter:
-    """The adapter that ships with requests, without its retries: for proxies, which the bounded one does not speak."""
-    adapter = HTTPAdapter(max_retries=0, pool_connections=1, pool_maxsize=1)
-    if context is not None:
-        adapter.init_poolmanager(1, 1, ssl_context=context)
-    return adapter
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        seconds = float(value)
+    except (ValueError, OverflowError):  # a JSON integer may be larger than any float
+        return None
+    return seconds if math.isfinite(seconds) else None
+
+
+def proxies_for(url: str, environ: Mapping[str, str]) -> Mapping[str, str]:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY in ``environ`` have for ``url``, small letters
+    first: its scheme to the proxy's URL, or nothing. To be asked once: for every call it would cost as much as that.
+
+    This machine is never behind a proxy. Raises ValueError for a proxy that cannot be spoken to: one line, the variable
+    first, never its value, which may hold a password.
+    """
+    parts = urlsplit(url)
+    names = [f"{parts.scheme}_proxy", "all_proxy"]
+    found = [(name, environ.get(name) or environ.get(name.upper())) for name in names]
+    name, proxy = next(((name.upper(), proxy) for name, proxy in found if proxy), ("", ""))
+    bypassed = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    if not proxy or is_loopback(parts.hostname or "") or should_bypass_proxies(url, no_proxy=bypassed):
+        return {}
+    _check_proxy(name, proxy if "://" in proxy else f"http://{proxy}")
+    return {parts.scheme: proxy}
+
+
+def _check_proxy(name: str, proxy: str) -> None:
+    try:
+        parts = urlsplit(proxy)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{name}: must be the URL of an HTTP proxy, as http://host:3128, or empty")

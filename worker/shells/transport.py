@@ -22,13 +22,14 @@ from requests.structures import CaseInsensitiveDict
 
 MAX_BODY_BYTES: Final = 64 * 1024  # an answer is a hundred bytes; more is a firewall's page or a mistake
 MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_ANSWER_BYTES: Final = 512 * 1024  # all of it: what surrounds chunks and follows them has no end of its own
 IDLE_SECONDS: Final = 15.0
 """A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing one is a call
 of which nobody knows whether it took effect."""
 
 
 class NotSent(exceptions.ConnectionError):
-    """No connection was made, so the server saw nothing of the request."""
+    """No connection was made, or the request cannot be put into HTTP: the server saw nothing of it."""
 
 
 class Lost(exceptions.ConnectionError):
@@ -69,10 +70,13 @@ class BoundedAdapter(BaseAdapter):
             answer = _receive(connection, deadline)
         except OSError as error:
             self.close()
-            raise Lost(_describe(error), request=request) from None
+            raise Lost(describe(error), request=request) from None
         except httptools.HttpParserError as error:
             self.close()
             raise Lost(f"the answer is no HTTP: {error}", request=request) from None
+        except httptools.HttpParserUpgrade:  # status 101; no HttpParserError
+            self.close()
+            raise Lost("the answer changes the protocol", request=request) from None
         except BaseException:
             self.close()
             raise
@@ -92,7 +96,7 @@ class BoundedAdapter(BaseAdapter):
         if self._socket is not None and (
             origin != self._origin
             or time.monotonic() - self._idle_since > IDLE_SECONDS
-            or select.select((self._socket,), (), (), 0)[0]  # readable while idle: the server has closed it
+            or not _quiet(self._socket)
         ):
             self.close()
         if self._socket is None:
@@ -104,18 +108,18 @@ class BoundedAdapter(BaseAdapter):
         scheme, host, port = origin
         deadline = time.monotonic() + timeout
         try:
-            raw = socket.create_connection((host, port), timeout)
-        except OSError as error:
-            raise NotSent(f"no connection to {host}:{port}: {_describe(error)}") from None
+            raw = dial(host, port, deadline)
+        except (OSError, UnicodeError) as error:
+            raise NotSent(f"no connection to {host}:{port}: {describe(error)}") from None
+        if scheme == "http":
+            return raw
         try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if scheme == "http":
-                return raw
-            raw.settimeout(max(deadline - time.monotonic(), 0.001))
-            return (self._context or ssl.create_default_context()).wrap_socket(raw, server_hostname=host)
-        except OSError as error:
+            raw.settimeout(_left(deadline))  # bounds the whole handshake, not each of its reads
+            context = self._context or ssl.create_default_context()
+            return context.wrap_socket(raw, server_hostname=host.rstrip("."))
+        except (OSError, ValueError) as error:
             raw.close()
-            raise NotSent(f"no TLS with {host}:{port}: {_describe(error)}") from None
+            raise NotSent(f"no TLS with {host}:{port}: {describe(error)}") from None
 
 
 class _Answer:
@@ -143,7 +147,7 @@ class _Answer:
             self.reason = status.decode("latin-1")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.surplus:
+        if self.surplus or self.headed:  # headed: trailers, which are no headers (RFC 9110 6.5.1)
             return
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
         self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
@@ -170,6 +174,15 @@ class _Answer:
         self.keep_alive = self.parser.should_keep_alive()
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Parses what came. Raises httptools' errors for what is no HTTP."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            if not self.complete:
+                raise
+            self.surplus = True  # whatever follows a whole answer, the answer stands
 
     @property
     def too_large(self) -> bool:
@@ -206,11 +219,7 @@ def _target(request: requests.PreparedRequest) -> tuple[tuple[str, str, int], st
 
 def _serialise(request: requests.PreparedRequest, origin: tuple[str, str, int], target: str) -> bytes:
     scheme, host, port = origin
-    body = request.body or b""
-    if isinstance(body, str):
-        body = body.encode()
-    if not isinstance(body, bytes):
-        raise exceptions.InvalidSchema("only bodies in memory are sent")
+    body = body_of(request)
     default = 443 if scheme == "https" else 80
     authority = f"[{host}]" if ":" in host else host
     if port != default:
@@ -219,16 +228,76 @@ def _serialise(request: requests.PreparedRequest, origin: tuple[str, str, int], 
     lines += [f"{name}: {value}" for name, value in request.headers.items()]
     if "Content-Length" not in request.headers:
         lines.append(f"Content-Length: {len(body)}")
+    return checked(lines) + b"\r\n\r\n" + body
+
+
+def checked(lines: list[str]) -> bytes:
+    """The lines of a head joined, without its end. Raises `NotSent` where one holds a line break or NUL: a value with
+    CRLF in it would be a header of its own."""
     head = "\r\n".join(lines)
-    # One line per header and no control characters: a value with CRLF in it would be a header of its own.
     if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
-        raise exceptions.InvalidHeader("a header holds a line break or NUL")
-    return head.encode("latin-1") + b"\r\n\r\n" + body
+        raise NotSent("a header holds a line break or NUL")
+    try:
+        return head.encode("latin-1")
+    except UnicodeEncodeError:
+        raise NotSent("a header holds characters beyond Latin-1") from None
+
+
+def body_of(request: requests.PreparedRequest) -> bytes:
+    """The bytes to send. Raises `NotSent` for a body that is not in memory."""
+    body = request.body or b""
+    if isinstance(body, str):
+        return body.encode()
+    if not isinstance(body, bytes):
+        raise NotSent("only bodies in memory are sent")
+    return body
+
+
+def dial(host: str, port: int, deadline: float) -> socket.socket:
+    """A connected socket that waits for nothing before it sends. Raises OSError, or UnicodeError for what is no name.
+
+    Each address of a name gets an equal share of the time that is left, or one that swallows packets would keep the
+    next from being tried. Looking up the name takes the time that the system's resolver takes.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failure: OSError = OSError("no address")
+    for tried, (family, kind, protocol, _, address) in enumerate(found):
+        raw: socket.socket | None = None
+        try:
+            raw = socket.socket(family, kind, protocol)
+            raw.settimeout(_left(deadline) / (len(found) - tried))
+            raw.connect(address)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            failure = error
+            if raw is not None:
+                raw.close()
+        else:
+            return raw
+    raise failure
+
+
+def _quiet(connection: socket.socket) -> bool:
+    """Whether nothing has come since the last answer: neither its end nor a surplus answer to a request long over."""
+    poll = select.poll()  # select() cannot watch a descriptor above 1023
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(0):
+        return True
+    if not isinstance(connection, ssl.SSLSocket):
+        return False
+    try:
+        connection.settimeout(0)
+        connection.recv(1)
+    except ssl.SSLWantReadError:
+        return True  # TLS talking to itself: a session ticket, say
+    except OSError:
+        pass
+    return False
 
 
 def _send(connection: socket.socket, data: bytes, deadline: float) -> None:
     connection.settimeout(_left(deadline))
-    connection.sendall(data)  # its timeout bounds the whole of it
+    connection.sendall(data)  # its timeout bounds the whole of it (over TLS, each record of 16 KiB)
 
 
 def _receive(connection: socket.socket, deadline: float) -> _Answer:
@@ -245,9 +314,11 @@ def _receive(connection: socket.socket, deadline: float) -> _Answer:
                 "the connection was closed before an answer" if not received else "the answer is cut off"
             )
         received += len(data)
-        answer.parser.feed_data(data)
+        answer.feed(data)
         if not answer.headed and received > MAX_HEAD_BYTES:
             raise ConnectionAbortedError(f"more than {MAX_HEAD_BYTES} bytes of headers")
+        if received > MAX_ANSWER_BYTES:
+            raise ConnectionAbortedError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
         if answer.too_large:
             return answer  # not complete, so the connection is not reused; what it says does not matter
     return answer
@@ -260,10 +331,12 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _describe(error: OSError) -> str:
+def describe(error: Exception) -> str:
     """The error in words, without addresses of memory or of peers."""
     if isinstance(error, TimeoutError):
         return "timed out"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not trusted: {error.verify_message}"
-    return error.strerror or str(error) or type(error).__name__
+    if isinstance(error, UnicodeError):
+        return "no valid host name"
+    return (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__

@@ -113,7 +113,13 @@ class Engine:
         self._ledger = Ledger()
         self._results: deque[tuple[Delivery, Result]] = deque()
         self._wake_pending = False
-        self._publisher: Publisher[Result] = Publisher(self._loop, watch, on_confirmed=self._confirmed, guard=self._guard)
+        self._publisher: Publisher[Result] = Publisher(
+            self._loop,
+            watch,
+            on_confirmed=self._confirmed,
+            after_confirms=lambda: self._consumer.flush(),
+            guard=self._guard,
+        )
         self._consumer = Consumer(
             {lane: plan.names.queue(lane) for lane in LANES},
             plan.prefetch,

@@ -51,11 +51,18 @@ class Publisher(Generic[R]):
     """All methods belong to the loop's thread."""
 
     def __init__(
-        self, loop: IOLoop, watch: Watch, *, on_confirmed: Callable[[Publication[R]], None], guard: Guard
+        self,
+        loop: IOLoop,
+        watch: Watch,
+        *,
+        on_confirmed: Callable[[Publication[R]], None],
+        after_confirms: Callable[[], None],
+        guard: Guard,
     ) -> None:
         self._loop = loop
         self._watch = watch
         self._on_confirmed = on_confirmed
+        self._after_confirms = after_confirms
         self._guard = guard
         self._link: Link | None = None
         self._connection: Any = None
@@ -154,6 +161,7 @@ class Publisher(Generic[R]):
         for publication in confirmed:
             self._watch.confirmed(now - publication.published_at)
             self._on_confirmed(publication)
+        self._after_confirms()
         for publication in again:
             self._later(publication)
         if again and not isinstance(method, pika.spec.Basic.Ack):

@@ -1,0 +1,147 @@
+"""Fakes of the core's ports. Time is the fake clock's: whoever sleeps or takes long moves it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from tests.builders import NOON
+from worker.core.ports import Attempt, Draining, Held, Token, TokenUnavailable
+from worker.core.request import SignedRequest
+from worker.core.verdict import Kind, NoReply, Reply, Verdict
+
+
+class FakeClock:
+    """The `Clock` of the ports; moved by hand or by sleeping."""
+
+    def __init__(self, epoch: float = NOON, monotonic: float = 1_000.0) -> None:
+        self._epoch = epoch
+        self._monotonic = monotonic
+
+    def epoch(self) -> float:
+        return self._epoch
+
+    def monotonic(self) -> float:
+        return self._monotonic
+
+    def sleep(self, seconds: float) -> None:
+        """Time passes."""
+        self._epoch += seconds
+        self._monotonic += seconds
+
+
+class FakeGateway:
+    """The `Gateway` of the ports: gives the scripted answers in their order, the last one for ever."""
+
+    def __init__(self, clock: FakeClock, answers: Iterable[Reply | NoReply], *, takes: float = 0.0) -> None:
+        self._clock = clock
+        self._answers = deque(answers)
+        self.takes = takes
+        self.sent: list[SignedRequest] = []
+        self.sent_at: list[float] = []
+
+    def send(self, request: SignedRequest) -> Reply | NoReply:
+        self.sent.append(request)
+        self.sent_at.append(self._clock.monotonic())
+        self._clock.sleep(self.takes)
+        return self._answers.popleft() if len(self._answers) > 1 else self._answers[0]
+
+
+class FakeTokens:
+    """The `Tokens` of the ports: ``failures`` first (None: none), then tokens named by their generation."""
+
+    def __init__(
+        self, clock: FakeClock, failures: Iterable[TokenUnavailable | None] = (), *, takes: float = 0.0
+    ) -> None:
+        self._clock = clock
+        self._failures = deque(failures)
+        self._missing = True
+        self.takes = takes
+        self.generation = 0
+        self.fetched = 0
+        self.taken = 0  # calls of `accepted`
+        self.refusals: list[int] = []
+
+    def get(self) -> Token:
+        failure = self._failures.popleft() if self._failures else None
+        if failure is not None:
+            raise failure
+        if self._missing:
+            self._clock.sleep(self.takes)
+            self._missing = False
+            self.generation += 1
+            self.fetched += 1
+        return Token(f"token-{self.generation}", self.generation)
+
+    def accepted(self) -> None:
+        self.taken += 1
+
+    def refused(self, generation: int) -> None:
+        self.refusals.append(generation)
+        self._missing = self._missing or generation == self.generation
+
+
+class FakeGate:
+    """The `Gate` of the ports: ``hold`` is what holds senders now, ``hold_after`` what begins to with a verdict.
+
+    ``drain_in`` seconds of backoff begin a drain.
+    """
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self.hold: Held | None = None
+        self.hold_after: dict[Kind, Held] = {}
+        self.draining = False
+        self.drain_in: float | None = None
+        self.broken = False
+        self.before_enter: Callable[[], None] = lambda: None
+        self.entered: list[tuple[bool, bool]] = []
+        self.recorded: list[tuple[Kind, bool]] = []
+        self.slept: list[float] = []
+
+    def enter(self, *, probe: bool, paced: bool) -> None:
+        self.before_enter()
+        if self.draining:
+            raise Draining
+        if self.hold is not None and not (probe and self.hold.outage):
+            raise self.hold
+        self.entered.append((probe, paced))
+
+    def outage(self) -> bool:
+        return self.broken or (self.hold is not None and self.hold.outage)
+
+    def record(self, verdict: Verdict, *, probe: bool) -> None:
+        self.recorded.append((verdict.kind, probe))
+        self.hold = self.hold_after.get(verdict.kind, self.hold)
+
+    def sleep(self, seconds: float) -> None:
+        if self.drain_in is not None and self.drain_in <= seconds:
+            self._clock.sleep(self.drain_in)
+            self.draining = True
+        if self.draining:
+            raise Draining
+        self._clock.sleep(seconds)
+        if seconds:
+            self.slept.append(seconds)
+
+
+class RecordingObserver:
+    """The `Observer` of the ports."""
+
+    def __init__(self) -> None:
+        self.attempts: list[Attempt] = []
+        self.retries: list[Kind] = []
+
+    def attempted(self, attempt: Attempt) -> None:
+        self.attempts.append(attempt)
+
+    def retrying(self, verdict: Verdict) -> None:
+        self.retries.append(verdict.kind)
+
+
+class Ceiling(random.Random):
+    """Chance that always draws the highest: backoffs are their ceilings."""
+
+    def uniform(self, a: float, b: float) -> float:  # noqa: ARG002
+        return b

@@ -1,0 +1,211 @@
+"""Signatures: known answers from public documentation, and the keys people really have."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.core.signing import (
+    KeyUnusable,
+    Scheme,
+    load_private_key,
+    signer,
+    string_to_sign,
+    token_signature,
+)
+
+VECTORS: dict[str, dict[str, Any]] = {
+    vector["id"]: vector for vector in json.loads((Path(__file__).parent / "signing_vectors.json").read_bytes())
+}
+HMAC_VECTOR = VECTORS["midtrans-symmetric-node"]
+RSA_VECTOR = VECTORS["midtrans-notify-sign-node"]
+HASH_VECTOR = VECTORS["doku-body-hash"]
+PLAIN = NoEncryption()
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+@cache
+def key(bits: int = 2048) -> rsa.RSAPrivateKey:
+    """A key of the tests' own."""
+    return rsa.generate_private_key(65_537, bits)
+
+
+def pem(
+    format_: PrivateFormat = PrivateFormat.PKCS8, encryption: KeySerializationEncryption = PLAIN
+) -> bytes:
+    """The key as files hold it."""
+    return key().private_bytes(Encoding.PEM, format_, encryption)
+
+
+def assert_signed(public: rsa.RSAPublicKey, signature: str, text: str) -> None:
+    """The signature is RSA-SHA256, PKCS#1 v1.5, over the text."""
+    public.verify(base64.b64decode(signature, validate=True), text.encode(), padding.PKCS1v15(), hashes.SHA256())
+
+
+def test_hmac_known_answer() -> None:
+    """HMAC-SHA512 gives the published signature for the published input."""
+
+    inputs = HMAC_VECTOR["inputs"]
+    body = inputs["body_minified"].encode()
+    sign = signer("hmac-sha512", inputs["client_secret"], key())
+
+    signature = sign(inputs["method"], inputs["path"], inputs["access_token"], body, inputs["timestamp"])
+
+    assert signature == HMAC_VECTOR["expected"]
+
+
+@pytest.mark.parametrize(("vector", "token"), [(HMAC_VECTOR, "myaccesstoken"), (RSA_VECTOR, None)])
+def test_string_to_sign_known_answer(vector: dict[str, Any], token: str | None) -> None:
+    """The string to sign is the published one, with the token and without."""
+
+    inputs = vector["inputs"]
+    body = inputs["body_minified"].encode()
+
+    text = string_to_sign(inputs["method"], inputs["path"], token, body, inputs["timestamp"])
+
+    assert text == vector["intermediate"]["string_to_sign"]
+
+
+@pytest.mark.parametrize("vector", [HMAC_VECTOR, RSA_VECTOR])
+def test_vectors_are_minified(vector: dict[str, Any]) -> None:
+    """The published compact body is the published body without the blanks outside its values."""
+
+    inputs = vector["inputs"]
+
+    assert json.dumps(json.loads(inputs["body_raw"]), separators=(",", ":")) == inputs["body_minified"]
+
+
+def test_rsa_known_answer() -> None:
+    """The published RSA signature is one over our string to sign."""
+
+    inputs = RSA_VECTOR["inputs"]
+    public = serialization.load_pem_public_key(inputs["public_key_pem"].encode())
+    assert isinstance(public, rsa.RSAPublicKey)
+    body = inputs["body_minified"].encode()
+    text = string_to_sign(inputs["method"], inputs["path"], None, body, inputs["timestamp"])
+
+    assert_signed(public, RSA_VECTOR["expected"], text)
+    with pytest.raises(InvalidSignature):
+        assert_signed(public, RSA_VECTOR["expected"], text + " ")
+
+
+def test_body_hash_known_answer() -> None:
+    """The body's hash is lower-case hex of SHA-256 over its very bytes, blanks inside values kept."""
+
+    body = HASH_VECTOR["inputs"]["body_minified"].encode()
+
+    assert string_to_sign("POST", "/p", None, body, "t") == f"POST:/p:{HASH_VECTOR['expected']}:t"
+
+
+@given(TEXTS, TEXTS, st.binary(max_size=50), TEXTS)
+def test_hmac_is_over_five_parts(secret: str, token: str, body: bytes, moment: str) -> None:
+    """Under hmac-sha512 secret and string are UTF-8, and the token is part of the string."""
+
+    text = f"POST:/qr:{token}:{hashlib.sha256(body).hexdigest()}:{moment}"
+    expected = base64.b64encode(hmac.new(secret.encode(), text.encode(), "sha512").digest()).decode()
+
+    assert signer("hmac-sha512", secret, key())("POST", "/qr", token, body, moment) == expected
+
+
+@pytest.mark.parametrize(("scheme", "parts"), [("rsa-sha256", "POST:/qr:tok"), ("rsa-sha256-no-token", "POST:/qr")])
+def test_rsa_schemes(scheme: Scheme, parts: str) -> None:
+    """The RSA schemes differ in the token only."""
+
+    signature = signer(scheme, "secret", key())("POST", "/qr", "tok", b"{}", "t")
+
+    assert_signed(key().public_key(), signature, f"{parts}:{hashlib.sha256(b'{}').hexdigest()}:t")
+
+
+def test_token_signature() -> None:
+    """The token request is signed over client id, a bar and the timestamp."""
+
+    signature = token_signature(key(), "client-1", "2026-11-22T12:00:00.000+07:00")
+
+    assert_signed(key().public_key(), signature, "client-1|2026-11-22T12:00:00.000+07:00")
+
+
+@pytest.mark.parametrize("format_", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw,
+        lambda raw: raw.replace(b"\n", b"\r\n"),
+        lambda raw: raw.replace(b"\n", b"\\n"),
+        lambda raw: raw.replace(b"\n", b"\\n\n"),
+        lambda raw: b"\n  " + raw.strip(),
+    ],
+    ids=["clean", "crlf", "literal", "both", "blanks"],
+)
+def test_keys_as_people_paste_them(format_: PrivateFormat, damage: Any) -> None:
+    """PKCS#8 and PKCS#1 are read, with CRLF, a literal backslash n and blanks around them mended."""
+
+    assert load_private_key(damage(pem(format_))).private_numbers() == key().private_numbers()
+
+
+@pytest.mark.parametrize("format_", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+def test_encrypted_keys(format_: PrivateFormat) -> None:
+    """An encrypted key opens with its passphrase."""
+
+    raw = pem(format_, BestAvailableEncryption("päss".encode()))
+
+    assert load_private_key(raw, "päss").private_numbers() == key().private_numbers()
+
+
+def unusable() -> dict[str, tuple[bytes, str | None, str]]:
+    """Keys that cannot be used, the passphrase, and a word of the reason."""
+    locked = pem(encryption=BestAvailableEncryption(b"right"))
+    return {
+        "no passphrase": (locked, None, "needs a passphrase"),
+        "empty passphrase": (locked, "", "passphrase"),
+        "wrong passphrase": (locked, "wrong", "wrong"),
+        "passphrase for nothing": (pem(), "right", "has no passphrase"),
+        "public": (key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), None, "no PEM"),
+        "elliptic": (
+            ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, PLAIN),
+            None,
+            "no RSA key",
+        ),
+        "short": (key(1024).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, PLAIN), None, "1024 bits"),
+        "empty": (b"", None, "no PEM"),
+        "cut": (pem()[:400], None, "no PEM"),
+    }
+
+
+@pytest.mark.parametrize("case", sorted(unusable()))
+def test_unusable_keys(case: str) -> None:
+    """A key that cannot be used is refused with the reason, and without the key or the passphrase."""
+
+    raw, passphrase, reason = unusable()[case]
+
+    with pytest.raises(KeyUnusable, match=reason) as refused:
+        load_private_key(raw, passphrase)
+    assert raw[40:60].decode("latin-1") not in str(refused.value) or not raw
+    assert "right" not in str(refused.value)
+
+
+@given(st.binary(max_size=200), st.none() | st.text(max_size=10))
+def test_any_bytes_as_a_key(raw: bytes, passphrase: str | None) -> None:
+    """Bytes that are no key are refused, and nothing else is raised."""
+
+    with pytest.raises(KeyUnusable):
+        load_private_key(b"-----BEGIN PRIVATE KEY-----\n" + raw, passphrase)

@@ -335,9 +335,12 @@ class Engine:
                 self._consumer.settle(tag)
 
     def _take_results(self) -> None:
-        while self._results:
-            delivery, result = self._results.popleft()
-            self._settle(delivery, result)
+        if not self._results:
+            return
+        with self._publish_link.corked():
+            while self._results:
+                delivery, result = self._results.popleft()
+                self._settle(delivery, result)
 
     def _settle(self, delivery: Delivery, result: Result) -> None:
         names, entry = self._plan.names, delivery.entry

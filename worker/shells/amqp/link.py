@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
-import pika
 import structlog
 from pika.adapters.select_connection import IOLoop
 from pika.exceptions import (
@@ -16,6 +16,8 @@ from pika.exceptions import (
     ProbableAccessDeniedError,
     ProbableAuthenticationError,
 )
+
+from worker.shells.amqp.connection import Connection
 
 FIRST_WAIT: Final = 0.1
 LONGEST_WAIT: Final = 10.0
@@ -28,7 +30,7 @@ log = structlog.get_logger()
 
 
 class Link:
-    """A `pika.SelectConnection` on a shared loop. All methods belong to the loop's thread.
+    """A `Connection` on a shared loop. All methods belong to the loop's thread.
 
     ``parameters`` is asked anew before every try, so that a rotated password is picked up. ``guard`` wraps every
     callback: pika turns an exception in one into a lost connection, or lets the loop's thread die in silence.
@@ -85,13 +87,22 @@ class Link:
             return
         parameters = hosts[self._turn % len(hosts)]
         self._turn += 1
-        self._connection = pika.SelectConnection(
+        self._connection = Connection(
             parameters,
             on_open_callback=self._guard(self._opened),
             on_open_error_callback=self._guard(self._not_opened),
             on_close_callback=self._guard(self._lost),
             custom_ioloop=self._loop,
         )
+
+    @contextmanager
+    def corked(self) -> Iterator[None]:
+        """What is written inside the block leaves together at its end."""
+        if self._connection is None:
+            yield
+        else:
+            with self._connection.corked():
+                yield
 
     def proven(self) -> None:
         """The connection does its work: the first consume-ok or confirm. Merely connecting proves nothing: a worker

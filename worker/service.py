@@ -6,11 +6,13 @@ import itertools
 import os
 import random
 import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
+from requests.adapters import BaseAdapter
 
 from worker import __version__, signals
 from worker.app.expire import Expire, Hold
@@ -28,12 +30,14 @@ from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsErr
 from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
 from worker.shells.credentials import Credentials, CredentialsError
-from worker.shells.gateway import Endpoint, GatewayClient, Grant, timestamp
+from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxies_for, timestamp
 from worker.shells.http import Health, HealthServer, ListenError
 from worker.shells.metrics import Metrics
 from worker.shells.pool import Pool
+from worker.shells.stock import StockAdapter
 from worker.shells.telemetry import Telemetry
 from worker.shells.tokens import TokenStore
+from worker.shells.transport import BoundedAdapter
 
 DRAINED, FORCED, MISCONFIGURED, REFUSED = 0, 1, 2, 3
 FAILED: Final = 1
@@ -55,18 +59,16 @@ class SystemClock:
     monotonic = staticmethod(time.monotonic)
 
 
-class Worker:
-    """Everything one process is made of, wired in one place."""
+class Calls:
+    """What calls the gateway, wired in one place: for the worker, and for a sweep that goes without a broker."""
 
-    def __init__(self, settings: Settings) -> None:
-        gateway, retry = settings.gateway, settings.retry
-        clock, rng = SystemClock(), random.Random()
-        self.settings = settings
-        self.metrics = Metrics(LANES, reasons=_reasons(), version=__version__)
-        telemetry = Telemetry(self.metrics)
+    def __init__(self, settings: Settings, telemetry: Telemetry, clock: SystemClock, rng: random.Random) -> None:
+        gateway = settings.gateway
         self.credentials = Credentials(gateway, _rereading(gateway))
         self.gate = _gate(settings, clock, rng)
-        client = GatewayClient(endpoint(gateway), telemetry, context=lambda: self.credentials.context)
+        client = GatewayClient(
+            endpoint(gateway), telemetry, context=lambda: self.credentials.context, adapter=transport(gateway, os.environ)
+        )
         self.tokens = TokenStore(
             fetcher(client, self.credentials, gateway, clock), telemetry, clock=clock, rng=rng, pause=self.gate.sleep
         )
@@ -83,8 +85,24 @@ class Worker:
             new_external_id=_external_ids(clock),
             default_merchant=gateway.merchant_id,
         )
+
+
+def calls(settings: Settings) -> Calls:
+    """For a process that serves no metrics. Raises `CredentialsError`."""
+    return Calls(settings, Telemetry(_metrics()), SystemClock(), random.Random())
+
+
+class Worker:
+    """Everything one process is made of, wired in one place."""
+
+    def __init__(self, settings: Settings) -> None:
+        clock, rng = SystemClock(), random.Random()
+        self.settings = settings
+        self.metrics = _metrics()
+        calls = Calls(settings, Telemetry(self.metrics), clock, rng)
+        self.credentials, self.gate, self.tokens, self.expire = calls.credentials, calls.gate, calls.tokens, calls.expire
         self.engine = Engine(
-            _plan(settings, retry.delays_seconds),
+            _plan(settings, settings.retry.delays_seconds),
             _broker_parameters(settings.amqp),
             gate=self.gate,
             watch=self.metrics,
@@ -161,7 +179,8 @@ def serve(settings: Settings) -> int:
         worker.engine.start(worker.pool)
         code = _check_credentials(worker)
         if code is None:
-            worker.engine.begin()
+            if not signals.received():
+                worker.engine.begin()
             code = _watch(worker)
         return code
     finally:
@@ -206,11 +225,25 @@ def _longest_round(settings: Settings) -> float:
 
 
 def _check_credentials(worker: Worker) -> int | None:
-    """Fetches the first token: a refusal ends the process, a token service that is not there is waited for."""
-    try:
-        worker.tokens.get()
-    except TokenUnavailable as failure:
-        verdict = failure.verdict
+    """Fetches the first token: a refusal ends the process, a token service that is not there is waited for.
+
+    In a thread of its own, which a signal does not wait for: a service that accepts and stays silent takes the whole
+    GATEWAY_READ_TIMEOUT_SECONDS.
+    """
+    failures: list[TokenUnavailable] = []
+
+    def ask() -> None:
+        try:
+            worker.tokens.get()
+        except TokenUnavailable as failure:
+            failures.append(failure)
+
+    asking = threading.Thread(target=ask, name="first-token", daemon=True)
+    asking.start()
+    while asking.is_alive() and not signals.received():
+        asking.join(0.02)
+    if failures:
+        verdict = failures[0].verdict
         if verdict.kind is Kind.SYSTEMIC:
             worker.engine.halt()
             return _say(
@@ -261,8 +294,9 @@ def _server(settings: Settings, worker: Worker) -> HealthServer:
     return HealthServer(settings.metrics.host, settings.metrics.port, source)
 
 
-def _reasons() -> dict[str, tuple[str, ...]]:
-    return {str(status): tuple(str(reason) for reason in reasons) for status, reasons in REASONS.items()}
+def _metrics() -> Metrics:
+    reasons = {str(status): tuple(str(reason) for reason in reasons) for status, reasons in REASONS.items()}
+    return Metrics(LANES, reasons=reasons, version=__version__)
 
 
 def _gate(settings: Settings, clock: SystemClock, rng: random.Random) -> SendersGate:
@@ -289,6 +323,17 @@ def endpoint(gateway: GatewaySettings) -> Endpoint:
         gateway.connect_timeout_seconds,
         gateway.read_timeout_seconds,
     )
+
+
+def transport(gateway: GatewaySettings, environ: Mapping[str, str]) -> Callable[[ssl.SSLContext | None], BaseAdapter]:
+    """The adapter for the gateway, proxies resolved once. Raises `CredentialsError` for a proxy that cannot be used."""
+    try:
+        proxies = proxies_for(gateway.base_url, environ)
+    except ValueError as error:
+        raise CredentialsError(str(error)) from None
+    if proxies or gateway.transport == "requests":
+        return lambda context: StockAdapter(context, proxies)
+    return BoundedAdapter
 
 
 def _partner(gateway: GatewaySettings) -> Partner:

@@ -161,6 +161,7 @@ class Expire:
             token = self._tokens.get()
         except TokenUnavailable as failure:
             return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared)
+        self._check_deadline(job, 0.0)  # a token request may take as long as a call
         signed = self._sign(job.command, token.value)
         job.delivery.progress.sent(signed.external_id)
         started = self._clock.monotonic()
@@ -250,7 +251,7 @@ class Expire:
             if not_after is not None and self._clock.epoch() + seconds > not_after:
                 return self._report(job, Reason.DEADLINE_PASSED, verdict, "notAfter is before the next round")
             return Delay(seconds, round_)
-        if asked > self._policy.budget:
+        if asked > self._policy.budget and job.round.calls < self._policy.max_attempts:
             # No delayed round is left to wait in; the hold is every sender's, so it waits with them.
             raise Held(outage=False)
         if verdict.kind in (Kind.SYSTEMIC, Kind.TOKEN):

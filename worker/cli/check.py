@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -138,7 +139,7 @@ def _topology(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
 
 def _token(gateway: GatewaySettings | None) -> str:
     from worker.core.ports import TokenUnavailable
-    from worker.service import SystemClock, endpoint, fetcher
+    from worker.service import SystemClock, endpoint, fetcher, transport
     from worker.shells.credentials import Credentials, CredentialsError
     from worker.shells.gateway import GatewayClient
 
@@ -147,10 +148,12 @@ def _token(gateway: GatewaySettings | None) -> str:
     skew = _Skew()
     try:
         credentials = Credentials(gateway, gateway.reread)
-        client = GatewayClient(endpoint(gateway), skew, context=lambda: credentials.context)
+        client = GatewayClient(
+            endpoint(gateway), skew, context=lambda: credentials.context, adapter=transport(gateway, os.environ)
+        )
         grant = fetcher(client, credentials, gateway, SystemClock())()
-    except CredentialsError:
-        raise _Skipped("the key cannot be used") from None
+    except CredentialsError as error:
+        raise _Failed(str(error)) from None
     except TokenUnavailable as failure:
         verdict = failure.verdict
         code = f" ({verdict.code})" if verdict.code else ""

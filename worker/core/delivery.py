@@ -20,6 +20,8 @@ from worker.core.topology import Names
 MAX_EXTERNAL_IDS: Final = 20
 MAX_HEADER_BYTES: Final = 64 * 1024
 """Room for foreign headers in what we publish: a content header must fit one frame (128 KiB), ours included."""
+MAX_PROPERTY_BYTES: Final = 255
+"""The longest text property of AMQP. Publishing a longer one fails, and would fail again at every redelivery."""
 
 ROUND: Final = "qris-round"
 ATTEMPTS: Final = "qris-attempts"
@@ -80,7 +82,7 @@ class Message:
 
 @dataclass(slots=True, eq=False)
 class Delivery:
-    """One hand-over by the broker. ``key`` names the physical message: command id, hop and body."""
+    """One hand-over by the broker. ``key`` names the physical message: lane, command id, hop and body."""
 
     lane: str
     body: bytes
@@ -100,7 +102,7 @@ class Delivery:
     def key(self) -> str:
         """The same for every redelivery of the same physical message, another after each hop. The body counts, since a
         producer that gives all its commands one id must not lose those that come back together."""
-        return f"{self.command_id}\n{self.hop}"
+        return f"{self.lane}\n{self.command_id}\n{self.hop}\n{hash(self.body)}"
 
     @property
     def batch_id(self) -> str | None:
@@ -114,7 +116,6 @@ def receive(
 ) -> Delivery:
     """A delivery from what the broker sent; never raises, whatever a producer put into the properties."""
     headers = properties.headers if isinstance(properties.headers, Mapping) else {}
-    message_id = text(properties.message_id) if properties.message_id else None
     # A message that came back may have been called for by a process that died before it could say so.
     progress = _progress(headers, epoch) if headers else Progress(received_at=epoch)
     progress.effect_unknown = progress.effect_unknown or redelivered
@@ -124,7 +125,7 @@ def receive(
         properties=properties,
         redelivered=redelivered,
         arrived=monotonic,
-        command_id=command_id(message_id, body),
+        command_id=_identity(properties.message_id, body),
         hop=text(headers.get(HOP, "")),
         progress=progress,
         published_at=_seconds(properties.timestamp),
@@ -134,8 +135,8 @@ def receive(
 
 def outcome_message(names: Names, delivery: Delivery, outcome: Outcome) -> Message:
     """The outcome as the contract publishes it."""
-    carried = {name: delivery.headers[name] for name in CARRIED_HEADERS if name in delivery.headers}
-    correlation = delivery.properties.correlation_id or outcome.command_id
+    # The message id itself, not the command's: that one is text, and may be longer than a property can be.
+    correlation = delivery.properties.correlation_id or delivery.properties.message_id or outcome.command_id
     return Message(
         names.outcomes,
         f"{outcome.lane}.{outcome.status}",
@@ -147,7 +148,7 @@ def outcome_message(names: Names, delivery: Delivery, outcome: Outcome) -> Messa
             "message_id": outcome.outcome_id,
             "correlation_id": correlation,
             "timestamp": int(outcome.completed_at),
-            "headers": carried,
+            "headers": _carried(delivery.headers),
         },
     )
 
@@ -193,7 +194,7 @@ def _kept(delivery: Delivery, ours: Mapping[str, Any], message_id: str) -> dict[
         if name not in PROGRESS_HEADERS and name not in ("CC", "BCC") and not str(name).startswith(_BROKER_HEADERS)
     }
     if _size(headers) > MAX_HEADER_BYTES:
-        headers = {name: headers[name] for name in CARRIED_HEADERS if _size(headers.get(name)) < 1024}
+        headers = _carried(headers)
     properties = delivery.properties
     kept = {
         "content_type": properties.content_type,
@@ -208,6 +209,12 @@ def _kept(delivery: Delivery, ours: Mapping[str, Any], message_id: str) -> dict[
     }
     kept = {name: value for name, value in kept.items() if value is not None}
     return {**kept, "delivery_mode": 2, "headers": {**headers, **ours}}
+
+
+def _carried(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """What outcomes carry on. One that fills a frame is left behind: with ours beside it, it would overflow ours."""
+    found = {name: headers[name] for name in CARRIED_HEADERS if name in headers}
+    return {name: value for name, value in found.items() if _size(value) <= MAX_HEADER_BYTES // 4}
 
 
 def _progress_headers(progress: Progress, round_: int, hop: str) -> dict[str, Any]:
@@ -233,6 +240,13 @@ def _progress(headers: Mapping[str, Any], epoch: float) -> Progress:
         received_at=received if 0 < received <= epoch else epoch,
         last_code=text(headers.get(LAST_CODE) or "")[:7] or None,
     )
+
+
+def _identity(message_id: object, body: bytes) -> str:
+    """The command's id. One that is no UTF-8 grows when it is written as text, and has to fit a property itself."""
+    if isinstance(message_id, bytes) and len(text(message_id)) > MAX_PROPERTY_BYTES:
+        return command_id(None, message_id)
+    return command_id(text(message_id) if message_id else None, body)
 
 
 def _whole(value: object) -> int:

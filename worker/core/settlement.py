@@ -55,6 +55,7 @@ class Ledger:
         self._settled: OrderedDict[str, int | None] = OrderedDict()
         """Keys, and the channel that carries the ack; None once that channel is lost, and maybe the ack with it."""
         self._remembered = remembered
+        self._unsettled = 0
 
     def deliver(self, key: str, tag: Tag, *, redelivered: bool) -> tuple[Take, Entry]:
         """A message arrived. Only one that the broker marks as redelivered, and that a lost channel of ours had, can be
@@ -70,6 +71,7 @@ class Ledger:
         # Fresh: from here on, a redelivery under this key may be of this message, not of the settled one.
         self._settled.pop(key, None)
         entry = Entry(key)
+        self._unsettled += 1
         self._open[key] = entry
         self._hold(entry, tag)
         return Take.WORK, entry
@@ -101,14 +103,15 @@ class Ledger:
                 self._settled[key] = None
 
     def __len__(self) -> int:
-        """Entries not settled, orphans in hand included."""
-        return len(self._open)
+        """Entries not settled, orphans in hand and duplicates included."""
+        return self._unsettled
 
     def _hold(self, entry: Entry, tag: Tag) -> None:
         entry.tags.append(tag)
         self._by_channel.setdefault(tag.channel, set()).add(entry)
 
     def _close(self, entry: Entry) -> Sequence[Tag]:
+        self._unsettled -= 1
         # A fresh duplicate may have taken the key over; it keeps it.
         if self._open.get(entry.key) is entry:
             del self._open[entry.key]
@@ -167,6 +170,7 @@ class Confirms(Generic[P]):
         pending = list(self._pending.values())
         self._pending.clear()
         self._returned.clear()
+        self._next = 1  # the next channel counts from 1 again
         return pending
 
     def __len__(self) -> int:

@@ -108,7 +108,7 @@ BARE_RULES: Final = (
     _rule(r"401", Kind.TOKEN, message=r"token"),
     _rule(r"40[13]", Kind.SYSTEMIC),
     _rule(r"429", Kind.THROTTLED),
-    _rule(r"...", Kind.TRANSIENT, effect_unknown=True),
+    _rule(r".*", Kind.TRANSIENT, effect_unknown=True),  # a status below 100 too: the HTTP parser lets "099" pass
 )
 
 _SUCCESS = re.compile(r"200(93|91)00\Z")

@@ -155,9 +155,7 @@ def judge_token(answer: Reply | NoReply) -> Verdict:
     message = verdict.message or "an answer without a token"
     if isinstance(answer, Reply) and b"accessToken" in answer.body:
         message = f"HTTP {answer.status} without a usable token"  # the body's own text could be the token
-    return Verdict(
-        kind, None, False, verdict.code, f"token service: {message}", verdict.note, verdict.retry_after
-    )
+    return Verdict(kind, None, False, verdict.code, f"token service: {message}", verdict.note, verdict.retry_after)
 
 
 def timestamp(epoch: float, *, milliseconds: bool) -> str:

@@ -48,9 +48,7 @@ class StockAdapter(HTTPAdapter):
     includes the proxy's answer to CONNECT. (Only the TLS handshake *inside* TLS to a proxy is bounded read by read.)
     """
 
-    def __init__(
-        self, context: ssl.SSLContext | None = None, proxies: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None, proxies: Mapping[str, str] | None = None) -> None:
         self._context = context
         self._proxies = dict(proxies or {})
         self._call = _Call()
@@ -127,7 +125,7 @@ class StockAdapter(HTTPAdapter):
         response = requests.Response()
         response.status_code = resp.status
         response.reason = resp.reason
-        response.headers = CaseInsensitiveDict(resp.headers)
+        response.headers = CaseInsensitiveDict({name: resp.headers[name].rstrip() for name in resp.headers})
         response.url = req.url
         response.raw = resp
         return response
@@ -346,7 +344,8 @@ def _take_body(response: requests.Response) -> bool:
 def _cause(error: BaseException) -> BaseException:
     """What was first: requests wraps urllib3's errors, which wrap the system's."""
     while isinstance(error, (requests.RequestException, HTTPError)):
-        deeper = error.__cause__ or error.__context__
+        within = (argument for argument in error.args if isinstance(argument, BaseException))
+        deeper = error.__cause__ or next(within, None) or error.__context__
         if deeper is None:
             break
         error = deeper

@@ -106,9 +106,12 @@ class TokenStore:
         if not self._flight.acquire(blocking=False):
             return token
         try:
+            current = self._token
+            if current is not None and current is not token:
+                return current  # another sender was faster
             return self._renew()
         except TokenUnavailable:
-            self._refresh_at = self._clock.monotonic() + RETRY_EARLY_REFRESH
+            self._refresh_at = min(self._clock.monotonic() + RETRY_EARLY_REFRESH, self._expires_at)
             return token
         finally:
             self._flight.release()

@@ -94,9 +94,7 @@ class BoundedAdapter(BaseAdapter):
 
     def _connection(self, origin: tuple[str, str, int], timeout: float) -> socket.socket:
         if self._socket is not None and (
-            origin != self._origin
-            or time.monotonic() - self._idle_since > IDLE_SECONDS
-            or not _quiet(self._socket)
+            origin != self._origin or time.monotonic() - self._idle_since > IDLE_SECONDS or not _quiet(self._socket)
         ):
             self.close()
         if self._socket is None:
@@ -149,7 +147,7 @@ class _Answer:
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.surplus or self.headed:  # headed: trailers, which are no headers (RFC 9110 6.5.1)
             return
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1").rstrip(" \t")
         self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
     def on_headers_complete(self) -> None:
@@ -194,9 +192,7 @@ class _Answer:
 
     def ends_with_connection(self) -> bool:
         """RFC 9112 6.3: without a length the body ends where the connection does."""
-        return (
-            self.headed and "content-length" not in self.headers and "transfer-encoding" not in self.headers
-        )
+        return self.headed and "content-length" not in self.headers and "transfer-encoding" not in self.headers
 
     def response(self, request: requests.PreparedRequest) -> requests.Response:
         response = requests.Response()

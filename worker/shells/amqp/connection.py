@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pika
+from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
+
+
+class Services(SelectorIOServicesAdapter):  # type: ignore[misc]
+    """Reports a peer that has reset the connection by the time it is looked at; pika 1.4 lets the `ValueError` end the
+    loop, and with it the process, at a load balancer without a broker behind it."""
+
+    def create_streaming_connection(
+        self, protocol_factory: Callable[[], Any], sock: Any, on_done: Callable[[Any], None], *more: Any, **named: Any
+    ) -> Any:
+        """See pika. What it returns can be cancelled."""
+        try:
+            return super().create_streaming_connection(protocol_factory, sock, on_done, *more, **named)
+        except ValueError as error:
+            return self.call_later(0, partial(on_done, error))
 
 
 class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships no types
@@ -16,6 +34,9 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
     """
 
     _held: list[bytes] | None = None
+
+    def __init__(self, parameters: Any, *, custom_ioloop: IOLoop, **callbacks: Callable[..., None]) -> None:
+        super().__init__(parameters, custom_ioloop=Services(custom_ioloop), **callbacks)
 
     @contextmanager
     def corked(self) -> Iterator[None]:

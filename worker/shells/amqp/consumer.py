@@ -121,6 +121,8 @@ class Consumer:
                     lane.channel.basic_ack(number, multiple)
 
     def _opened(self, name: str, queue: str, channel: Any) -> None:
+        if not channel.is_open:
+            return  # the connection is being closed, and this answer was on its way
         lane = _Lane(name, queue, next(self._numbers), channel)
         channel.add_on_close_callback(self._guard(lambda _, reason: self._closed(lane, reason)))
         channel.add_on_cancel_callback(self._guard(lambda _: self._cancelled(lane)))
@@ -130,7 +132,7 @@ class Consumer:
     def _limited(self, lane: _Lane) -> None:
         self._lanes[lane.lane] = lane
         self._by_number[lane.number] = lane
-        if not self.paused:
+        if not self.paused and lane.channel.is_open:
             self._consume(lane)
 
     def _consume(self, lane: _Lane) -> None:
@@ -154,6 +156,9 @@ class Consumer:
             return
         lane = lanes[0]
         self._rest = lanes[1:]
+        if not lane.channel.is_open:
+            self._fetch_from(self._rest)
+            return
 
         def got(_: Any, method: Any, properties: Any, body: bytes) -> None:
             tag = Tag(lane.number, method.delivery_tag)

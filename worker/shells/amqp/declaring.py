@@ -39,6 +39,8 @@ class Declaring:
         self._next(None)
 
     def _next(self, _ok: Any) -> None:
+        if not self._channel.is_open:
+            return  # the connection is being closed, and this answer was on its way
         step = next(self._steps, None)
         if step is None:
             self._finished = True

@@ -118,9 +118,13 @@ class Link:
         self._hang_up(reason)
 
     def close(self) -> None:
-        """Closes for good, after what was written."""
+        """Closes for good, after what was written. One that is still being opened is left to the end of the process:
+        it holds nothing, and pika 1.4 fails when it is closed during the handshake."""
         self._closing = True
-        self._hang_up("closed by us")
+        if self.up:
+            self._hang_up("closed by us")
+        else:
+            self._connection = None
 
     def _hang_up(self, reason: str) -> None:
         connection = self._connection
@@ -132,6 +136,8 @@ class Link:
             self._connection = None
 
     def _opened(self, connection: Any) -> None:
+        if self._closing:
+            return
         self.trouble = ""
         connection.add_on_connection_blocked_callback(self._guard(self._now_blocked))
         connection.add_on_connection_unblocked_callback(self._guard(self._now_unblocked))

@@ -76,7 +76,9 @@ class Publisher(Generic[R]):
     @property
     def ready(self) -> bool:
         """Whether what is published now goes out now."""
-        return self._channel is not None and self._link is not None and not self._link.blocked
+        if self._channel is None or self._link is None:
+            return False
+        return bool(self._channel.is_open) and not self._link.blocked  # not while the connection is being closed
 
     @property
     def idle(self) -> bool:
@@ -94,6 +96,8 @@ class Publisher(Generic[R]):
         self._on_ready = on_ready
 
         def opened(channel: Any) -> None:
+            if not channel.is_open:
+                return
             channel.add_on_close_callback(self._guard(self._closed))
             channel.add_on_return_callback(self._guard(self._returned))
             channel.confirm_delivery(

@@ -1,0 +1,547 @@
+"""The gateway's client: tokens, clock skew, rotated trust, proxies; and what the real one shares with the fake."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from requests.adapters import BaseAdapter
+
+from tests.builders import BILL
+from tests.fakes import FakeClock, FakeGateway
+from tests.servers import (
+    Authority,
+    Peer,
+    RecordingProbe,
+    Server,
+    SimulatedPartner,
+    always,
+    answer,
+    endpoint,
+    refusing_port,
+    serving,
+)
+from worker.core.ports import Gateway, TokenUnavailable
+from worker.core.request import SignedRequest
+from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
+from worker.sandbox.simulator import Fault, Script, Simulator
+from worker.shells import gateway as shell
+from worker.shells.gateway import DEFAULT_LIFETIME, MAX_LIFETIME, GatewayClient, proxies_for
+from worker.shells.stock import StockAdapter
+from worker.shells.transport import BoundedAdapter
+
+Build = Callable[..., GatewayClient]
+
+
+@pytest.fixture
+def probe() -> RecordingProbe:
+    """What the client tells."""
+    return RecordingProbe()
+
+
+@pytest.fixture
+def client_for(probe: RecordingProbe) -> Iterator[Build]:
+    """Makes clients of a base URL, and closes their connections afterwards."""
+    made: list[BaseAdapter] = []
+
+    def build(
+        base_url: str,
+        context: Callable[[], ssl.SSLContext | None] = lambda: None,
+        kind: Callable[[ssl.SSLContext | None], BaseAdapter] = BoundedAdapter,
+        **timeouts: float,
+    ) -> GatewayClient:
+        def adapter(trust: ssl.SSLContext | None) -> BaseAdapter:
+            made.append(kind(trust))
+            return made[-1]
+
+        return GatewayClient(endpoint(base_url, **timeouts), probe, context=context, adapter=adapter)
+
+    yield build
+    for adapter in made:
+        adapter.close()
+
+
+@pytest.fixture(scope="module")
+def simulator() -> Iterator[Simulator]:
+    """One gateway for all tests; each brings its script."""
+    with Simulator() as running:
+        yield running
+
+
+def base_of(server: Server) -> str:
+    return f"{server.scheme}://{server.host}:{server.port}/v1.0"
+
+
+def signed(**headers: str) -> SignedRequest:
+    return SignedRequest("1" * 36, b'{"billnumber":"1"}', {"X-EXTERNAL-ID": "1" * 36, **headers})
+
+
+# -- the token service ----------------------------------------------------------------------------------------------
+
+
+def granted(client_for: Build, body: bytes, status: bytes = b"200 OK") -> shell.Grant:
+    """The token that this answer is."""
+    with serving(always(answer(body, status=status))) as server:
+        return client_for(base_of(server)).fetch_token("client-1", "2026-11-22T12:00:00.000+07:00", "c2ln")
+
+
+def not_granted(client_for: Build, body: bytes, status: bytes = b"200 OK") -> Verdict:
+    """The judgement of an answer that is none."""
+    with pytest.raises(TokenUnavailable) as failure:
+        granted(client_for, body, status)
+    return failure.value.verdict
+
+
+def token_body(**fields: Any) -> bytes:
+    """As the token service sends it; a field set to ... is left out."""
+    whole = {"accessToken": "opaque-1", "tokenType": "Bearer", "expiresIn": "900", **fields}
+    return json.dumps({name: value for name, value in whole.items() if value is not ...}).encode()
+
+
+@pytest.mark.parametrize(
+    ("value", "lifetime"),
+    [
+        ("900", 900.0),
+        (" 900 ", 900.0),
+        (900, 900.0),
+        (899.5, 899.5),
+        ("899.5", 899.5),
+        (0, 1.0),
+        ("-5", 1.0),
+        (-5, 1.0),
+        (10**9, MAX_LIFETIME),
+        ("9" * 400, DEFAULT_LIFETIME),
+        (10**400, DEFAULT_LIFETIME),
+        (float("nan"), DEFAULT_LIFETIME),
+        ("Infinity", DEFAULT_LIFETIME),
+        ("²", DEFAULT_LIFETIME),
+        ("", DEFAULT_LIFETIME),
+        ("soon", DEFAULT_LIFETIME),
+        ("9999-99-99T00:00:00", DEFAULT_LIFETIME),
+        (True, DEFAULT_LIFETIME),
+        (None, DEFAULT_LIFETIME),
+        ([900], DEFAULT_LIFETIME),
+        (..., DEFAULT_LIFETIME),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_lifetime_is_read_whatever_its_form(client_for: Build, value: object, lifetime: float) -> None:
+    """`expiresIn` as a number or as text; what says nothing is SNAP's usual quarter of an hour."""
+
+    assert granted(client_for, token_body(expiresIn=value)).lifetime == lifetime
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda moment: moment.isoformat(),
+        lambda moment: moment.isoformat(timespec="milliseconds"),
+        lambda moment: moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        lambda moment: moment.astimezone(shell.JAKARTA).isoformat(timespec="seconds"),
+        lambda moment: moment.astimezone(shell.JAKARTA).strftime("%Y-%m-%d %H:%M:%S"),
+    ],
+    ids=["utc", "milliseconds", "Z", "+07:00", "no zone"],
+)
+def test_a_lifetime_may_be_a_moment(client_for: Build, form: Callable[[datetime], str]) -> None:
+    """A date-time counts from now; without a zone it is Jakarta's."""
+    moment = datetime.now(UTC) + timedelta(seconds=600)
+
+    assert granted(client_for, token_body(expiresIn=form(moment))).lifetime == pytest.approx(600, abs=3)
+
+
+def test_a_moment_that_has_passed_leaves_a_second(client_for: Build) -> None:
+    """A token is used at least once."""
+
+    assert granted(client_for, token_body(expiresIn="2001-01-01T00:00:00+07:00")).lifetime == 1.0
+
+
+@pytest.mark.parametrize("form", ["string", "int", "datetime", "absent"])
+def test_the_gateways_forms_of_a_lifetime(client_for: Build, simulator: Simulator, form: str) -> None:
+    """Signed, asked for and granted over HTTP."""
+    simulator.replace(Script(expires_in=form, token_lifetime=600))
+
+    grant = SimulatedPartner(simulator).token(client_for(simulator.base_url))
+
+    assert grant.lifetime == pytest.approx(DEFAULT_LIFETIME if form == "absent" else 600, abs=3)
+
+
+@pytest.mark.parametrize("fields", [{"responseCode": "2007300"}, {"responseCode": ...}, {"responseCode": "nonsense"}])
+def test_a_code_is_not_needed_for_a_token(client_for: Build, fields: dict[str, Any]) -> None:
+    """SNAP makes it mandatory only on failure: success is HTTP 2xx and a token."""
+
+    assert granted(client_for, token_body(**fields)).value == "opaque-1"
+
+
+def test_a_long_token_is_taken(client_for: Build) -> None:
+    """SNAP allows 2048 characters."""
+
+    assert len(granted(client_for, token_body(accessToken="t" * 2048)).value) == 2048
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["", None, 42, ["opaque-1"], ..., "two words", "line\r\nX-Evil: 1", "tab\t", "nul\0", "café", "t" * 5000],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_cannot_be_a_header_is_no_token(client_for: Build, token: object) -> None:
+    """Transient: the service is there and says nothing of use. The text of it stays out of the verdict."""
+    verdict = not_granted(client_for, token_body(accessToken=token))
+
+    assert (verdict.kind, verdict.effect_unknown) == (Kind.TRANSIENT, False)
+    assert verdict.message.startswith("token service: ")
+    assert not (isinstance(token, str) and token and token in verdict.message)
+
+
+def test_a_token_in_a_failure_is_none_and_stays_secret(client_for: Build) -> None:
+    """HTTP 500 with a token in its body: not used, not shown."""
+    verdict = not_granted(client_for, token_body(accessToken="hush"), b"500 Internal Server Error")
+
+    assert verdict.kind is Kind.TRANSIENT
+    assert "hush" not in verdict.message
+
+
+def refusal(code: str, message: str = "") -> bytes:
+    return json.dumps({"responseCode": code, "responseMessage": message}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (b"401 Unauthorized", refusal("4017300", "Unauthorized. Invalid Signature"), Kind.SYSTEMIC),
+        (b"401 Unauthorized", refusal("4017301", "Invalid Token"), Kind.SYSTEMIC),
+        (b"400 Bad Request", refusal("4007302", "Invalid Mandatory Field X-CLIENT-KEY"), Kind.SYSTEMIC),
+        (b"403 Forbidden", refusal("4037300", "Forbidden"), Kind.SYSTEMIC),
+        (b"403 Forbidden", refusal("4037301", "Feature Not Allowed"), Kind.SYSTEMIC),
+        (b"404 Not Found", refusal("4047301", "Not Found"), Kind.SYSTEMIC),
+        (b"404 Not Found", refusal("4047304", "Cancelled"), Kind.SYSTEMIC),
+        (b"409 Conflict", refusal("4097300", "Conflict"), Kind.SYSTEMIC),
+        (b"401 Unauthorized", b"", Kind.SYSTEMIC),
+        (b"401 Unauthorized", b"<html>token</html>", Kind.SYSTEMIC),
+        (b"403 Forbidden", b"<html>WAF</html>", Kind.SYSTEMIC),
+        (b"429 Too Many Requests", refusal("4297300", "Slow down"), Kind.THROTTLED),
+        (b"429 Too Many Requests", b"", Kind.THROTTLED),
+        (b"500 Internal Server Error", refusal("5007300", "General Error"), Kind.TRANSIENT),
+        (b"502 Bad Gateway", b"<html>502</html>", Kind.TRANSIENT),
+        (b"404 Not Found", b"<html>404</html>", Kind.TRANSIENT),
+        (b"200 OK", b"<html>maintenance</html>", Kind.TRANSIENT),
+        (b"200 OK", b"", Kind.TRANSIENT),
+        (b"200 OK", b'["opaque-1"]', Kind.TRANSIENT),
+        (b"200 OK", refusal("2007300", "Successful"), Kind.TRANSIENT),
+        (b"200 OK", refusal("2009300", "Successful"), Kind.TRANSIENT),
+        (b"307 Temporary Redirect", token_body(), Kind.TRANSIENT),
+    ],
+)
+def test_a_refused_token_is_systemic(client_for: Build, status: bytes, body: bytes, kind: Kind) -> None:
+    """Our credentials or set-up, not this bill; throttled and broken are told apart; nothing ever took effect."""
+    verdict = not_granted(client_for, body, status)
+
+    assert (verdict.kind, verdict.effect_unknown, verdict.reason) == (kind, False, None)
+
+
+def test_a_throttled_token_service_says_for_how_long(client_for: Build) -> None:
+    """Retry-After comes through."""
+    held = answer(b"", b"Retry-After: 7", status=b"429 Too Many Requests")
+    with serving(always(held)) as server, pytest.raises(TokenUnavailable) as failure:
+        client_for(base_of(server)).fetch_token("c", "t", "s")
+
+    assert failure.value.verdict.retry_after == "7"
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_silent_token_service_is_transient(client_for: Build, sent: bool) -> None:
+    """Nobody there, or nobody who answers: neither has an effect."""
+    with serving(lambda peer: peer.reset() if peer.request() else None) as server:
+        base = base_of(server) if sent else f"http://127.0.0.1:{refusing_port()}"
+        with pytest.raises(TokenUnavailable) as failure:
+            client_for(base).fetch_token("c", "t", "s")
+
+    assert (failure.value.verdict.kind, failure.value.verdict.effect_unknown) == (Kind.TRANSIENT, False)
+
+
+def test_a_wrong_signature_is_refused_by_the_token_service(client_for: Build, simulator: Simulator) -> None:
+    """The gateway checks it: systemic, with its code."""
+    simulator.replace(Script())
+    with pytest.raises(TokenUnavailable) as failure:
+        client_for(simulator.base_url).fetch_token("demo-client", "2026-11-22T12:00:00.000+07:00", "c2ln")
+
+    assert (failure.value.verdict.kind, failure.value.verdict.code) == (Kind.SYSTEMIC, "4017300")
+
+
+def test_the_token_request_is_the_documents(client_for: Build) -> None:
+    """Method, path, headers and body of service 73."""
+    with serving(always(answer(token_body()))) as server:
+        client_for(base_of(server)).fetch_token("client-1", "2026-11-22T12:00:00.000+07:00", "c2ln")
+
+    head, _, body = server.requests[0].decode().partition("\r\n\r\n")
+    lines = head.split("\r\n")
+    assert (lines[0], body) == ("POST /v1.0/access-token/b2b HTTP/1.1", '{"grantType":"client_credentials"}')
+    assert {
+        "Content-Type: application/json",
+        "X-CLIENT-KEY: client-1",
+        "X-TIMESTAMP: 2026-11-22T12:00:00.000+07:00",
+        "X-SIGNATURE: c2ln",
+    } <= set(lines)
+
+
+def test_token_requests_are_told_to_the_probe(client_for: Build, probe: RecordingProbe, simulator: Simulator) -> None:
+    """Each with its code, the failed ones too."""
+    simulator.replace(Script(token_faults=(Fault(code="5007300"), Fault(html=502))))
+    client, partner = client_for(simulator.base_url), SimulatedPartner(simulator)
+    for _ in range(2):
+        with pytest.raises(TokenUnavailable):
+            partner.token(client)
+    partner.token(client)
+
+    assert probe.requests == [("token", "5007300"), ("token", ""), ("token", "2007300")]
+
+
+# -- the clock ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 120.0, -45.0])
+def test_the_clocks_skew_is_read_from_date(
+    client_for: Build, probe: RecordingProbe, simulator: Simulator, offset: float
+) -> None:
+    """How far our clock is ahead of the gateway's, to about half a second: Date has whole ones."""
+    simulator.replace(Script(clock_offset=offset))
+    client_for(simulator.base_url).send(signed())
+
+    assert probe.skews == [pytest.approx(-offset, abs=0.8)]
+
+
+def test_the_skew_is_read_now_and_then(client_for: Build, probe: RecordingProbe, simulator: Simulator) -> None:
+    """Not at every call: parsing a date costs as much as signing."""
+    simulator.replace(Script())
+    client = client_for(simulator.base_url)
+    for _ in range(5):
+        client.send(signed())
+
+    assert len(probe.skews) == 1
+
+
+@pytest.mark.parametrize("zone", ["GMT", "+0000", "-0000", ""])
+def test_a_date_means_the_same_in_every_time_zone(
+    client_for: Build, probe: RecordingProbe, monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
+    """Whatever TZ says, and whether or not the server names its zone."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        now = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S ") + zone
+        with serving(always(answer(b"{}", b"Date: " + now.encode()))) as server:
+            client_for(base_of(server)).send(signed())
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert probe.skews == [pytest.approx(0, abs=2)]
+
+
+@pytest.mark.parametrize("date", [b"yesterday", b"", b"Sun, 99 Nov 2026 25:61:00 GMT", b"0", b"\xff\xfe"])
+def test_a_date_that_is_none_is_passed_over(client_for: Build, probe: RecordingProbe, date: bytes) -> None:
+    """The answer counts, the skew is not told."""
+    with serving(always(answer(b"{}", b"Date: " + date))) as server:
+        reply = client_for(base_of(server)).send(signed())
+
+    assert (reply, probe.skews) == (Reply(200, b"{}"), [])
+
+
+# -- trust and threads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [BoundedAdapter, StockAdapter], ids=["bounded", "stock"])
+def test_a_rotated_authority_takes_effect_with_the_next_call(client_for: Build, tmp_path: Path, kind: Any) -> None:
+    """A new context means a new connection, and the old one is closed; the same context keeps it."""
+    ours, theirs = Authority("ours", tmp_path), Authority("theirs", tmp_path)
+    contexts = [ours.trust()]
+
+    with serving(always(answer(b"{}")), tls=ours.server("127.0.0.1")) as server:
+        client = client_for(base_of(server), lambda: contexts[-1], kind)
+        kept = [client.send(signed()) for _ in range(3)], server.connections
+        contexts.append(ours.trust())
+        renewed = client.send(signed()), server.connections
+        assert server.closed.acquire(timeout=5)
+        contexts.append(theirs.trust())
+        distrusted = client.send(signed())
+
+    assert kept == ([Reply(200, b"{}")] * 3, 1)
+    assert renewed == (Reply(200, b"{}"), 2)
+    assert isinstance(distrusted, NoReply)
+    assert (distrusted.sent, len(server.requests)) == (False, 4)
+
+
+def test_each_thread_has_a_connection_of_its_own(client_for: Build) -> None:
+    """One client for all senders; answers are never mixed up."""
+    everyone = threading.Barrier(6)
+
+    def echo(peer: Peer) -> None:
+        while (request := peer.request()) is not None:
+            peer.send(answer(request.partition(b"X-EXTERNAL-ID: ")[2].partition(b"\r\n")[0]))
+
+    with serving(echo) as server, ThreadPoolExecutor(6) as pool:
+        client = client_for(base_of(server))
+
+        def calls(number: int) -> bool:
+            everyone.wait(5)
+            names = [f"{number}-{call}" for call in range(20)]
+            return all(client.send(signed(**{"X-EXTERNAL-ID": name})) == Reply(200, name.encode()) for name in names)
+
+        assert all(pool.map(calls, range(6)))
+
+    assert server.connections == 6
+
+
+def test_the_environment_does_not_speak_into_a_call(client_for: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies are the wiring's business, and no netrc replaces our Authorization."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{refusing_port()}")
+    with serving(always(answer(b"{}"))) as server:
+        reply = client_for(base_of(server)).send(signed(Authorization="Bearer opaque-1"))
+
+    assert reply == Reply(200, b"{}")
+    assert b"\r\nAuthorization: Bearer opaque-1\r\n" in server.requests[0]
+
+
+# -- proxies --------------------------------------------------------------------------------------------------------
+
+GATEWAY = "https://api.gateway.example/v1.0"
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, {}),
+        ({"HTTPS_PROXY": "http://p:3128"}, {"https": "http://p:3128"}),
+        ({"https_proxy": "http://small:1", "HTTPS_PROXY": "http://p:3128"}, {"https": "http://small:1"}),
+        ({"ALL_PROXY": "http://p:3128"}, {"https": "http://p:3128"}),
+        ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:3128"}, {"https": "http://p:3128"}),
+        ({"HTTPS_PROXY": "p:3128"}, {"https": "p:3128"}),
+        ({"HTTPS_PROXY": "https://p"}, {"https": "https://p"}),
+        ({"HTTP_PROXY": "http://p:3128"}, {}),
+        ({"HTTPS_PROXY": ""}, {}),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "gateway.example"}, {}),
+        ({"HTTPS_PROXY": "http://p:3128", "no_proxy": ".gateway.example, other"}, {}),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "*"}, {}),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "way.example"}, {"https": "http://p:3128"}),
+        ({"HTTPS_PROXY": "socks5://p:1080", "NO_PROXY": "gateway.example"}, {}),
+    ],
+    ids=lambda value: " ".join(value) or "none",
+)
+def test_the_proxy_is_the_environments(environ: dict[str, str], found: dict[str, str]) -> None:
+    """By the gateway's scheme, then for all, unless its host is excepted."""
+
+    assert proxies_for(GATEWAY, environ) == found
+
+
+@pytest.mark.parametrize("excepted", ["10.0.0.0/8", "10.1.2.3"])
+def test_an_address_can_be_excepted_with_its_network(excepted: str) -> None:
+    """NO_PROXY takes addresses and networks."""
+    proxy = {"HTTPS_PROXY": "http://p:3128"}
+
+    assert proxies_for("https://10.1.2.3/v1.0", {**proxy, "NO_PROXY": excepted}) == {}
+    assert proxies_for("https://11.1.2.3/v1.0", {**proxy, "NO_PROXY": excepted}) == {"https": "http://p:3128"}
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8080/v1.0", "http://localhost/v1.0", "http://[::1]:8080/v1.0"])
+def test_this_machine_is_never_behind_a_proxy(url: str) -> None:
+    """A simulator is called directly, whatever the machine's environment says."""
+
+    assert proxies_for(url, {"HTTP_PROXY": "http://p:3128", "ALL_PROXY": "http://p:3128"}) == {}
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://user:hush@p:1080", "ftp://user:hush@p", "http://", "http://user:hush@p:port", "http://[p"]
+)
+def test_a_proxy_that_cannot_be_spoken_to_is_refused_by_name(proxy: str) -> None:
+    """One line, the variable first, and never its value."""
+    with pytest.raises(ValueError, match=r"\AHTTPS_PROXY: must be [^\n]*\Z") as refused:
+        proxies_for(GATEWAY, {"HTTPS_PROXY": proxy})
+
+    assert "hush" not in str(refused.value)
+
+
+def test_asking_for_the_proxy_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the process's own does not count."""
+    monkeypatch.setenv("NO_PROXY", "gateway.example")
+    monkeypatch.setenv("HTTPS_PROXY", "http://ours:1")
+    before = dict(os.environ)
+
+    assert proxies_for(GATEWAY, {"HTTPS_PROXY": "http://theirs:1"}) == {"https": "http://theirs:1"}
+    assert dict(os.environ) == before
+
+
+# -- what every gateway of the port does -------------------------------------------------------------------------------
+
+ANSWERS: dict[str, tuple[Fault | None, Reply | NoReply]] = {
+    "success": (Fault(), Reply(200, b'{"responseCode":"2009300","responseMessage":"Successful"}')),
+    "refused": (
+        Fault(code="4049308"),
+        Reply(404, b'{"responseCode":"4049308","responseMessage":"Invalid Merchant"}'),
+    ),
+    "throttled": (
+        Fault(code="4299300", retry_after="7"),
+        Reply(429, b'{"responseCode":"4299300","responseMessage":"Too Many Requests"}', "7"),
+    ),
+    "empty": (Fault(body="", http=502), Reply(502, b"")),
+    "lost": (Fault(reset="after"), NoReply(True, "")),
+    "not sent": (None, NoReply(False, "")),
+}
+
+
+@pytest.fixture(params=["real", "fake"])
+def gateway(
+    request: pytest.FixtureRequest, client_for: Build, simulator: Simulator
+) -> Callable[[str], tuple[Gateway, SignedRequest]]:
+    """A gateway that gives the named answer, and a call that it takes."""
+
+    def real(name: str) -> tuple[Gateway, SignedRequest]:
+        fault, _ = ANSWERS[name]
+        simulator.replace(Script())
+        partner = SimulatedPartner(simulator)
+        call = partner.request(partner.token(client_for(simulator.base_url)).value)
+        simulator.replace(Script(bills={BILL: (fault or Fault(),)}))
+        base = simulator.base_url if fault else f"http://127.0.0.1:{refusing_port()}"
+        return client_for(base), call
+
+    def fake(name: str) -> tuple[Gateway, SignedRequest]:
+        return FakeGateway(FakeClock(), [ANSWERS[name][1]]), signed()
+
+    return real if request.param == "real" else fake
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_gateway_gives_the_answer_or_says_that_there_was_none(
+    gateway: Callable[[str], tuple[Gateway, SignedRequest]], name: str
+) -> None:
+    """Status, body and Retry-After as they came; without an answer, whether the call was sent; nothing is raised."""
+    port, call = gateway(name)
+    given, expected = port.send(call), ANSWERS[name][1]
+
+    assert judge(given).kind is judge(expected).kind
+    match given, expected:
+        case Reply(), Reply():
+            assert given == expected
+        case NoReply(), NoReply():
+            assert given.sent == expected.sent
+        case _:
+            pytest.fail(f"{given!r} is not like {expected!r}")
+
+
+def test_a_gateway_leaves_the_request_as_it_was(
+    gateway: Callable[[str], tuple[Gateway, SignedRequest]],
+) -> None:
+    """Its bytes and headers may be logged, compared and sent again."""
+    port, call = gateway("success")
+    before = (call.external_id, call.body, dict(call.headers))
+    port.send(call)
+
+    assert (call.external_id, call.body, call.headers) == before

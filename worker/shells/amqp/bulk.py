@@ -1,0 +1,277 @@
+"""Publishes and follows in bulk, for tools: the worker's own publisher fed through a bounded window, and one consumer.
+
+Everything runs on one loop in the caller's thread, `Errand`'s methods included.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, cast
+
+from pika.adapters.select_connection import IOLoop
+
+from worker.core.delivery import BATCH_ID, Delivery, Message, text
+from worker.core.topology import Topology
+from worker.shells.amqp import codec
+from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.link import Link, Parameters
+from worker.shells.amqp.publisher import Publication, Publisher
+
+WINDOW: Final = 1000
+"""Publications without their confirm: twice what a broker on the same machine needs to be kept busy, and the most that a
+crash publishes again."""
+REFILL: Final = WINDOW // 2
+PREFETCH: Final = 1000
+AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits in the prefetch window
+TICK: Final = 0.1
+CLOSE_SECONDS: Final = 3.0
+GONE_SECONDS: Final = 5.0  # without a delivery, of those that were there a moment ago
+
+_NO_DELIVERY: Final = cast("Delivery", None)  # the worker's publications name what is acked after them; ours have nothing
+
+
+class Errand(Protocol):
+    """What is to be done, as the loop asks for it."""
+
+    def next(self) -> tuple[int, Message] | None:
+        """The next message to publish, with a number by which `confirmed` names it; None when there is none now."""
+
+    def confirmed(self, number: int) -> None:
+        """The broker has it."""
+
+    def outcomes(self, bodies: Sequence[bytes]) -> None:
+        """Outcomes of the batch; they are acked when this returns."""
+
+    def look(self, trouble: str) -> bool:
+        """Ten times a second, with what keeps the broker from working for us, if anything does. False ends it all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where to publish and what to follow. ``declare``: as AMQP_DECLARE. ``inbox``: the queue to follow, which is ours
+    to declare in any case, and its batch; None to follow nothing."""
+
+    topology: Topology
+    declare: bool
+    inbox: Topology | None = None
+    batch: str = ""
+
+
+class Bulk:
+    """One errand. `run` blocks until it says that it is done."""
+
+    def __init__(self, route: Route, parameters: Parameters, errand: Errand, *, publishing: bool, rng: random.Random) -> None:
+        self._route = route
+        self._errand = errand
+        self._loop = IOLoop()
+        self._failure: BaseException | None = None
+        self._closing_at: float | None = None
+        self._channel: Any = None
+        self._pending: list[bytes] = []
+        self._last_tag = 0
+        self._publisher: Publisher[int] = Publisher(
+            self._loop,
+            _Unwatched(),
+            on_confirmed=lambda publication: errand.confirmed(publication.result),
+            after_confirms=self._refill,
+            guard=self._guard,
+        )
+        self._links: list[Link] = []
+        self._publish_link = self._consume_link = None
+        if publishing:
+            self._publish_link = self._link("publish", parameters, self._publish_up, self._publish_down, rng)
+        if route.inbox is not None:
+            self._consume_link = self._link("consume", parameters, self._consume_up, self._consume_down, rng)
+
+    def run(self) -> None:
+        """Raises what `Errand` raises."""
+        codec.tolerate()
+        for link in self._links:
+            link.connect()
+        self._tick()
+        self._loop.start()
+        self._loop.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _link(
+        self,
+        name: str,
+        parameters: Parameters,
+        on_up: Callable[[Any], None],
+        on_down: Callable[[str], None],
+        rng: random.Random,
+    ) -> Link:
+        link = Link(
+            name,
+            self._loop,
+            parameters,
+            on_up=on_up,
+            on_down=on_down,
+            on_refused=lambda _: None,  # refused at first is told before we start; later it is waited for like any trouble
+            on_blocked=lambda _: self._feed(),
+            guard=self._guard,
+            rng=rng,
+        )
+        self._links.append(link)
+        return link
+
+    def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*args: Any) -> None:
+            try:
+                callback(*args)
+            except BaseException as error:  # noqa: BLE001  # pika would swallow it; `run` raises it
+                self._failure = self._failure or error
+                self._loop.stop()
+
+        return guarded
+
+    def _tick(self) -> None:
+        self._guard(self._look)()
+        self._loop.call_later(TICK, self._tick)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self._closing_at is not None:
+            if now > self._closing_at or all(link.closed for link in self._links):
+                self._loop.stop()
+            return
+        self._publisher.tick(now)
+        self._hand_over()
+        self._feed()
+        if not self._errand.look(self._trouble()):
+            self._closing_at = now + CLOSE_SECONDS
+            for link in self._links:
+                link.close()
+
+    def _trouble(self) -> str:
+        for link in self._links:
+            if link.blocked:
+                return "the broker blocks publishers (memory or disk alarm)"
+            if link.trouble and not link.up:
+                return f"the broker is away: {link.trouble}"
+        return self._publisher.trouble
+
+    # -- publishing -------------------------------------------------------------------------------------------------
+
+    def _publish_up(self, connection: Any) -> None:
+        link = self._publish_link
+        assert link is not None
+        self._declare(
+            connection, link, self._route.topology, self._route.declare, lambda: self._publisher.open(connection, link, self._feed)
+        )
+
+    def _publish_down(self, _reason: str) -> None:
+        self._publisher.down()
+
+    def _refill(self) -> None:
+        if len(self._publisher) <= REFILL:
+            self._feed()
+
+    def _feed(self) -> None:
+        if self._publish_link is None:
+            return
+        with self._publish_link.corked():
+            while self._publisher.ready and len(self._publisher) < WINDOW:
+                following = self._errand.next()
+                if following is None:
+                    return
+                number, message = following
+                self._publisher.publish(Publication(message, _NO_DELIVERY, number))
+
+    # -- following --------------------------------------------------------------------------------------------------
+
+    def _consume_up(self, connection: Any) -> None:
+        link, inbox = self._consume_link, self._route.inbox
+        assert link is not None
+        assert inbox is not None
+        self._declare(connection, link, inbox, True, lambda: self._consume(connection, link, inbox.queues[0].name))
+
+    def _consume(self, connection: Any, link: Link, queue: str) -> None:
+        def opened(channel: Any) -> None:
+            self._channel = channel
+            channel.add_on_close_callback(self._guard(lambda _, why: self._channel_lost(link, channel, str(why))))
+            channel.add_on_cancel_callback(self._guard(lambda _: link.bounce(f"the broker cancelled the consumer of {queue}")))
+            channel.basic_qos(prefetch_count=PREFETCH, callback=self._guard(lambda _: limited(channel)))
+
+        def limited(channel: Any) -> None:
+            channel.basic_consume(queue, self._guard(self._delivered), callback=self._guard(lambda _: link.proven()))
+
+        connection.channel(on_open_callback=self._guard(opened))
+
+    def _delivered(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        if channel is not self._channel:
+            return
+        self._last_tag = method.delivery_tag
+        headers = properties.headers or {}
+        if BATCH_ID in headers and text(headers[BATCH_ID]) == self._route.batch:
+            self._pending.append(body)
+        if len(self._pending) >= AT_ONCE:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Kept first, acked then; the outcomes of other batches are acked along."""
+        if not self._last_tag:
+            return
+        bodies, self._pending = self._pending, []
+        if bodies:
+            self._errand.outcomes(bodies)
+        tag, self._last_tag = self._last_tag, 0
+        if self._channel is not None and self._channel.is_open:
+            self._channel.basic_ack(tag, multiple=True)
+
+    def _consume_down(self, _reason: str) -> None:
+        self._channel = None
+        self._pending, self._last_tag = [], 0  # the broker has them again
+
+    def _channel_lost(self, link: Link, channel: Any, reason: str) -> None:
+        if channel is self._channel and link.up:
+            link.bounce(f"following channel closed: {reason}")
+
+    # -- both -------------------------------------------------------------------------------------------------------
+
+    def _declare(self, connection: Any, link: Link, topology: Topology, declare: bool, then: Callable[[], None]) -> None:
+        """Both links see to what they need: it may have been deleted while they were away."""
+
+        def done(wrong: str | None) -> None:
+            if wrong is None:
+                then()
+            else:
+                link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
+
+        Declaring(connection, topology, declare=declare, on_done=done, guard=self._guard)
+
+
+def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:
+    """What a batch's inbox holds now, in pieces; each is acked when the next is asked for. Raises pika's errors."""
+    codec.tolerate()
+    channel = connection.channel()
+    left = int(channel.queue_declare(queue, passive=True).method.message_count)
+    channel.basic_qos(prefetch_count=PREFETCH)
+    bodies: list[bytes] = []
+    for method, properties, body in channel.consume(queue, inactivity_timeout=GONE_SECONDS) if left else ():
+        if method is None:
+            break  # somebody else took them
+        left -= 1
+        if text((properties.headers or {}).get(BATCH_ID, "")) == batch:
+            bodies.append(body)
+        if method.delivery_tag % AT_ONCE == 0 or not left:
+            yield bodies
+            channel.basic_ack(method.delivery_tag, multiple=True)
+            bodies = []
+        if not left:
+            break
+    channel.close()
+
+
+class _Unwatched:
+    """The publisher's `Watch`, for nobody."""
+
+    def confirmed(self, seconds: float) -> None:
+        """Not of interest here."""
+
+    def unconfirmed(self, count: int) -> None:
+        """Not of interest here."""

@@ -1,0 +1,401 @@
+"""The journal of one batch: a SQLite file that knows every bill, how far it is published and what became of it.
+
+Written by one process at a time (a lock file beside it says which), read by any. What is committed survives a power
+cut, so an outcome is acked, and a bill is never sent under a second id, on the strength of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from worker.core.rows import Row
+from worker.core.sweep import Batch, Bill, Facts, Job, Progress, Recorded, Tally, Told, command_id, supersedes
+
+SUFFIX: Final = ".db"
+LOADING: Final = ".loading-"
+ABANDONED: Final = 86_400.0
+"""Seconds after which a load that never became a batch is what a killed process left behind."""
+
+_FORMAT: Final = 1
+_CHUNK: Final = 500
+_CACHE_KIB: Final = 16_384  # the index of a million bills is larger; what falls out is in the system's cache
+_BUSY_SECONDS: Final = 10.0
+
+_TABLES: Final = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE bills (
+    number INTEGER PRIMARY KEY,
+    line INTEGER NOT NULL,
+    bill TEXT NOT NULL,
+    merchant TEXT NOT NULL,
+    reference TEXT,
+    not_after TEXT,
+    duplicates INTEGER NOT NULL DEFAULT 0,
+    begun INTEGER NOT NULL DEFAULT 0,
+    due REAL,
+    progress TEXT,
+    status TEXT,
+    reason TEXT,
+    response_code TEXT,
+    response_message TEXT,
+    detail TEXT,
+    attempts INTEGER,
+    effect_unknown INTEGER,
+    external_ids TEXT,
+    completed_at TEXT,
+    UNIQUE (bill, merchant)
+);
+CREATE INDEX due ON bills (due) WHERE due IS NOT NULL;
+"""
+_INSERT: Final = """
+INSERT INTO bills (line, bill, merchant, reference, not_after) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (bill, merchant) DO UPDATE SET duplicates = duplicates + 1
+"""
+_BILL: Final = "number, bill, merchant, reference, not_after"
+_TELL: Final = """
+UPDATE bills SET status = ?, reason = ?, response_code = ?, response_message = ?, detail = ?, attempts = ?,
+    effect_unknown = ?, external_ids = ?, completed_at = ?, due = NULL, progress = NULL WHERE number = ?
+"""
+
+
+class JournalError(Exception):
+    """It cannot be used. The text is one line: what happened, what to do."""
+
+
+class Journal:
+    """One batch's file. Not thread-safe."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Opens it; see `load` for making one. Raises `JournalError`."""
+        self.path = path
+        with _translated(path):
+            mode = "ro" if read_only else "rw"
+            self._db = _connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)
+        try:
+            with _translated(path):
+                if not read_only:
+                    self._db.execute("PRAGMA journal_mode = WAL")
+                self.facts = self._facts()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Everything is on disk already."""
+        with suppress(sqlite3.Error):
+            self._db.close()
+
+    # -- publishing -------------------------------------------------------------------------------------------------
+
+    def unsent(self, after: int, limit: int) -> list[Bill]:
+        """The next bills behind number ``after`` that have no outcome."""
+        query = f"SELECT {_BILL} FROM bills WHERE number > ? AND status IS NULL ORDER BY number LIMIT ?"
+        with _translated(self.path):
+            return [Bill(*row) for row in self._db.execute(query, (after, limit))]
+
+    def published(self, through: int) -> None:
+        """Every bill up to this number is with the broker."""
+        self._state(published=through)
+
+    def has_inbox(self) -> None:
+        """The batch's own queue exists: before the first publish, so that no outcome goes elsewhere."""
+        self._state(inbox=1)
+
+    def publish_again(self) -> None:
+        """Bills without an outcome are published again, under their ids."""
+        self._state(published=0)
+
+    # -- outcomes ---------------------------------------------------------------------------------------------------
+
+    def record(self, outcomes: Sequence[Told]) -> Recorded:
+        """Keeps what tells more than is known; the rest (duplicates, commands of others) changes nothing."""
+        recorded = Recorded()
+        with self._transaction():
+            for told in outcomes:
+                row = self._row_of(told)
+                if row is None:
+                    continue
+                if row["status"] is not None:
+                    if not supersedes(told, row["status"], row["reason"], row["completed_at"]):
+                        continue
+                    recorded.change(row["status"], row["reason"], -1)
+                recorded.change(told.status, told.reason, 1)
+                self._db.execute(_TELL, (*told[2:], row["number"]))
+        return recorded
+
+    def tally(self) -> Tally:
+        """The sum."""
+        facts = self.facts = self._facts()
+        query = """
+            SELECT status, reason, number <= ? OR begun OR due IS NOT NULL, count(*) FROM bills GROUP BY 1, 2, 3
+        """
+        tally = Tally(invalid=facts.invalid, duplicates=facts.duplicates)
+        with _translated(self.path):
+            for status, reason, sent, count in self._db.execute(query, (facts.published,)):
+                if status is not None:
+                    tally.told[status, reason] = tally.told.get((status, reason), 0) + count
+                elif sent:
+                    tally.waiting += count
+                else:
+                    tally.unsent += count
+        return tally
+
+    def rows(self) -> Iterator[sqlite3.Row]:
+        """Every bill with all that is known, in the order of the input."""
+        with _translated(self.path):
+            yield from self._db.execute("SELECT * FROM bills ORDER BY number")
+
+    # -- without a broker -------------------------------------------------------------------------------------------
+
+    def direct(self, maybe_published: int) -> None:
+        """The batch is sent without a broker, from now on. What the broker has or may have, up to the number
+        ``maybe_published``, may have been sent already."""
+        with self._transaction():
+            _put(self._db, {"direct": 1})
+            if self.facts.published:
+                self._db.execute("UPDATE bills SET begun = 1 WHERE status IS NULL AND number <= ?", (maybe_published,))
+        self.facts = self._facts()
+
+    def take(self, after: int, limit: int) -> list[Job]:
+        """The next bills to send, marked as begun before anybody sends them."""
+        return self._take("number > ? AND status IS NULL AND due IS NULL ORDER BY number LIMIT ?", (after, limit))
+
+    def take_due(self, now: float, limit: int) -> list[Job]:
+        """The bills whose delayed round has come (``now``: seconds since the epoch), marked as begun."""
+        return self._take("due <= ? ORDER BY due LIMIT ?", (now, limit))
+
+    def next_due(self) -> float | None:
+        """When the next delayed round begins."""
+        with _translated(self.path):
+            found = self._db.execute("SELECT min(due) FROM bills WHERE due IS NOT NULL").fetchone()[0]
+        return None if found is None else float(found)
+
+    def put_back(self, jobs: Iterable[tuple[int, Progress, float | None]]) -> None:
+        """Bills (number, progress, due) that were not finished: what is known of their calls, and when to go on."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE bills SET begun = 0, progress = ?, due = ? WHERE number = ? AND status IS NULL",
+                [(_kept(progress), due, number) for number, progress, due in jobs],
+            )
+
+    def _take(self, where: str, arguments: tuple[float, int]) -> list[Job]:
+        with self._transaction():
+            found = self._db.execute(f"SELECT {_BILL}, begun, progress FROM bills WHERE {where}", arguments).fetchall()
+            self._db.executemany(
+                "UPDATE bills SET begun = 1, due = NULL WHERE number = ?", [(row["number"],) for row in found]
+            )
+        return [Job(Bill(*row[:5]), bool(row["begun"]), _progress(row["progress"])) for row in found]
+
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _row_of(self, told: Told) -> sqlite3.Row | None:
+        """By the bill, then by the id: a bill of several merchants has several rows."""
+        query = "SELECT number, merchant, status, reason, completed_at FROM bills WHERE bill = ?"
+        for row in self._db.execute(query, (told.bill,)):
+            if command_id(self.facts.batch.id, told.bill, row["merchant"]) == told.command_id:
+                return row
+        return None
+
+    def _state(self, **values: object) -> None:
+        with self._transaction():
+            _put(self._db, values)
+        self.facts = self._facts()
+
+    def _facts(self) -> Facts:
+        with _translated(self.path):
+            values = dict(self._db.execute("SELECT name, value FROM facts").fetchall())
+        if values.get("format") != _FORMAT:
+            raise JournalError(f"{self.path}: not a journal of this version; move it away, or use the version that wrote it")
+        return Facts(
+            Batch(values["batch"], values["size"]),
+            values["source"],
+            values["digest"],
+            values["created_at"],
+            values["invalid"],
+            values["duplicates"],
+            values["published"],
+            bool(values["inbox"]),
+            bool(values["direct"]),
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _translated(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.rollback()
+                raise
+            self._db.commit()
+
+
+# -- making and finding them ----------------------------------------------------------------------------------------
+
+
+class Load:
+    """A batch in the making: under a name that nobody finds, until `keep` gives it its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / f"{LOADING}{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
+        with _translated(directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._db = _connect(str(self._path))
+            # Nothing of it counts before it is kept, and then it is flushed as a whole.
+            self._db.execute("PRAGMA journal_mode = OFF")
+            self._db.execute("PRAGMA synchronous = OFF")
+            self._db.executescript(_TABLES)
+
+    def fill(self, rows: Iterable[Row]) -> None:
+        """All of them, in constant memory; a bill (of one merchant) that comes again is only counted."""
+        with _translated(self._path):
+            self._db.execute("BEGIN")
+            self._db.executemany(_INSERT, rows)
+            self._db.commit()
+
+    def counts(self) -> tuple[int, int]:
+        """(bills, duplicates)"""
+        with _translated(self._path):
+            bills, duplicates = self._db.execute("SELECT count(*), coalesce(sum(duplicates), 0) FROM bills").fetchone()
+        return int(bills), int(duplicates)
+
+    def first(self, limit: int) -> list[Bill]:
+        """The first bills."""
+        with _translated(self._path):
+            return [Bill(*row) for row in self._db.execute(f"SELECT {_BILL} FROM bills ORDER BY number LIMIT ?", (limit,))]
+
+    def keep(self, path: Path, *, batch: str, source: str, digest: str, invalid: int, now: float) -> None:
+        """Under its own name; the file appears whole or not at all."""
+        bills, duplicates = self.counts()
+        with _translated(path):
+            values: dict[str, object] = {
+                "format": _FORMAT,
+                "batch": batch,
+                "size": bills,
+                "source": source,
+                "digest": digest,
+                "created_at": now,
+                "invalid": invalid,
+                "duplicates": duplicates,
+                "published": 0,
+                "inbox": 0,
+                "direct": 0,
+            }
+            self._db.execute("BEGIN")
+            _put(self._db, values)
+            self._db.commit()
+            self._db.close()
+            _flush(self._path)
+            self._path.replace(path)
+            _flush(path.parent)
+
+    def discard(self) -> None:
+        """Removes it, unless it was kept."""
+        with suppress(sqlite3.Error):
+            self._db.close()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """One process per batch. Raises `JournalError` when another has it; the system lets go when its holder dies.
+
+    A file of its own: SQLite has locks of its own on the journal.
+    """
+    name = path.with_suffix(".lock")
+    with _translated(name):
+        file = name.open("a+")
+    with closing(file):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip() or "?"
+            raise JournalError(
+                f"batch {path.stem} is in the hands of process {holder}; let it end, or stop it with ctrl-C"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def journals(directory: Path) -> list[Path]:
+    """The batches of a directory, the latest first."""
+    with _translated(directory):
+        found = [path for path in directory.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def clean(directory: Path) -> None:
+    """Removes what killed processes left while they loaded."""
+    with suppress(OSError):
+        for path in directory.glob(f"{LOADING}*"):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A text file that takes ``path``'s place when all is written: whoever reads it never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise JournalError(f"{path} cannot be written ({error.strerror}); make room, or name another place") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
+    db = sqlite3.connect(database, uri=uri, isolation_level=None, timeout=_BUSY_SECONDS)
+    db.row_factory = sqlite3.Row
+    db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def _put(db: sqlite3.Connection, values: dict[str, object]) -> None:
+    db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", values.items())
+
+
+def _kept(progress: Progress) -> str | None:
+    return json.dumps(progress) if progress.attempts or progress.effect_unknown else None
+
+
+def _progress(text: str | None) -> Progress:
+    if text is None:
+        return Progress()
+    round_, attempts, external_ids, *rest = json.loads(text)
+    return Progress(round_, attempts, tuple(external_ids), *rest)
+
+
+def _flush(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise JournalError(f"{path}: {said}; see whether its disk is full or read-only, or give --state-dir") from None

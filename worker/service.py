@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import secrets
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence

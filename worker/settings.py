@@ -362,6 +362,10 @@ class GatewaySettings(Group):
         allow_inf_nan=False,
         description="Most expire calls in any second, without bursts; 0 for no limit.",
     )
+    transport: Literal["bounded", "requests"] = Field(
+        "bounded",
+        description="`bounded`: our adapter, a fifth of the CPU; `requests`: its own. A proxy always takes the latter.",
+    )
     ca_file: ReadableFile | None = Field(
         default=None,
         description="CA certificates of the gateway.",

@@ -143,5 +143,5 @@ class RecordingObserver:
 class Ceiling(random.Random):
     """Chance that always draws the highest: backoffs are their ceilings."""
 
-    def uniform(self, a: float, b: float) -> float:  # noqa: ARG002
+    def uniform(self, a: float, b: float) -> float:
         return b

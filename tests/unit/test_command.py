@@ -33,7 +33,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 NAMES = st.sampled_from(["billnumber", "billNumber", "additionalInfo", "reference", "notAfter", "note"])
-VALUES = (
+VALUES: st.SearchStrategy[Any] = (
     IDENTIFIERS
     | st.text(max_size=140)
     | JSON
@@ -154,11 +154,13 @@ def test_malformed(body: str) -> None:
     assert invalid(body) == "malformed_json"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-7"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
 def test_other_encodings(encoding: str) -> None:
     """Only UTF-8 without a mark is read."""
 
-    assert invalid(builders.body(reference="ünlü").decode().replace("\\u00fc", "ü").encode(encoding)) == "malformed_json"
+    body = json.dumps(builders.fields(reference="ü"), ensure_ascii=False)
+
+    assert invalid(body.encode(encoding)) == "malformed_json"
 
 
 def test_latin_1() -> None:
@@ -238,7 +240,7 @@ def test_other_types(value: object) -> None:
     """Every field of a command is a string."""
 
     for name in ("billnumber", "billNumber", "reference", "notAfter"):
-        assert invalid(builders.body(billnumber=..., **{name: value})) == "invalid_command"
+        assert invalid(json.dumps({**builders.fields(), name: value})) == "invalid_command"
     assert invalid(builders.body(additionalInfo={"merchantId": value})) == "invalid_command"
 
 
@@ -264,7 +266,9 @@ def test_null_is_absent() -> None:
 def test_unknown_fields() -> None:
     """Unknown fields are ignored, whatever they hold."""
 
-    assert parse(builders.body(note={"a": [1.5, None]}, additionalInfo={"merchantId": "1", "x": 2})) == Command(BILL, "1")
+    body = builders.body(note={"a": [1.5, None]}, additionalInfo={"merchantId": "1", "x": 2})
+
+    assert parse(body) == Command(BILL, "1")
 
 
 def test_default_merchant() -> None:
@@ -353,12 +357,15 @@ def test_rfc3339_round_trip(moment: datetime) -> None:
 def test_no_rfc3339(text: str) -> None:
     """What RFC 3339 does not allow is refused: a deadline that is misread is worse than none."""
 
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"RFC 3339|must be|out of range"):
         parse_rfc3339(text)
     assert invalid(builders.body(notAfter=text)) == "invalid_command"
 
 
-@given(st.text(max_size=40) | st.from_regex(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", fullmatch=True))
+@given(
+    st.text(max_size=40)
+    | st.from_regex(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", fullmatch=True)
+)
 def test_any_not_after(text: str) -> None:
     """Whatever stands in notAfter, the answer is a command or invalid."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import builders
@@ -51,6 +51,7 @@ def test_external_ids_are_36_digits(epoch: float, node: int, serial: int) -> Non
 
 
 @given(st.sets(st.tuples(NODES, SERIALS), max_size=20), EPOCHS)
+@example({(0, 0), (0, 10**7), (10**10, 0), (1, 0), (0, 1)}, 0.0)
 def test_external_ids_are_unique(calls: set[tuple[int, int]], epoch: float) -> None:
     """Within one millisecond no two calls of any processes share an external id."""
 
@@ -78,9 +79,10 @@ def test_body_is_the_document_s(bill: str) -> None:
 
     payload = request.body(builders.command(bill, "M"))
 
-    assert payload == json.dumps(
-        {"billnumber": bill, "additionalInfo": {"merchantId": "M"}}, separators=(",", ":")
-    ).encode()
+    assert (
+        payload
+        == json.dumps({"billnumber": bill, "additionalInfo": {"merchantId": "M"}}, separators=(",", ":")).encode()
+    )
 
 
 def test_bill_field() -> None:

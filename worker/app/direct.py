@@ -16,7 +16,18 @@ from worker.core.delivery import Progress as Travelling
 from worker.core.lanes import SWEEP
 from worker.core.outcome import encode
 from worker.core.ports import Clock
-from worker.core.sweep import Facts, Job, Progress, Recorded, Standing, Tally, Told, command_body, command_id, read_outcome
+from worker.core.sweep import (
+    Facts,
+    Job,
+    Progress,
+    Recorded,
+    Standing,
+    Tally,
+    Told,
+    command_body,
+    command_id,
+    read_outcome,
+)
 
 TICK: Final = 0.1
 AT_ONCE: Final = 500  # results kept in one transaction
@@ -255,9 +266,7 @@ class Direct:
         while self._numbers and self._stop() < 2 and self._clock.monotonic() < deadline:
             unsent = [delivery for delivery in senders.waiting() if senders.remove(delivery)]
             if unsent:
-                self._journal.put_back(
-                    [(self._numbers.pop(each.command_id), _progress(each), None) for each in unsent]
-                )
+                self._journal.put_back([(self._numbers.pop(each.command_id), _progress(each), None) for each in unsent])
             self._collect(TICK)
             self._screen.show(self._standing, f"stopping: {senders.in_hand()} calls are on their way")
         return Ended.STOPPED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 from tenacity import RetryCallState, Retrying, retry_if_result
 
@@ -28,6 +28,9 @@ from worker.core.request import Partner, SignedRequest
 from worker.core.retry import RetryPolicy, Round, retry_after
 from worker.core.signing import Sign
 from worker.core.verdict import FINAL, Kind, NoReply, Reply, Verdict, judge
+
+
+TOKEN_AT_HAND: Final = 0.1  # seconds: a token that took longer was fetched, and other senders waited for it too
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +156,18 @@ class Expire:
         """Gate, token, sign, send, judge, tell."""
         self._check_deadline(job, 0.0)
         self._gate.enter(probe=job.probe, paced=job.paced)
-        self._check_deadline(job, 0.0)
         job.paced = False
-        job.round.calls += 1
         started = self._clock.monotonic()
         try:
             token = self._tokens.get()
         except TokenUnavailable as failure:
+            job.round.calls += 1
             return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared)
-        self._check_deadline(job, 0.0)  # a token request may take as long as a call
+        if self._clock.monotonic() - started > TOKEN_AT_HAND:
+            # All senders may have waited for this token: they must not call together now, nor into a hold or drain.
+            self._gate.enter(probe=job.probe, paced=False)
+        self._check_deadline(job, 0.0)
+        job.round.calls += 1
         signed = self._sign(job.command, token.value)
         job.delivery.progress.sent(signed.external_id)
         started = self._clock.monotonic()

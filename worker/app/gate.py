@@ -131,10 +131,10 @@ class SendersGate:
     def _check(self, probe: bool) -> None:
         if self._draining.is_set():
             raise Draining
-        if self._throttle.until > 0.0 and self._throttle.holding(self._clock.monotonic()):
-            raise Held(outage=False)
         if self._breaker.state is not State.CLOSED and not probe:
             raise Held(outage=True)
+        if self._throttle.until > 0.0 and self._throttle.holding(self._clock.monotonic()):
+            raise Held(outage=probe)
 
     def _holds(self, now: float) -> Holds:
         return Holds(self._breaker.state, self._throttle.holding(now))

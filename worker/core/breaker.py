@@ -89,7 +89,7 @@ class Throttle:
         if now >= self.until:  # answers to calls that were already out are the same strike
             self.strikes += 1
         ceiling = min(self.maximum, self.initial * 2.0 ** min(self.strikes, 30))
-        hold = ceiling * rng.uniform(0.5, 1.0) if wait is None else wait
+        hold = wait or ceiling * rng.uniform(0.5, 1.0)  # "Retry-After: 0" would hold nobody
         self.until = max(self.until, now + hold)
         return hold
 

@@ -16,7 +16,7 @@ _COLUMNS: Final = {"billnumber": "bill", "merchantid": "merchant", "reference": 
 _NEEDLESS = re.compile(r"[\s_-]+")
 _SEPARATOR_LINE = re.compile(r"sep=(.)\Z", re.IGNORECASE)
 _MANGLED = re.compile(r'[+-]?\d(?:[.,]\d+)?[eE]\+\d+\Z|=".*"\Z')
-_RUNS = re.compile(r"\d+|[A-Za-z]+")
+_DIGITS, _LETTERS = re.compile(r"\d+"), re.compile(r"[A-Za-z]+")
 _IDENTIFIER_RULE: Final = "must be 1 to 64 printable ASCII characters without blanks"
 
 
@@ -90,10 +90,10 @@ class _Numbered:
     def first(self) -> str | None:
         """The first line that is not blank, without a byte-order mark."""
         for line in self:
-            line = line.removeprefix("\ufeff") if self.number == 1 else line
             self.held.clear()
-            if line.strip():
-                return line
+            text = line.removeprefix("\ufeff") if self.number == 1 else line
+            if text.strip():
+                return text
         return None
 
 
@@ -134,7 +134,9 @@ def _csv_rows(lines: _Numbered, first: str, merchant: str, merchant_needed: bool
 
 def _csv_row(header: _Header, cells: Sequence[str], line: int, merchant: str, merchant_needed: bool) -> Row:
     if len(cells) > header.width and any(cell.strip() for cell in cells[header.width :]):
-        raise _Bad(f"has {len(cells)} fields where the header has {header.width}; quote the one that holds the delimiter")
+        raise _Bad(
+            f"has {len(cells)} fields where the header has {header.width}; quote the one that holds the delimiter"
+        )
     bill = header.cell(cells, "bill")
     if not bill:
         raise _Bad("billnumber is missing")
@@ -195,14 +197,21 @@ def _parsed(line: str, delimiter: str) -> _Header | None:
 
 def _check_swallowed(header: _Header, cells: Sequence[str], lines: Sequence[str], start: int) -> None:
     """A quote that is not closed makes the rows after it part of one field, and their bills would be lost without a
-    word. A field may have line breaks, but no line of it may look like a row."""
+    word. A field may have line breaks, but none of its lines may look like a row of its own."""
     bill = header.cell(cells, "bill")
-    shape = _RUNS.sub("9", bill.splitlines()[0] if bill else "")
-    for offset, line in enumerate(lines[1:], 1):
+    # The first line without its quotes: what an open one hides. Only it and the last one hold cells of this row.
+    for offset, line in enumerate([lines[0].replace('"', ""), *lines[1:]]):
         alone = next(csv.reader([line], delimiter=header.delimiter), [])
         other = header.cell(alone, "bill")
-        if is_identifier(other) and (len(alone) == header.width or _RUNS.sub("9", other) == shape):
-            raise InputError(f"has a quoted field that takes in line {start + offset}; close the quote", start)
+        if other == bill and offset in (0, len(lines) - 1):
+            continue
+        alike = _shape(other) == _shape(bill) or (len(alone) == header.width and any(map(str.isdigit, other)))
+        if alike and is_identifier(other):
+            raise InputError(f"has a quoted field that takes in a row, up to line {start + len(lines) - 1}; close it", start)
+
+
+def _shape(text: str) -> str:
+    return _LETTERS.sub("a", _DIGITS.sub("9", text))
 
 
 # -- JSON lines -----------------------------------------------------------------------------------------------------

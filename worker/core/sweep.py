@@ -6,9 +6,9 @@ import json
 import re
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from worker.core import jakarta
 from worker.core.delivery import BATCH_ID, Message
@@ -359,6 +359,12 @@ class Speed:
         return remaining / rate if rate > 0 else None
 
 
+class Row(Protocol):
+    """A bill's row in the journal."""
+
+    def __getitem__(self, column: str, /) -> Any: ...
+
+
 # -- the report -----------------------------------------------------------------------------------------------------
 
 REPORT_COLUMNS: Final = (
@@ -380,7 +386,7 @@ REPORT_COLUMNS: Final = (
 )
 
 
-def report_row(batch: str, row: Mapping[str, Any], published: int) -> Sequence[object]:
+def report_row(batch: str, row: Row, published: int) -> Sequence[object]:
     """A bill's line of the report from its row in the journal, in the order of `REPORT_COLUMNS`."""
     status = row["status"] or ("waiting" if row["number"] <= published else "unsent")
     return (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import struct
 import time
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from requests.structures import CaseInsensitiveDict
 MAX_BODY_BYTES: Final = 64 * 1024  # an answer is a hundred bytes; more is a firewall's page or a mistake
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_ANSWER_BYTES: Final = 512 * 1024  # all of it: what surrounds chunks and follows them has no end of its own
+SLACK: Final = 0.1  # seconds by which the bound of a whole answer may be missed
 IDLE_SECONDS: Final = 15.0
 """A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing one is a call
 of which nobody knows whether it took effect."""
@@ -46,7 +48,7 @@ class BoundedAdapter(BaseAdapter):
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         super().__init__()
         self._context = context
-        self._socket: socket.socket | None = None
+        self._line: _Line | None = None
         self._origin: tuple[str, str, int] | None = None
         self._idle_since = 0.0
 
@@ -63,11 +65,11 @@ class BoundedAdapter(BaseAdapter):
         connect, total = timeout
         origin, target = _target(request)
         data = _serialise(request, origin, target)
-        connection = self._connection(origin, connect)
-        deadline = time.monotonic() + total
+        line = self._connected(origin, connect)
+        line.begin(total)
         try:
-            _send(connection, data, deadline)
-            answer = _receive(connection, deadline)
+            line.send(data)
+            answer = _receive(line)
         except OSError as error:
             self.close()
             raise Lost(describe(error), request=request) from None
@@ -88,19 +90,21 @@ class BoundedAdapter(BaseAdapter):
 
     def close(self) -> None:
         """Drops the connection."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
-    def _connection(self, origin: tuple[str, str, int], timeout: float) -> socket.socket:
-        if self._socket is not None and (
-            origin != self._origin or time.monotonic() - self._idle_since > IDLE_SECONDS or not _quiet(self._socket)
+    def _connected(self, origin: tuple[str, str, int], timeout: float) -> _Line:
+        line = self._line
+        if line is not None and (
+            origin != self._origin or time.monotonic() - self._idle_since > IDLE_SECONDS or not line.quiet()
         ):
             self.close()
-        if self._socket is None:
-            self._socket = self._open(origin, timeout)
+            line = None
+        if line is None:
+            line = self._line = _Line(self._open(origin, timeout))
             self._origin = origin
-        return self._socket
+        return line
 
     def _open(self, origin: tuple[str, str, int], timeout: float) -> socket.socket:
         scheme, host, port = origin
@@ -118,6 +122,81 @@ class BoundedAdapter(BaseAdapter):
         except (OSError, ValueError) as error:
             raw.close()
             raise NotSent(f"no TLS with {host}:{port}: {describe(error)}") from None
+
+
+class _Line:
+    """A connected socket with one deadline for everything until the next `begin`.
+
+    Every system call lets another thread take the interpreter lock, and getting it back costs more than the call. So
+    the time-out of single operations is changed only when the time that is left differs from it by more than `SLACK`:
+    for a usual exchange never. Plain sockets keep it in the kernel, which also saves Python's poll before each
+    operation; TLS has to have it from Python.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._tls = isinstance(connection, ssl.SSLSocket)
+        if not self._tls:
+            connection.settimeout(None)
+        self._limit = -1.0
+        self._deadline = 0.0
+        self._poll = select.poll()  # select() cannot watch a descriptor above 1023
+        self._poll.register(connection, select.POLLIN)
+
+    def begin(self, total: float) -> None:
+        """An exchange of at most ``total`` seconds begins."""
+        self._deadline = time.monotonic() + total
+
+    def send(self, data: bytes) -> None:
+        """All of it. Raises OSError."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                self._bound()
+                rest = rest[self._socket.send(rest) :]
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+
+    def receive(self) -> bytes:
+        """Some of what comes, empty at the end of the connection. Raises OSError."""
+        self._bound()
+        try:
+            return self._socket.recv(16 * 1024)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+
+    def quiet(self) -> bool:
+        """Whether nothing has come since the last answer: neither its end nor a surplus answer to a request long over."""
+        if not self._poll.poll(0):
+            return True
+        if not self._tls:
+            return False
+        try:
+            self._set(0.0)
+            self._socket.recv(1)
+        except ssl.SSLWantReadError:
+            return True  # TLS talking to itself: a session ticket, say
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        self._socket.close()
+
+    def _bound(self) -> None:
+        left = _left(self._deadline)
+        if abs(left - self._limit) > SLACK:
+            self._set(left)
+
+    def _set(self, seconds: float) -> None:
+        self._limit = seconds
+        if self._tls:
+            self._socket.settimeout(seconds)
+            return
+        whole, micro = divmod(max(int(seconds * 1_000_000), 1), 1_000_000)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, micro))
 
 
 class _Answer:
@@ -273,35 +352,11 @@ def dial(host: str, port: int, deadline: float) -> socket.socket:
     raise failure
 
 
-def _quiet(connection: socket.socket) -> bool:
-    """Whether nothing has come since the last answer: neither its end nor a surplus answer to a request long over."""
-    poll = select.poll()  # select() cannot watch a descriptor above 1023
-    poll.register(connection, select.POLLIN)
-    if not poll.poll(0):
-        return True
-    if not isinstance(connection, ssl.SSLSocket):
-        return False
-    try:
-        connection.settimeout(0)
-        connection.recv(1)
-    except ssl.SSLWantReadError:
-        return True  # TLS talking to itself: a session ticket, say
-    except OSError:
-        pass
-    return False
-
-
-def _send(connection: socket.socket, data: bytes, deadline: float) -> None:
-    connection.settimeout(_left(deadline))
-    connection.sendall(data)  # its timeout bounds the whole of it (over TLS, each record of 16 KiB)
-
-
-def _receive(connection: socket.socket, deadline: float) -> _Answer:
+def _receive(line: _Line) -> _Answer:
     answer = _Answer()
     received = 0
     while not answer.complete:
-        connection.settimeout(_left(deadline))
-        data = connection.recv(16 * 1024)
+        data = line.receive()
         if not data:
             if answer.ends_with_connection():
                 answer.complete = True

@@ -430,6 +430,8 @@ class Engine:
         elif self._was_held:
             self._pool.release(ramp=self._ramp)
             self._was_held = self._ramp = False
+            if self._gate.holds().any:  # a hold began between our look and the release
+                self._hold_now()
         if self._gate.draining:
             return
         if holds.breaker is State.OPEN and not broker and self._gate.probe_due():

@@ -1,0 +1,113 @@
+"""How a command's end is told: status, identity, JSON."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import builders
+from worker.core.outcome import DEAD_LETTERED, OUTCOME_TYPE, REASONS, STATUS_OF, Reason, Status, encode
+
+CONTRACT = {
+    "expired": {"success", "already_expired"},
+    "rejected": {
+        "invalid_field",
+        "bad_request",
+        "not_found",
+        "invalid_merchant",
+        "merchant_blacklisted",
+        "paid",
+        "refused",
+    },
+    "unresolved": {"retries_exhausted", "deadline_passed", "not_found_after_unknown_effect", "credentials"},
+    "invalid": {"malformed_json", "invalid_command", "too_large"},
+}
+TEXTS = st.none() | st.text(max_size=30)
+
+
+def test_statuses_and_reasons_are_the_contract_s() -> None:
+    """The closed lists of statuses and reasons are the documented ones, each reason with one status."""
+
+    assert {str(status): {str(reason) for reason in reasons} for status, reasons in REASONS.items()} == CONTRACT
+    assert set(STATUS_OF) == set(Reason)
+
+
+def test_what_people_must_look_at() -> None:
+    """Unresolved and invalid commands are dead-lettered; the gateway's own answers are not."""
+
+    assert {Status.UNRESOLVED, Status.INVALID} == DEAD_LETTERED
+    assert [builders.outcome(reason).dead_lettered for reason in (Reason.SUCCESS, Reason.PAID)] == [False, False]
+    assert builders.outcome(Reason.CREDENTIALS).dead_lettered
+
+
+def test_type() -> None:
+    """The outcome's type is the documented one."""
+
+    assert OUTCOME_TYPE == "qris.expire.outcome.v1"
+
+
+def test_json() -> None:
+    """The JSON has the documented fields, in their order, with Jakarta's times."""
+
+    text = encode(builders.outcome(attempts=2, effect_unknown=True))
+
+    assert json.loads(text) == {
+        "outcomeId": builders.outcome().outcome_id,
+        "commandId": "m-1",
+        "lane": "cancellation",
+        "billnumber": "10092081",
+        "merchantId": "121xxxx",
+        "reference": "ORD-77",
+        "batchId": None,
+        "status": "expired",
+        "reason": "success",
+        "responseCode": "2009300",
+        "responseMessage": "Successful",
+        "detail": None,
+        "attempts": 2,
+        "externalIds": ["1" * 36],
+        "effectUnknown": True,
+        "receivedAt": "2026-11-22T12:00:00.000+07:00",
+        "completedAt": "2026-11-22T12:00:01.500+07:00",
+    }
+    assert list(json.loads(text))[:3] == ["outcomeId", "commandId", "lane"]
+
+
+@given(st.text(max_size=30), TEXTS, TEXTS, TEXTS)
+def test_any_text_is_encoded(command_id: str, reference: str | None, batch: str | None, detail: str | None) -> None:
+    """Whatever a producer sent is told back in ASCII and read as the same, lone surrogates too."""
+
+    made = builders.outcome(command_id=command_id, reference=reference, batch_id=batch, detail=detail)
+
+    read = json.loads(encode(made).decode("ascii"))
+
+    assert (read["commandId"], read["reference"], read["batchId"], read["detail"]) == (
+        command_id,
+        reference,
+        batch,
+        detail,
+    )
+
+
+@given(st.text(max_size=10), st.text(max_size=10), st.sampled_from(Reason), st.sampled_from(Reason))
+def test_outcome_ids(one: str, other: str, reason: Reason, another: Reason) -> None:
+    """Two outcomes share an id exactly when command and status are the same."""
+
+    made = [builders.outcome(reason, command_id=one), builders.outcome(another, command_id=other)]
+
+    same = made[0].outcome_id == made[1].outcome_id
+
+    assert same == (one == other and STATUS_OF[reason] is STATUS_OF[another])
+    assert str(uuid.UUID(made[0].outcome_id)) == made[0].outcome_id
+
+
+@pytest.mark.parametrize("changed", [{"completed_at": 1.0}, {"attempts": 9}, {"external_ids": ()}, {"lane": "sweep"}])
+def test_outcome_id_survives_a_redelivery(changed: dict[str, Any]) -> None:
+    """What differs from one redelivery to the next does not change the id."""
+
+    assert builders.outcome(**changed).outcome_id == builders.outcome().outcome_id

@@ -1,0 +1,571 @@
+"""A sweep's pure part: rows of every shape, ids, outcomes that come late or twice, the sum, and the use case on fakes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import re
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.builders import NOON, outcome
+from tests.fakes import FakeClock
+from worker.app.sweep import CONFIRM_SECONDS, Ended, Sweep
+from worker.core.command import Command, parse
+from worker.core.outcome import Outcome, Reason, encode
+from worker.core.rows import BadRow, InputError, Row, read
+from worker.core.sweep import (
+    Batch,
+    Bill,
+    Facts,
+    Recorded,
+    Speed,
+    Standing,
+    Tally,
+    Told,
+    Watermark,
+    batch_id,
+    command_body,
+    command_id,
+    command_message,
+    inbox,
+    is_batch_id,
+    read_outcome,
+    supersedes,
+)
+from worker.core.topology import Names
+
+NAMES = Names("p")
+BATCH = Batch("b-1", 3)
+
+
+def rows(text: str, **options: object) -> list[Row | BadRow]:
+    return list(read(re.findall(r"[^\n]*\n|[^\n]+", text), **options))  # type: ignore[arg-type]
+
+
+def bills(text: str) -> list[tuple[str, str]]:
+    found = rows(text)
+    assert all(isinstance(row, Row) for row in found), found
+    return [(row.bill, row.merchant) for row in found if isinstance(row, Row)]
+
+
+def reason(text: str, **options: object) -> tuple[int, str]:
+    (bad,) = (row for row in rows(text, **options) if isinstance(row, BadRow))
+    return bad.line, bad.reason
+
+
+# --- CSV as people have it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "billnumber,merchantId\n007,M1\n008,M2\n",
+        "billNumber,MERCHANTID\r\n007,M1\r\n008,M2\r\n",
+        "\ufeffbillnumber;merchantid\n007;M1\n008;M2",
+        "note\tBill_Number\tMerchant Id\nx\t007\tM1\ny\t008\tM2\n",
+        'sep=;\r\n"billnumber";"merchantId"\r\n"007";"M1"\r\n"008";"M2"\r\n',
+        "\n\nbillnumber,merchantId,a,b\n\n 007 , M1 \n,,,\n008,M2,,,,,\n\n",
+        'merchantId,name,billnumber\nM1,"Toko ""Jaya"", Abadi",007\nM2,"two\nlines of text",008\n',
+        'name,merchantId,billnumber\nToko "Jaya",M1,007\n"Toko "Baru" Abadi",M2,008\n',
+        "billnumber|merchantId\n007|M1\n008|M2\n",
+    ],
+)
+def test_csv_of_any_dialect_is_read(text: str) -> None:
+    """Byte-order mark, CRLF, quotes, delimiters, case and place of columns, blank lines: the bills are the same."""
+
+    assert bills(text) == [("007", "M1"), ("008", "M2")]
+
+
+def test_optional_columns_are_carried() -> None:
+    """`reference` and `notAfter` go along; empty cells are absent ones."""
+
+    text = "billnumber,reference,notAfter\n1,ORD-77,2026-11-22T23:59:59+07:00\n2,,\n"
+
+    assert rows(text) == [
+        Row(2, "1", "", "ORD-77", "2026-11-22T23:59:59+07:00"),
+        Row(3, "2", "", None, None),
+    ]
+
+
+def test_merchant_of_the_command_line_serves_where_a_row_has_none() -> None:
+    """The row's own merchant wins."""
+
+    found = rows("billnumber,merchantId\n1,M1\n2,\n", merchant="M9")
+
+    assert [row.merchant for row in found if isinstance(row, Row)] == ["M1", "M9"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "why"),
+    [
+        ("1 2,M", "billnumber must be 1 to 64 printable ASCII"),
+        ("é,M", "billnumber must be 1 to 64 printable ASCII"),
+        ("1" * 65 + ",M", "billnumber must be 1 to 64 printable ASCII"),
+        (",M", "billnumber is missing"),
+        ("1.00921E+07,M", "what a spreadsheet made of it"),
+        ('"=""007""",M', "what a spreadsheet made of it"),
+        ("1,M M", "merchantId must be 1 to 64 printable ASCII"),
+        ("1,M," + "x" * 129, "reference must have at most 128"),
+        ("1,M,r,tomorrow", "notAfter: not an RFC 3339 time"),
+        ("1,M,r,,x", "has 5 fields where the header has 4"),
+    ],
+)
+def test_bad_row_is_named_with_its_line(cells: str, why: str) -> None:
+    """A row that is no command keeps the others and says where and why; the header is line 1."""
+
+    text = f"billnumber,merchantId,reference,notAfter\n0,M\n\n{cells}\n2,M\n"
+
+    line, said = reason(text)
+
+    assert (line, why in said) == (4, True), said
+    assert [row.line for row in rows(text)] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("", None, "is empty"),
+        ("\n \r\n", None, "is empty"),
+        ("10092081\n10092082\n", 1, "no column billnumber"),
+        ("a,billnumber,billNumber\n", 1, "twice"),
+        ("billnumber,m\r1,M1\r2,M2\r", 1, "carriage returns"),
+        ('billnumber,name\n1,"Toko\n2,foo\n3,"bar"\n', 2, "takes in a row, up to line 4"),
+        ('billnumber,name\n1,"Toko\n2,foo\n3,"\n', 2, "takes in a row, up to line 4"),
+        ('name,billnumber\n"Toko,1\n"bar",3\n', 2, "takes in a row, up to line 3"),
+        ('billnumber,name,more\n1,"Toko\n2\n3\n', 2, "takes in a row, up to line 4"),
+        ('billnumber,name\n1,"' + "x\n" * 100_000, 2, "quote"),
+    ],
+)
+def test_input_that_cannot_be_trusted_is_refused_as_a_whole(text: str, line: int | None, why: str) -> None:
+    """No header, an open quote that would swallow rows: nothing can be skipped, since nobody knows what it is."""
+
+    with pytest.raises(InputError, match=why) as refused:
+        rows(text)
+
+    assert refused.value.line == line
+
+
+# Line breaks together with delimiters may look like rows, and are refused then: see above.
+CELLS = st.one_of(st.text("ab\"',;\t é", max_size=8), st.text("ab\"' \né", max_size=8))
+
+
+@given(
+    st.lists(st.tuples(st.from_regex(r"[0-9]{1,12}", fullmatch=True), CELLS), max_size=20),
+    st.sampled_from(",;\t"),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+)
+def test_whatever_a_csv_writer_writes_is_read(
+    table: list[tuple[str, str]], delimiter: str, ends: str, mark: bool
+) -> None:
+    """No bill is lost and none is changed, whatever stands in the other column: leading zeros stay."""
+
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=ends)
+    writer.writerow(("name", "billnumber"))
+    writer.writerows((name, bill) for bill, name in table)
+
+    found = bills(("\ufeff" if mark else "") + text.getvalue())
+
+    assert [bill for bill, _ in found] == [bill for bill, _ in table]
+
+
+# --- JSON lines
+
+
+def test_json_lines_are_commands() -> None:
+    """An object on each line, as the queue takes it; the merchant may stand beside the bill; unknown fields go."""
+
+    text = (
+        '\ufeff{"billnumber": "007", "additionalInfo": {"merchantId": "M1"}, "reference": "r", "more": [1]}\r\n\n'
+        '{"billNumber": "008", "merchantId": "M2", "notAfter": "2026-11-22T23:59:59+07:00"}\n'
+    )
+
+    assert rows(text) == [
+        Row(1, "007", "M1", "r", None),
+        Row(3, "008", "M2", None, "2026-11-22T23:59:59+07:00"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"billnumber": 7}', "leading zeros"),
+        ('{"billnumber": "7"', "not JSON"),
+        ("7", "must be a JSON object"),
+        ('{"billnumber": "7", "merchantId": 1}', "merchantId must be"),
+        ('{"billnumber": "7", "merchantId": "a", "additionalInfo": {"merchantId": "b"}}', "differ"),
+        ('{"billnumber": "7", "reference": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_bad_json_line_is_named(line: str, why: str) -> None:
+    """The rest of the input is read on."""
+
+    number, said = reason(f'{{"billnumber": "1"}}\n{line}\n{{"billnumber": "2"}}\n')
+
+    assert (number, why in said) == (2, True), said
+
+
+@pytest.mark.parametrize("text", ["billnumber\n7\n", '{"billnumber": "7"}\n'])
+def test_merchant_can_be_demanded(text: str) -> None:
+    """Where nobody behind us has a default, a row without a merchant is bad."""
+
+    assert "merchantId is missing" in reason(text, merchant_needed=True)[1]
+
+
+# --- ids and commands
+
+
+def test_ids_are_those_of_batch_bill_and_merchant() -> None:
+    """The same three give the same id for ever; another of any of them gives another."""
+
+    assert command_id("b", "1", "M") == "3d15a15c-4209-59fa-84ec-8d08c48cb5d7"
+    assert len({command_id(*each) for each in [("b", "1", "M"), ("c", "1", "M"), ("b", "2", "M"), ("b", "1", "")]}) == 4
+
+
+def test_default_batch_id_is_content_and_jakarta_day() -> None:
+    """A new day begins in Jakarta, not in Greenwich."""
+
+    evening = NOON + 11.5 * 3600
+
+    assert batch_id("abcdef0123456789", NOON) == "20261122-abcdef012345"
+    assert batch_id("abcdef0123456789", evening)[:8] == "20261122"
+    assert batch_id("abcdef0123456789", evening + 3600)[:8] == "20261123"
+
+
+@pytest.mark.parametrize(("text", "good"), [("a", True), ("A.b_c-1", True), ("", False), ("-a", False), ("a/b", False)])
+def test_batch_id_can_name_a_queue_and_a_file(text: str, good: bool) -> None:
+    """Letters, digits and a few signs."""
+
+    assert is_batch_id(text) is good
+
+
+def test_command_is_what_the_worker_parses() -> None:
+    """The body is a valid command; properties say whose it is, and that it must survive."""
+
+    bill = Bill(1, "007", "M1", "r é", "2026-11-22T23:59:59+07:00")
+
+    message = command_message(NAMES, BATCH, bill, NOON + 0.9)
+
+    assert parse(message.body) == Command("007", "M1", "r é", 1_795_366_799.0)
+    assert parse(command_body(bill._replace(merchant="", reference=None, not_after=None)), "D") == Command("007", "D")
+    assert (message.exchange, message.routing_key) == ("p.commands", "sweep")
+    assert message.properties == {
+        "content_type": "application/json",
+        "delivery_mode": 2,
+        "message_id": command_id("b-1", "007", "M1"),
+        "timestamp": int(NOON),
+        "headers": {"batch-id": "b-1", "batch-size": 3},
+    }
+
+
+def test_inbox_goes_away_when_nobody_uses_it() -> None:
+    """A durable queue bound to the lane's outcomes, with an end of its own."""
+
+    made = inbox(NAMES, "b-1", "quorum")
+
+    assert [queue.name for queue in made.queues] == ["p.outcomes.batch.b-1"]
+    assert made.queues[0].arguments == {"x-queue-type": "quorum", "x-expires": 259_200_000}
+    assert [(each.exchange, each.routing_key) for each in made.bindings] == [("p.outcomes", "sweep.*")]
+
+
+@given(st.lists(st.integers(1, 3), max_size=40), st.randoms(use_true_random=False))
+def test_watermark_has_no_gap_below(steps: list[int], rng: random.Random) -> None:
+    """In whatever order confirms come, no bill up to the watermark is without one."""
+
+    mark, sent, confirmed = Watermark(10), list[int](), set[int]()
+    number = 10
+    for step in steps:
+        number += step
+        sent.append(number)
+        mark.published(number)
+        if rng.random() < 0.6:
+            done = rng.choice(sent)
+            confirmed.add(done)
+            mark.confirmed(done)
+        assert all(each in confirmed for each in sent if each <= mark.through)
+    for each in sent:
+        mark.confirmed(each)
+    assert (mark.through, len(mark)) == (number, 0)
+
+
+# --- outcomes
+
+
+def told(reason: Reason = Reason.SUCCESS, at: float = NOON, bill: str = "1", merchant: str = "M") -> Told:
+    found = read_outcome(outcome_body(reason, at, bill, merchant))
+    assert found is not None
+    return found
+
+
+def outcome_body(reason: Reason = Reason.SUCCESS, at: float = NOON, bill: str = "1", merchant: str = "M") -> bytes:
+    return encode(made(reason, at, bill, merchant))
+
+
+def made(reason: Reason, at: float, bill: str, merchant: str) -> Outcome:
+    identity = command_id(BATCH.id, bill, merchant)
+    return outcome(reason, command_id=identity, billnumber=bill, merchant_id=merchant, completed_at=at, batch_id=BATCH.id)
+
+
+def test_outcome_is_read_as_it_is_told() -> None:
+    """What `encode` writes is understood."""
+
+    found = told(Reason.PAID)
+
+    assert (found.status, found.reason, found.bill, found.attempts) == ("rejected", "paid", "1", 1)
+    assert found.completed_at == "2026-11-22T12:00:00.000+07:00"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"7",
+        b"{}",
+        outcome_body().replace(b'"status":"expired"', b'"status":"fine"'),
+        outcome_body().replace(b'"attempts":1', b'"attempts":null'),
+        outcome_body().replace(b'"Successful"', b'"\\ud800"'),
+    ],
+)
+def test_what_is_no_outcome_is_ignored(body: bytes) -> None:
+    """Anybody may publish to the exchange."""
+
+    assert read_outcome(body) is None
+
+
+@pytest.mark.parametrize(
+    ("known", "new", "wins"),
+    [
+        (Reason.RETRIES_EXHAUSTED, Reason.SUCCESS, True),
+        (Reason.RETRIES_EXHAUSTED, Reason.NOT_FOUND, True),
+        (Reason.SUCCESS, Reason.RETRIES_EXHAUSTED, False),
+        (Reason.SUCCESS, Reason.ALREADY_EXPIRED, False),
+        (Reason.SUCCESS, Reason.NOT_FOUND, False),
+        (Reason.NOT_FOUND, Reason.SUCCESS, True),
+        (Reason.SUCCESS, Reason.PAID, True),
+        (Reason.PAID, Reason.SUCCESS, False),
+        (Reason.DEADLINE_PASSED, Reason.RETRIES_EXHAUSTED, True),
+    ],
+)
+def test_second_outcome_counts_only_if_it_knows_more(known: Reason, new: Reason, wins: bool) -> None:
+    """A final answer beats not knowing, paid is never hidden, and of two that do not know the later counts."""
+
+    first = told(known)
+
+    assert supersedes(told(new, NOON + 1), first.status, first.reason, first.completed_at) is wins
+
+
+@given(st.permutations([Reason.RETRIES_EXHAUSTED, Reason.SUCCESS, Reason.NOT_FOUND, Reason.CREDENTIALS]))
+def test_order_of_outcomes_does_not_matter(order: list[Reason]) -> None:
+    """Whatever comes first, what is known in the end is the same."""
+
+    now = told(order[0])
+    for each in order[1:]:
+        new = told(each)
+        if supersedes(new, now.status, now.reason, now.completed_at):
+            now = new
+
+    assert now.reason == "success"
+
+
+# --- the sum
+
+
+def test_sum_is_the_input() -> None:
+    """Every row of the input stands in exactly one line of the table."""
+
+    tally = Tally(2, 3, 5, 7, {("unresolved", "credentials"): 1, ("expired", "success"): 11, ("rejected", "paid"): 1})
+
+    assert tally.rows == 30
+    assert sum(count for _, _, count in tally.lines()) == tally.rows
+    assert [status for status, _, _ in tally.lines()] == [
+        "expired", "rejected", "unresolved", "waiting", "unsent", "skipped", "skipped"
+    ]  # fmt: skip
+    assert not tally.all_expired
+    assert Tally(invalid=2, told={("expired", "success"): 1}).all_expired
+
+
+def test_speed_is_that_of_the_latest_seconds() -> None:
+    """A slow start is forgotten; without movement nobody knows how long it takes."""
+
+    speed = Speed()
+    assert speed.left(10) is None
+    for second in range(100):
+        speed.mark(float(second), 0 if second < 50 else (second - 50) * 10)
+
+    assert speed.per_second == pytest.approx(10)
+    assert speed.left(100) == pytest.approx(10)
+
+
+# --- the use case
+
+
+class FakeJournal:
+    """Keeps everything in memory; `published_through` is what a crash would find."""
+
+    def __init__(self, size: int, published: int = 0) -> None:
+        self.bills = [Bill(number, str(number), "M", None, None) for number in range(1, size + 1)]
+        self.known: dict[str, Told] = {}
+        self.facts = Facts(Batch(BATCH.id, size), "f.csv", "d", NOON, 0, 0, published, True, False)
+
+    def unsent(self, after: int, limit: int) -> list[Bill]:
+        found = [bill for bill in self.bills if bill.number > after and bill.bill not in self.known]
+        return found[:limit]
+
+    def published(self, through: int) -> None:
+        self.facts = self.facts._replace(published=through)
+
+    def record(self, outcomes: Sequence[Told]) -> Recorded:
+        recorded = Recorded()
+        for each in outcomes:
+            if each.bill not in self.known:
+                self.known[each.bill] = each
+                recorded.change(each.status, each.reason, 1)
+        return recorded
+
+    def tally(self) -> Tally:
+        answered = {("expired", "success"): len(self.known)} if self.known else {}
+        sent = sum(1 for bill in self.bills if bill.number <= self.facts.published and bill.bill not in self.known)
+        return Tally(unsent=len(self.bills) - sent - len(self.known), waiting=sent, told=answered)
+
+
+class FakeScreen:
+    """Remembers what was shown last."""
+
+    def __init__(self) -> None:
+        self.trouble = ""
+        self.standing: Standing | None = None
+
+    def show(self, standing: Standing, trouble: str) -> None:
+        self.standing, self.trouble = standing, trouble
+
+
+class Stage:
+    """A sweep of ``size`` bills, played by hand."""
+
+    def __init__(self, size: int, *, follow: bool = True, journal: FakeJournal | None = None) -> None:
+        self.journal = journal or FakeJournal(size)
+        self.clock = FakeClock()
+        self.screen = FakeScreen()
+        self.signals = 0
+        self.sweep = Sweep(
+            self.journal, NAMES, follow=follow, stop=lambda: self.signals, screen=self.screen, clock=self.clock
+        )
+
+    def send(self) -> list[int]:
+        sent = []
+        while (following := self.sweep.next()) is not None:
+            sent.append(following[0])
+        return sent
+
+    def look(self, trouble: str = "", after: float = 1.0) -> bool:
+        self.clock.sleep(after)
+        return self.sweep.look(trouble)
+
+
+def test_sweep_ends_when_every_bill_has_an_outcome() -> None:
+    """Published, confirmed, told: then and not before it is done."""
+
+    stage = Stage(3)
+
+    assert stage.send() == [1, 2, 3]
+    assert stage.look()
+    for number in (3, 1, 2):
+        stage.sweep.confirmed(number)
+    stage.sweep.outcomes([outcome_body(bill="1"), outcome_body(bill="1"), b"noise", outcome_body(bill="2")])
+    assert stage.look()
+    stage.sweep.outcomes([outcome_body(bill="3")])
+
+    assert not stage.look()
+    assert stage.sweep.ended is Ended.DONE
+    assert stage.journal.facts.published == 3
+
+
+def test_sweep_that_follows_nothing_ends_with_the_last_confirm() -> None:
+    """Without --wait outcomes are somebody else's."""
+
+    stage = Stage(2, follow=False)
+    stage.send()
+    stage.sweep.confirmed(1)
+    assert stage.look()
+    stage.sweep.confirmed(2)
+
+    assert not stage.look()
+
+
+def test_journal_never_runs_ahead_of_the_confirms() -> None:
+    """What is noted as published is confirmed without a gap: a crash forgets nothing."""
+
+    stage = Stage(5)
+    stage.send()
+    for number in (1, 2, 4, 5):
+        stage.sweep.confirmed(number)
+    stage.look()
+
+    assert stage.journal.facts.published == 2
+
+
+def test_resumed_sweep_publishes_what_is_left() -> None:
+    """Bills behind the watermark that have their outcome already are not published again."""
+
+    journal = FakeJournal(5, published=2)
+    journal.record([told(bill="4")])
+
+    stage = Stage(5, journal=journal)
+
+    assert stage.send() == [3, 5]
+
+
+def test_interrupted_sweep_waits_for_the_confirms_of_what_is_out() -> None:
+    """After ctrl-C nothing more goes out; what is out is confirmed, noted, and then it ends."""
+
+    stage = Stage(3)
+    stage.sweep.next()
+    stage.signals = 1
+
+    assert stage.sweep.next() is None
+    assert stage.look(after=CONFIRM_SECONDS / 2)
+    stage.sweep.confirmed(1)
+    assert not stage.look()
+    assert stage.sweep.ended is Ended.STOPPED
+    assert stage.journal.facts.published == 1
+
+
+@pytest.mark.parametrize("more", ["time", "signal"])
+def test_interrupted_sweep_does_not_wait_for_a_silent_broker(more: str) -> None:
+    """A few seconds, or a second ctrl-C, end the wait."""
+
+    stage = Stage(3)
+    stage.send()
+    stage.signals = 1
+    assert stage.look()
+    stage.signals += more == "signal"
+
+    assert not stage.look(after=CONFIRM_SECONDS + 1 if more == "time" else 0.1)
+
+
+def test_silence_is_put_as_a_question() -> None:
+    """When everything is published and nothing comes back, somebody should look whether a worker runs."""
+
+    stage = Stage(1)
+    stage.send()
+    assert stage.sweep.next() is None
+    stage.sweep.confirmed(1)
+    stage.look(after=30)
+
+    assert stage.screen.trouble == "no outcome for 30 s; does a worker run?"
+    stage.look("the broker is away")
+    assert stage.screen.trouble == "the broker is away"
+
+
+def test_command_bodies_are_plain_json() -> None:
+    """Letters beyond ASCII stay readable."""
+
+    assert json.loads(command_body(Bill(1, "1", "", "é", None))) == {"billnumber": "1", "reference": "é"}

@@ -1,0 +1,433 @@
+"""What people do with dead letters: look, bring back, delete. Every step can be cut off without a loss.
+
+All of it works on what was there when it began. A queue can only be read from its head, so whatever is not wanted is
+held unacked until the end, and then lies where it was, in its order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol
+
+from worker.core.dead_letter import DeadLetter, Filter, Parcel, read, redriven
+from worker.core.delivery import Message
+from worker.core.outcome import Status
+from worker.core.ports import Clock
+from worker.core.topology import Names
+
+MAX_RUNG: Final = 65_535
+"""The most that one consumer may hold: AMQP counts the prefetch in 16 bits."""
+MAX_RUNGS: Final = 24
+"""The most consumers that hold something at a time. RabbitMQ 3.10 returns a channel's messages consumer by consumer, in
+the order of their tags up to 32 consumers and in none beyond (measured)."""
+SMALL_RUNG: Final = 5000
+"""Messages asked for at a time when looking: what has been asked for must arrive before it can be given back in order."""
+WINDOW: Final = 500
+"""Commands brought back at a time, as a rule; a crash leaves at most about so many in both queues."""
+WINDOW_BYTES: Final = 32 * 1024 * 1024
+"""The most of their bodies in memory at a time; what goes beyond is taken later."""
+HOLD_SECONDS: Final = 600.0
+"""Held so long, everything is given back and taken anew: the broker takes messages away after 30 minutes."""
+AHEAD: Final = 200
+"""Commands on their way without an outcome while failures are watched: what can go wrong before it is noticed."""
+SAMPLE: Final = 20
+"""Outcomes before a percentage means anything."""
+SLICE: Final = 0.2  # seconds between two looks at the clock and at the signals
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A message in our hands: acked by its number, or given back."""
+
+    number: int
+    parcel: Parcel
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an outcome says."""
+
+    command_id: str
+    status: str
+    reason: str
+
+
+class Parked(Protocol):
+    """The queue of the dead letters, which nobody else reads meanwhile. One thread; raises the broker's errors."""
+
+    def count(self) -> int:
+        """How many lie there and are not held."""
+
+    def hold(self, count: int, each: Callable[[Held], None]) -> int:
+        """Takes exactly the next ``count`` in hand, or all if fewer are left; how many came."""
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Deletes what is held; returns when the broker has done it."""
+
+    def publish(self, message: Message, number: int) -> bool:
+        """Publishes, and deletes the held message when the broker has confirmed. False: it cannot be encoded."""
+
+    def settle(self) -> None:
+        """Waits until everything published is confirmed and deleted, or refused."""
+
+    @property
+    def moved(self) -> int:
+        """How many were published, confirmed and deleted."""
+
+    @property
+    def refused(self) -> str:
+        """Why the broker does not take what is published; empty while it does."""
+
+    def give_back(self) -> None:
+        """Everything held returns to where it was."""
+
+    def follow(self, lanes: Iterable[str]) -> None:
+        """From now on, `outcomes` has the outcomes of these lanes."""
+
+    def outcomes(self) -> list[Told]:
+        """Those that came since the last call."""
+
+    def turn(self, seconds: float) -> None:
+        """Lets the conversation go on for at most so long."""
+
+
+Stop = Callable[[], int]
+"""How often people asked to stop."""
+
+Show = Callable[[int, int], None]
+"""Progress: so many of those that were there are looked at, and so many are done."""
+
+
+# -- looking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """How a look ended: so many were there, so many were seen."""
+
+    there: int
+    seen: int
+    stopped: bool
+
+
+def look(
+    parked: Parked, each: Callable[[Held], None], *, stop: Stop, show: Show, give_back: bool = True
+) -> Looked:
+    """Shows every dead letter to ``each``, the oldest place first; they stay, in their order."""
+    there = parked.count()
+    rung = min(MAX_RUNG, max(SMALL_RUNG, -(-there // MAX_RUNGS)))
+    seen = 0
+    for _ in range(MAX_RUNGS):
+        if seen >= there or stop():
+            break
+        wanted = min(rung, there - seen)
+        came = parked.hold(wanted, each)
+        seen += came
+        show(seen, seen)
+        if came < wanted:
+            break  # somebody else took the rest
+    if give_back:
+        parked.give_back()
+    return Looked(there, seen, bool(stop()) and seen < there)
+
+
+def purge(
+    parked: Parked, wanted: Callable[[Held], bool], sure: Callable[[int], bool], *, stop: Stop, show: Show
+) -> tuple[Looked, int, int]:
+    """Deletes those that are ``wanted`` if people are ``sure`` of their number. The look, how many match, are deleted.
+
+    All are held while people think: what is deleted is what was counted.
+    """
+    numbers: list[int] = []
+
+    def each(held: Held) -> None:
+        if wanted(held):
+            numbers.append(held.number)
+
+    looked = look(parked, each, stop=stop, show=show, give_back=False)
+    removed = 0
+    if numbers and not stop() and sure(len(numbers)) and not stop():
+        parked.remove(numbers)
+        removed = len(numbers)
+    parked.give_back()
+    return looked, len(numbers), removed
+
+
+# -- bringing back --------------------------------------------------------------------------------------------------
+
+
+class Ended(Enum):
+    """How a redrive ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    CANARY = "canary was bad"
+    FAILURES = "too many failures"
+    SILENT = "no outcomes"
+    REFUSED = "refused by the broker"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be brought back, and how carefully. ``rate`` is per second, 0 for no limit; ``stop_at_failures`` is a
+    percentage; ``patience`` is seconds without an outcome."""
+
+    filter: Filter = field(default_factory=Filter)
+    limit: int | None = None
+    rate: float = 0.0
+    canary: int = 0
+    stop_at_failures: float | None = None
+    patience: float = 120.0
+
+
+@dataclass(slots=True)
+class Report:
+    """What a redrive did. ``homeless``: wanted, but no lane is known or it cannot be published; they stay."""
+
+    there: int = 0
+    seen: int = 0
+    matching: int = 0
+    homeless: int = 0
+    redriven: int = 0
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unanswered: int = 0
+    ended: Ended = Ended.DONE
+    why: str = ""
+
+    @property
+    def answered(self) -> int:
+        """Outcomes that came."""
+        return self.outcomes.total()
+
+    @property
+    def failures(self) -> int:
+        """Outcomes that are not what people want: anything but an expired bill."""
+        return sum(count for (status, _), count in self.outcomes.items() if status != Status.EXPIRED)
+
+
+class Redrive:
+    """One redrive. ``hop`` names each message brought back, anew. ``each`` sees every match, once."""
+
+    def __init__(
+        self,
+        parked: Parked,
+        names: Names,
+        order: Order,
+        *,
+        clock: Clock,
+        hop: Callable[[], str],
+        stop: Stop,
+        show: Show,
+        each: Callable[[DeadLetter], None] = lambda _: None,
+    ) -> None:
+        self._parked = parked
+        self._names = names
+        self._order = order
+        self._clock = clock
+        self._hop = hop
+        self._stop = stop
+        self._show = show
+        self._each = each
+        self._watching = order.canary > 0 or order.stop_at_failures is not None
+        self._position = 0  # in this pass over the queue
+        self._skip = 0  # so many at the head were seen in an earlier pass
+        self._window = WINDOW
+        self._sent = 0
+        self._left_out = False  # a match stays behind that is to be taken in another pass
+        self._waiting: Counter[str] = Counter()  # commands without an outcome
+        self._free_at = 0.0
+        self.report = Report()
+
+    def run(self) -> Report:
+        """Raises the broker's errors; `report` then says how far it came."""
+        order, report = self._order, self.report
+        report.there = self._parked.count()
+        goal = report.there if order.limit is None else min(order.limit, report.there)
+        if self._watching:
+            self._parked.follow(sorted(order.filter.lanes))
+        if order.canary:
+            self._bring_back(min(order.canary, goal))
+            self._await_canary()
+            self._watching = order.stop_at_failures is not None
+        complete = self._bring_back(goal)
+        self._listen()
+        report.unanswered = self._waiting.total()
+        if not complete and report.ended is Ended.DONE:
+            report.ended = Ended.STOPPED
+        return report
+
+    @property
+    def _going(self) -> bool:
+        return self.report.ended is Ended.DONE and not self._stop()
+
+    def _bring_back(self, goal: int) -> bool:
+        """Passes over the queue until so many are sent, or all that match. False: it was stopped before."""
+        exhausted = False
+        while self._going and self._sent < goal and not exhausted:
+            exhausted = self._pass(goal)
+        return exhausted or self._sent >= goal
+
+    def _pass(self, goal: int) -> bool:
+        """From the head on. Whether all that was there was dealt with."""
+        began, moved = self._clock.monotonic(), self._parked.moved
+        left = self.report.there - moved
+        self._position, self._left_out = 0, False
+        rungs = 0
+        try:
+            while left and rungs < MAX_RUNGS and self._clock.monotonic() - began < HOLD_SECONDS:
+                wanted = min(left, self._rung())
+                chosen: list[tuple[Held, DeadLetter]] = []
+                came = self._choose(wanted, chosen)
+                left = left - came if came == wanted else 0  # somebody else took the rest
+                sent = self._send(chosen, goal)
+                rungs += sent < came  # one that holds nothing any more is gone
+                if not self._going or self._sent >= goal:
+                    self._left_out = self._left_out or sent < len(chosen)
+                    break
+        finally:
+            self.report.redriven = self._parked.moved
+            self._skip = max(self._position, self._skip) - (self._parked.moved - moved)
+        self._parked.give_back()
+        return not left and not self._left_out
+
+    def _rung(self) -> int:
+        """How many to take in hand: beyond those known, as many as leave a window's worth to be sent."""
+        return min(MAX_RUNG, max(0, self._skip - self._position) + self._window)
+
+    def _choose(self, wanted: int, chosen: list[tuple[Held, DeadLetter]]) -> int:
+        size = 0
+
+        def sort(held: Held) -> None:
+            nonlocal size
+            letter = self._sort(held)
+            if letter is None:
+                return
+            size += len(held.parcel.body)
+            if chosen and size > WINDOW_BYTES:
+                self._left_out = True
+            else:
+                chosen.append((held, letter))
+
+        came = self._parked.hold(wanted, sort)
+        if self._order.rate:  # a slow one takes a minute's worth in hand: what is in hand grows old
+            self._window = max(1, min(WINDOW, int(self._order.rate * 60)))
+        elif len(chosen) < WINDOW // 2:
+            self._window = min(SMALL_RUNG, self._window * 2)
+        elif len(chosen) > WINDOW:
+            self._window = max(WINDOW, self._window // 2)
+        return came
+
+    def _sort(self, held: Held) -> DeadLetter | None:
+        """The letter if it is to be brought back. Each is counted once, however many passes see it."""
+        letter = read(self._names, held.parcel)
+        first = self._position >= self._skip
+        self._position += 1
+        self.report.seen += first
+        if not self._order.filter.matches(letter):
+            return None
+        if first:
+            self.report.matching += 1
+            self.report.homeless += letter.lane is None
+            self._each(letter)
+        return None if letter.lane is None else letter
+
+    def _send(self, chosen: list[tuple[Held, DeadLetter]], goal: int) -> int:
+        """How many of them left; when it returns, they are at the lane and nowhere else."""
+        before = self._parked.moved
+        for held, letter in chosen:
+            if self._sent >= goal or not self._may_go():
+                break
+            if not self._parked.publish(redriven(self._names, letter, held.parcel, self._hop()), held.number):
+                self.report.homeless += 1
+                continue
+            self._sent += 1
+            if self._watching:
+                self._waiting[letter.command_id] += 1
+        self._parked.settle()
+        self._note_refusal()
+        self._show(self.report.seen, self._parked.moved)
+        return self._parked.moved - before
+
+    # -- how carefully
+
+    def _may_go(self) -> bool:
+        """Waits for the rate, and for outcomes if they are watched. False: no more."""
+        self._note_refusal()
+        if self._order.rate:
+            self._pace()
+        if self._order.stop_at_failures is not None and self._watching:
+            self._watch()
+        return self._going
+
+    def _pace(self) -> None:
+        while self._going and (wait := self._free_at - self._clock.monotonic()) > 0:
+            self._parked.turn(min(SLICE, wait))
+            self._show(self.report.seen, self._parked.moved)
+        self._free_at = max(self._free_at, self._clock.monotonic()) + 1 / self._order.rate
+
+    def _watch(self) -> None:
+        self._listen()
+        if len(self._waiting) >= AHEAD:
+            self._await(AHEAD - 1)
+        report, most = self.report, self._order.stop_at_failures
+        if most is not None and report.answered >= SAMPLE and 0 < report.failures >= report.answered * most / 100:
+            report.ended = Ended.FAILURES
+
+    def _await_canary(self) -> None:
+        """Good means expired. A percentage of failures that is allowed to all is allowed to the canary."""
+        self._await(0)
+        report = self.report
+        allowed = report.answered * (self._order.stop_at_failures or 0) / 100
+        if report.failures > allowed and report.ended in (Ended.DONE, Ended.SILENT):
+            report.ended = Ended.CANARY
+
+    def _await(self, most: int) -> None:
+        """Until no more than ``most`` commands are without an outcome."""
+        deadline = self._clock.monotonic() + self._order.patience
+        while self._going and len(self._waiting) > most:
+            self._parked.turn(SLICE)
+            self._show(self.report.seen, self._parked.moved)
+            if self._listen():
+                deadline = self._clock.monotonic() + self._order.patience
+            elif self._clock.monotonic() > deadline:
+                self.report.ended = Ended.SILENT
+
+    def _listen(self) -> bool:
+        """Books the outcomes of ours that came."""
+        heard = False
+        for told in self._parked.outcomes() if self._watching or self._waiting else ():
+            if self._waiting[told.command_id] > 0:
+                heard = True
+                self.report.outcomes[told.status, told.reason] += 1
+                self._waiting[told.command_id] -= 1
+            if not self._waiting[told.command_id]:
+                del self._waiting[told.command_id]
+        return heard
+
+    def _note_refusal(self) -> None:
+        if self._parked.refused and self.report.ended is Ended.DONE:
+            self.report.ended, self.report.why = Ended.REFUSED, self._parked.refused
+
+
+def rehearse(
+    parked: Parked, names: Names, order: Order, *, stop: Stop, show: Show, each: Callable[[DeadLetter], None]
+) -> Report:
+    """What a redrive would do; nothing is sent. ``each`` sees what would be brought back."""
+    report = Report()
+
+    def sort(held: Held) -> None:
+        letter = read(names, held.parcel)
+        if order.filter.matches(letter):
+            report.matching += 1
+            if letter.lane is None:
+                report.homeless += 1
+            elif order.limit is None or report.matching - report.homeless <= order.limit:
+                each(letter)
+
+    looked = look(parked, sort, stop=stop, show=show)
+    report.there, report.seen = looked.there, looked.seen
+    report.ended = Ended.STOPPED if looked.stopped else Ended.DONE
+    return report

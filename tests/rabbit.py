@@ -55,6 +55,29 @@ class Rabbit:
         made = pika.BasicProperties(**{"delivery_mode": 2, **properties})
         self.channel.basic_publish(exchange, key, body, made, mandatory=True)
 
+    def publish_many(self, exchange: str, messages: Iterable[tuple[str, bytes, dict[str, Any]]]) -> None:
+        """Many (routing key, body, properties), persistent; returns when all are confirmed, within half a minute.
+
+        Far faster than one confirm after the other. pika's blocking channel has no such mode of its own.
+        """
+        channel = self._connection.channel()
+        unconfirmed: set[int] = set()
+
+        def settled(frame: Any) -> None:
+            tag, method = frame.method.delivery_tag, frame.method
+            assert method.NAME == "Basic.Ack", f"the broker refused message {tag}"
+            unconfirmed.difference_update(range(min(unconfirmed), tag + 1) if method.multiple else (tag,))
+
+        channel._impl.confirm_delivery(settled)
+        for number, (key, body, properties) in enumerate(messages, start=1):
+            unconfirmed.add(number)
+            channel.basic_publish(exchange, key, body, pika.BasicProperties(delivery_mode=2, **properties))
+        deadline = time.monotonic() + 30
+        while unconfirmed:
+            assert time.monotonic() < deadline, f"{len(unconfirmed)} unconfirmed, from {min(unconfirmed)} on"
+            self._connection.process_data_events(time_limit=1)
+        channel.close()
+
     def take(self, queue: str, count: int, timeout: float) -> list[Message]:
         """Take and ack the next `count` messages; an AssertionError if fewer come in `timeout` seconds."""
         taken: list[Message] = []

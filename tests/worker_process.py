@@ -18,10 +18,10 @@ import pika
 import pika.exceptions
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.rabbit import Message, Rabbit
+from tests.rabbit import DELAYS_IN_TESTS, Message, Rabbit
 from tests.waiting import wait_until
 from worker.core.command import command_id
-from worker.core.topology import Names
+from worker.core.topology import Names, topology
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
 
@@ -301,18 +301,13 @@ class Producer:
         return self._sent(body, lane, properties.get("message_id"))
 
     def publish_many(self, bills: Iterable[str], sweep_every: int = 1, of: int = 1) -> None:
-        """Commands without waiting for each confirm: `sweep_every` of each `of` to the sweep lane, the rest to the
-        other. All are with the broker when it returns; one that must survive a broker's death goes by `publish`."""
-        with Rabbit(self._url) as rabbit:
-            channel = rabbit.plain_channel()
-            for number, bill in enumerate(bills):
-                lane = "sweep" if number % of < sweep_every else "cancellation"
-                body, identity = command_body(bill), f"id-{bill}"
-                properties = pika.BasicProperties(delivery_mode=2, message_id=identity)
-                channel.basic_publish(self.names.commands, lane, body, properties)
-                self._sent(body, lane, identity)
-            # Answered in order: it has seen all that came before on this channel.
-            channel.queue_declare(self.names.queue("sweep"), passive=True)
+        """Commands, all confirmed: `sweep_every` of each `of` to the sweep lane, the rest to the other."""
+        sent = [
+            self._sent(command_body(bill), "sweep" if number % of < sweep_every else "cancellation", f"id-{bill}")
+            for number, bill in enumerate(bills)
+        ]
+        messages = ((one.lane, one.body, {"message_id": one.id}) for one in sent)
+        self.rabbit.publish_many(self.names.commands, messages)
 
     def _sent(self, body: bytes, lane: str, message_id: str | None) -> Published:
         sent = Published(command_id(message_id, body), lane, body)
@@ -332,10 +327,20 @@ class Producer:
         """Until every command published so far has an outcome."""
         deadline = time.monotonic() + timeout
         while missing := {sent.id for sent in self.published} - {got.command_id for got in self.outcomes}:
-            left = deadline - time.monotonic()
-            assert left > 0, f"{len(missing)} without an outcome after {timeout:g} s, such as {min(missing)}"
+            left = max(deadline - time.monotonic(), 0.0)
             # One at a time at the end: a duplicate fills the place of a missing one.
-            self.collect(1 if len(missing) < 50 else len(missing) // 2, left)
+            try:
+                self.collect(1 if len(missing) < 50 else len(missing) // 2, left)
+            except AssertionError:
+                some = ", ".join(sorted(missing)[:5])
+                raise AssertionError(
+                    f"{len(missing)} without an outcome after {timeout:g} s ({some}); in the queues: {self.depths()}"
+                ) from None
+
+    def depths(self) -> dict[str, int]:
+        """Messages ready in each queue of the prefix; of those in a worker's hands nobody knows."""
+        queues = (queue.name for queue in topology(self.names.prefix, "quorum", DELAYS_IN_TESTS).queues)
+        return {queue: self.rabbit.depth(queue) for queue in queues if self.rabbit.has_queue(queue)}
 
     def sweep_up(self) -> None:
         """Whatever outcomes have come beyond those waited for: duplicates."""

@@ -101,7 +101,8 @@ class Worker:
         self.settings = settings
         self.metrics = _metrics()
         calls = Calls(settings, Telemetry(self.metrics), clock, rng)
-        self.credentials, self.gate, self.tokens, self.expire = calls.credentials, calls.gate, calls.tokens, calls.expire
+        self.credentials, self.gate = calls.credentials, calls.gate
+        self.tokens, self.expire = calls.tokens, calls.expire
         self.engine = Engine(
             _plan(settings, settings.retry.delays_seconds),
             _broker_parameters(settings.amqp),

@@ -6,7 +6,7 @@ Most tests share one worker, each with bills of its own; the first word of a bil
 import json
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -331,7 +331,7 @@ def test_strange_properties_harm_nobody(desk: Desk) -> None:
         "timestamp": 2**63,
         "headers": {
             "batch-id": 7,
-            "traceparent": {"deep": [1, None, b"\xff", True, datetime(2026, 1, 1, tzinfo=timezone.utc)]},
+            "traceparent": {"deep": [1, None, b"\xff", True, datetime(2026, 1, 1, tzinfo=UTC)]},
             "qris-round": "many",
             "qris-attempts": -1,
             "qris-external-ids": [1],

@@ -156,6 +156,7 @@ class Expire:
         """Gate, token, sign, send, judge, tell."""
         self._check_deadline(job, 0.0)
         self._gate.enter(probe=job.probe, paced=job.paced)
+        self._check_deadline(job, 0.0)
         job.paced = False
         started = self._clock.monotonic()
         try:
@@ -166,7 +167,7 @@ class Expire:
         if self._clock.monotonic() - started > TOKEN_AT_HAND:
             # All senders may have waited for this token: they must not call together now, nor into a hold or drain.
             self._gate.enter(probe=job.probe, paced=False)
-        self._check_deadline(job, 0.0)
+            self._check_deadline(job, 0.0)
         job.round.calls += 1
         signed = self._sign(job.command, token.value)
         job.delivery.progress.sent(signed.external_id)

@@ -134,7 +134,7 @@ class SendersGate:
         if self._breaker.state is not State.CLOSED and not probe:
             raise Held(outage=True)
         if self._throttle.until > 0.0 and self._throttle.holding(self._clock.monotonic()):
-            raise Held(outage=probe)
+            raise Held(outage=False)
 
     def _holds(self, now: float) -> Holds:
         return Holds(self._breaker.state, self._throttle.holding(now))

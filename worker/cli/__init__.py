@@ -18,6 +18,8 @@ COMMANDS: Final = {
     "demo": (),
     "simulator": (),
     "publish": ("AMQP_",),
+    "sweep": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_"),
+    "status": ("AMQP_",),
     "check": ("AMQP_", "GATEWAY_", "RETRY_"),
     "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
     "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
@@ -26,7 +28,8 @@ COMMANDS: Final = {
 
 HELP: Final = """
 Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo shows everything on this
-machine, and simulator plays the gateway. Producers of commands try one with publish. Operators prepare the
+machine, and simulator plays the gateway. Producers of commands try one with publish, and send whole files with
+sweep; status tells where those stand. Operators prepare the
 broker with topology, look at everything with check, and start the worker with run.
 """
 

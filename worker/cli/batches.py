@@ -36,7 +36,8 @@ def journal_path(directory: Path, batch: str) -> Path:
 
     if not is_batch_id(batch):
         raise Trouble(
-            f"{batch!r} is no batch id; give 1 to 64 letters, digits, '.', '_', '-', not beginning with a sign", code=INVALID
+            f"{batch!r} is no batch id; give 1 to 64 letters, digits, '.', '_', '-', not beginning with a sign",
+            code=INVALID,
         )
     return directory / f"{batch}{SUFFIX}"
 

@@ -60,7 +60,18 @@ _INSERT: Final = """
 INSERT INTO bills (line, bill, merchant, reference, not_after) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT (bill, merchant) DO UPDATE SET duplicates = duplicates + 1
 """
-_BILL: Final = "number, bill, merchant, reference, not_after"
+_FIRST: Final = "SELECT number, bill, merchant, reference, not_after FROM bills ORDER BY number LIMIT ?"
+_UNSENT: Final = """
+SELECT number, bill, merchant, reference, not_after FROM bills
+WHERE number > ? AND status IS NULL ORDER BY number LIMIT ?
+"""
+_NEXT: Final = """
+SELECT number, bill, merchant, reference, not_after, begun, progress FROM bills
+WHERE number > ? AND status IS NULL AND due IS NULL ORDER BY number LIMIT ?
+"""
+_DUE: Final = """
+SELECT number, bill, merchant, reference, not_after, begun, progress FROM bills WHERE due <= ? ORDER BY due LIMIT ?
+"""
 _TELL: Final = """
 UPDATE bills SET status = ?, reason = ?, response_code = ?, response_message = ?, detail = ?, attempts = ?,
     effect_unknown = ?, external_ids = ?, completed_at = ?, due = NULL, progress = NULL WHERE number = ?
@@ -98,9 +109,8 @@ class Journal:
 
     def unsent(self, after: int, limit: int) -> list[Bill]:
         """The next bills behind number ``after`` that have no outcome."""
-        query = f"SELECT {_BILL} FROM bills WHERE number > ? AND status IS NULL ORDER BY number LIMIT ?"
         with _translated(self.path):
-            return [Bill(*row) for row in self._db.execute(query, (after, limit))]
+            return [Bill(*row) for row in self._db.execute(_UNSENT, (after, limit))]
 
     def published(self, through: int) -> None:
         """Every bill up to this number is with the broker."""
@@ -167,11 +177,11 @@ class Journal:
 
     def take(self, after: int, limit: int) -> list[Job]:
         """The next bills to send, marked as begun before anybody sends them."""
-        return self._take("number > ? AND status IS NULL AND due IS NULL ORDER BY number LIMIT ?", (after, limit))
+        return self._take(_NEXT, (after, limit))
 
     def take_due(self, now: float, limit: int) -> list[Job]:
         """The bills whose delayed round has come (``now``: seconds since the epoch), marked as begun."""
-        return self._take("due <= ? ORDER BY due LIMIT ?", (now, limit))
+        return self._take(_DUE, (now, limit))
 
     def next_due(self) -> float | None:
         """When the next delayed round begins."""
@@ -187,9 +197,9 @@ class Journal:
                 [(_kept(progress), due, number) for number, progress, due in jobs],
             )
 
-    def _take(self, where: str, arguments: tuple[float, int]) -> list[Job]:
+    def _take(self, query: str, arguments: tuple[float, int]) -> list[Job]:
         with self._transaction():
-            found = self._db.execute(f"SELECT {_BILL}, begun, progress FROM bills WHERE {where}", arguments).fetchall()
+            found = self._db.execute(query, arguments).fetchall()
             self._db.executemany(
                 "UPDATE bills SET begun = 1, due = NULL WHERE number = ?", [(row["number"],) for row in found]
             )
@@ -200,6 +210,7 @@ class Journal:
     def _row_of(self, told: Told) -> sqlite3.Row | None:
         """By the bill, then by the id: a bill of several merchants has several rows."""
         query = "SELECT number, merchant, status, reason, completed_at FROM bills WHERE bill = ?"
+        row: sqlite3.Row
         for row in self._db.execute(query, (told.bill,)):
             if command_id(self.facts.batch.id, told.bill, row["merchant"]) == told.command_id:
                 return row
@@ -214,7 +225,9 @@ class Journal:
         with _translated(self.path):
             values = dict(self._db.execute("SELECT name, value FROM facts").fetchall())
         if values.get("format") != _FORMAT:
-            raise JournalError(f"{self.path}: not a journal of this version; move it away, or use the version that wrote it")
+            raise JournalError(
+                f"{self.path}: not a journal of this version; move it away, or use the version that wrote it"
+            )
         return Facts(
             Batch(values["batch"], values["size"]),
             values["source"],
@@ -271,7 +284,7 @@ class Load:
     def first(self, limit: int) -> list[Bill]:
         """The first bills."""
         with _translated(self._path):
-            return [Bill(*row) for row in self._db.execute(f"SELECT {_BILL} FROM bills ORDER BY number LIMIT ?", (limit,))]
+            return [Bill(*row) for row in self._db.execute(_FIRST, (limit,))]
 
     def keep(self, path: Path, *, batch: str, source: str, digest: str, invalid: int, now: float) -> None:
         """Under its own name; the file appears whole or not at all."""

@@ -73,9 +73,9 @@ def _open(name: str) -> tuple[BinaryIO, int | None]:
     """The stream, and its size in bytes where that is known."""
     if name == STDIN:
         return sys.stdin.buffer, None
+    path = Path(name)
     try:
-        file = Path(name).open("rb")
-        status = Path(name).stat()
+        status = path.stat()
+        return path.open("rb"), status.st_size if stat.S_ISREG(status.st_mode) else None
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror}); correct the path") from None
-    return file, status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -21,8 +21,8 @@ from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
 
 WINDOW: Final = 1000
-"""Publications without their confirm: twice what a broker on the same machine needs to be kept busy, and the most that a
-crash publishes again."""
+"""Publications without their confirm: enough to keep broker and network busy, and the most that a crash publishes
+again."""
 REFILL: Final = WINDOW // 2
 PREFETCH: Final = 1000
 AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits in the prefetch window
@@ -30,7 +30,9 @@ TICK: Final = 0.1
 CLOSE_SECONDS: Final = 3.0
 GONE_SECONDS: Final = 5.0  # without a delivery, of those that were there a moment ago
 
-_NO_DELIVERY: Final = cast("Delivery", None)  # the worker's publications name what is acked after them; ours have nothing
+_NO_DELIVERY: Final = cast(
+    "Delivery", None
+)  # the worker's publications name what is acked after them; ours have nothing
 
 
 class Errand(Protocol):
@@ -63,7 +65,9 @@ class Route:
 class Bulk:
     """One errand. `run` blocks until it says that it is done."""
 
-    def __init__(self, route: Route, parameters: Parameters, errand: Errand, *, publishing: bool, rng: random.Random) -> None:
+    def __init__(
+        self, route: Route, parameters: Parameters, errand: Errand, *, publishing: bool, rng: random.Random
+    ) -> None:
         self._route = route
         self._errand = errand
         self._loop = IOLoop()
@@ -111,7 +115,9 @@ class Bulk:
             parameters,
             on_up=on_up,
             on_down=on_down,
-            on_refused=lambda _: None,  # refused at first is told before we start; later it is waited for like any trouble
+            on_refused=lambda _: (
+                None
+            ),  # refused at first is told before we start; later it is waited for like any trouble
             on_blocked=lambda _: self._feed(),
             guard=self._guard,
             rng=rng,
@@ -161,7 +167,11 @@ class Bulk:
         link = self._publish_link
         assert link is not None
         self._declare(
-            connection, link, self._route.topology, self._route.declare, lambda: self._publisher.open(connection, link, self._feed)
+            connection,
+            link,
+            self._route.topology,
+            self._route.declare,
+            lambda: self._publisher.open(connection, link, self._feed),
         )
 
     def _publish_down(self, _reason: str) -> None:
@@ -194,7 +204,9 @@ class Bulk:
         def opened(channel: Any) -> None:
             self._channel = channel
             channel.add_on_close_callback(self._guard(lambda _, why: self._channel_lost(link, channel, str(why))))
-            channel.add_on_cancel_callback(self._guard(lambda _: link.bounce(f"the broker cancelled the consumer of {queue}")))
+            channel.add_on_cancel_callback(
+                self._guard(lambda _: link.bounce(f"the broker cancelled the consumer of {queue}"))
+            )
             channel.basic_qos(prefetch_count=PREFETCH, callback=self._guard(lambda _: limited(channel)))
 
         def limited(channel: Any) -> None:
@@ -233,7 +245,9 @@ class Bulk:
 
     # -- both -------------------------------------------------------------------------------------------------------
 
-    def _declare(self, connection: Any, link: Link, topology: Topology, declare: bool, then: Callable[[], None]) -> None:
+    def _declare(
+        self, connection: Any, link: Link, topology: Topology, declare: bool, then: Callable[[], None]
+    ) -> None:
         """Both links see to what they need: it may have been deleted while they were away."""
 
         def done(wrong: str | None) -> None:

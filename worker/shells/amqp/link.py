@@ -196,6 +196,12 @@ def describe(error: BaseException | None) -> str:
         return "the broker refuses us this vhost"
     if isinstance(error, ConnectionClosedByBroker):
         return f"closed by the broker: {error.reply_code} {error.reply_text}"
-    inner = error.args[0] if error.args and isinstance(error.args[0], BaseException) else error
-    deeper = getattr(inner, "exception", None) or inner
-    return f"{type(deeper).__name__}: {deeper}"[:200] if str(deeper) else type(deeper).__name__
+    cause = _innermost(error)
+    return f"{type(cause).__name__}: {cause}"[:200] if str(cause) else type(cause).__name__
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The system's own error: pika wraps it up to four times, and its wrappers say nothing."""
+    wrapped = (*(getattr(error, "exceptions", None) or ())[-1:], getattr(error, "exception", None), *error.args)
+    cause = next((inner for inner in wrapped if isinstance(inner, BaseException)), None)
+    return error if cause is None else _innermost(cause)

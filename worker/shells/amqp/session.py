@@ -9,9 +9,9 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import pika
 from pika.adapters.utils.connection_workflow import (
@@ -31,6 +31,7 @@ from pika.exceptions import (
 
 from worker import __version__
 from worker.core.topology import Topology
+from worker.shells.amqp import codec
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
@@ -49,6 +50,8 @@ BLOCKED_TIMEOUT: Final = 15
 
 CONNECT_ERRORS: Final = (AMQPError, AMQPConnectorException, AMQPConnectionWorkflowFailed, OSError)
 """All that pika 1.4 raises while it connects: a failed handshake is no AMQPError there."""
+
+C = TypeVar("C")
 
 _MISMATCH = re.compile(r"inequivalent arg '([^']+)' for .*: received (.+) but current is (.+)")
 
@@ -91,13 +94,19 @@ def connect(amqp: AmqpSettings, role: str = "tool") -> pika.BlockingConnection:
 
     While the broker blocks its publishers, the connection ends after `BLOCKED_TIMEOUT`.
     """
+    return connect_by(pika.BlockingConnection, amqp, role)
+
+
+def connect_by(dial: Callable[[pika.URLParameters], C], amqp: AmqpSettings, role: str) -> C:
+    """`connect` with another kind of connection; ``dial`` returns an open one or raises what pika raises."""
+    codec.tolerate()
     refusals: list[BrokerRefused] = []
     silent: list[str] = []
     for params in parameters(amqp, role):
         if params.blocked_connection_timeout is None:
             params.blocked_connection_timeout = BLOCKED_TIMEOUT
         try:
-            return pika.BlockingConnection(params)
+            return dial(params)
         except CONNECT_ERRORS as error:
             refusal = _refusal(params, error)
             if refusal is not None:

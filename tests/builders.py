@@ -134,7 +134,7 @@ def throttled(retry_after: str | None = None) -> Reply:
 def verdict(kind: Kind = Kind.TRANSIENT, *, retry_after: str | None = None, code: str | None = None) -> Verdict:
     """A judgement of one kind."""
     reasons = {Kind.DONE: Reason.SUCCESS, Kind.REFUSED: Reason.REFUSED}
-    return Verdict(kind, reasons.get(kind), False, code, kind.value, retry_after=retry_after)
+    return Verdict(kind, reasons.get(kind), False, code, kind.label, retry_after=retry_after)
 
 
 def no_token(kind: Kind = Kind.SYSTEMIC, *, shared: bool = False) -> TokenUnavailable:

@@ -143,5 +143,3 @@ def _line(name: str, ids: Iterable[str]) -> str:
     names = sorted(ids)
     some = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
     return f"{name:<28}{len(names):>7}  {some}".rstrip()
-
-

@@ -85,9 +85,7 @@ class Rabbit:
         while len(taken) < count:
             method, properties, body = self.channel.basic_get(queue, auto_ack=True)
             if method is not None:
-                taken.append(
-                    Message(properties, body, method.exchange, method.routing_key, method.redelivered)
-                )
+                taken.append(Message(properties, body, method.exchange, method.routing_key, method.redelivered))
             elif time.monotonic() > deadline:
                 raise AssertionError(f"{queue}: {len(taken)} of {count} messages within {timeout:g} s")
             else:
@@ -111,9 +109,7 @@ class Rabbit:
                     raise AssertionError(f"{queue}: {len(taken)} of {count} messages within {timeout:g} s")
                 method, properties, body = next(channel.consume(queue, inactivity_timeout=left))
                 if method is not None:
-                    taken.append(
-                        Message(properties, body, method.exchange, method.routing_key, method.redelivered)
-                    )
+                    taken.append(Message(properties, body, method.exchange, method.routing_key, method.redelivered))
                     # What came beyond `count` goes back unacked, to the place where it was.
                     channel.basic_ack(method.delivery_tag)
         finally:

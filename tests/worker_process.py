@@ -70,9 +70,7 @@ class Scrape:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._samples = [
-            sample for family in text_string_to_metric_families(text) for sample in family.samples
-        ]
+        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
     def __call__(self, name: str, **labels: str) -> float:
         """The sum of the samples of `qris_expire_<name>` that have these labels; AssertionError without any."""
@@ -317,8 +315,7 @@ class Producer:
     def collect(self, count: int, timeout: float) -> list[Outcome]:
         """The next `count` outcomes; an AssertionError if fewer come in `timeout` seconds."""
         taken = [
-            Outcome(message, json.loads(message.body))
-            for message in self.rabbit.consume(self.inbox, count, timeout)
+            Outcome(message, json.loads(message.body)) for message in self.rabbit.consume(self.inbox, count, timeout)
         ]
         self.outcomes += taken
         return taken

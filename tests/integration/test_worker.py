@@ -41,7 +41,7 @@ ANSWERS = Script(
     )
 )
 
-PROPERTIES = {
+PROPERTIES: dict[str, Any] = {
     "content_type": "application/json",
     "correlation_id": "corr-1",
     "reply_to": "somewhere",
@@ -412,9 +412,7 @@ def test_no_call_starts_after_not_after(desk: Desk) -> None:
 
     past = desk.producer.publish_body(command_body("past-1", notAfter="2020-01-01T00:00:00Z"), message_id="past-1")
     soon = datetime.now(JAKARTA) + timedelta(seconds=0.9)
-    short = desk.producer.publish_body(
-        command_body("never-2", notAfter=soon.isoformat()), message_id="short-1"
-    )
+    short = desk.producer.publish_body(command_body("never-2", notAfter=soon.isoformat()), message_id="short-1")
     for sent, attempts in ((past, 0), (short, 4)):
         fields = desk.producer.of(sent).fields
         assert (fields["status"], fields["reason"]) == ("unresolved", "deadline_passed")
@@ -441,9 +439,7 @@ def test_properties_that_would_misroute_do_not_travel(desk: Desk) -> None:
     assert not desk.worker.events("broker.bounce")
 
 
-def test_commands_with_one_id_do_not_replace_each_other(
-    amqp_url: str, prefix: str, tmp_path: Path
-) -> None:
+def test_commands_with_one_id_do_not_replace_each_other(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """A producer that gives all its commands one id: over a lost connection, every bill still gets its call."""
 
     port = pika.URLParameters(amqp_url).port
@@ -552,9 +548,7 @@ def test_the_shared_worker_lost_nothing(desk: Desk) -> None:
 def test_a_missing_topology_is_named_and_waited_for(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """With AMQP_DECLARE=false, what is missing stands in /readyz and the log, and its appearance suffices."""
 
-    with Simulator() as gateway, WorkerProcess(
-        amqp_url, prefix, gateway, tmp_path, AMQP_DECLARE="false"
-    ) as worker:
+    with Simulator() as gateway, WorkerProcess(amqp_url, prefix, gateway, tmp_path, AMQP_DECLARE="false") as worker:
         missing = f"{prefix}.dead"
         worker.wait_for(lambda: missing in " ".join(map(str, worker.components().values())), 15, "it is named")
         assert worker.get("/readyz")[0] == 503
@@ -573,9 +567,10 @@ def test_a_missing_topology_is_named_and_waited_for(amqp_url: str, prefix: str, 
 def test_classic_queues_carry_everything_too(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """With AMQP_QUEUE_TYPE=classic: a success, a delayed round and a dead letter."""
 
-    with Simulator(ANSWERS) as gateway, working(
-        amqp_url, prefix, gateway, tmp_path, AMQP_QUEUE_TYPE="classic"
-    ) as (worker, producer):
+    with (
+        Simulator(ANSWERS) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, AMQP_QUEUE_TYPE="classic") as (worker, producer),
+    ):
         sent = [producer.publish(bill, "sweep") for bill in ("plain-1", "late-1")]
         bad = producer.publish_body(b"bad", message_id="bad")
         assert [producer.of(one).fields["status"] for one in sent] == ["expired", "expired"]
@@ -588,19 +583,22 @@ def test_classic_queues_carry_everything_too(amqp_url: str, prefix: str, tmp_pat
 def test_the_sweep_keeps_to_its_share(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """Half of eight senders is the most a sweep gets, and cancellations overtake what is queued of it."""
 
-    with Simulator(Script(latency=0.05)) as gateway, working(
-        amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="8", WORKER_SWEEP_SHARE="0.5"
-    ) as (worker, producer):
-        producer.publish_many(f"sweep-{number}" for number in range(80))
+    with (
+        Simulator(Script(latency=0.05)) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="8", WORKER_SWEEP_SHARE="0.5") as (
+            worker,
+            producer,
+        ),
+    ):
+        producer.publish_many(f"sweep-{number}" for number in range(200))
         producer.collect(20, 15)
         assert gateway.report().max_concurrency == 4
         assert worker.metrics()("in_flight", lane="sweep") <= 4
-        for number in range(12):
-            producer.publish(f"urgent-{number}")
+        producer.publish_many((f"urgent-{number}" for number in range(12)), sweep_every=0)
         producer.collect_all(20)
         order = [outcome.fields["lane"] for outcome in producer.outcomes]
         last_urgent = max(at for at, lane in enumerate(order) if lane == "cancellation")
-        assert order[last_urgent:].count("sweep") >= 20, order
+        assert order[last_urgent:].count("sweep") >= 20, "they waited for the sweep"
         assert 4 < gateway.report().max_concurrency <= 8
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
@@ -609,9 +607,13 @@ def test_the_sweep_keeps_to_its_share(amqp_url: str, prefix: str, tmp_path: Path
 def test_two_processes_are_one_worker(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """WORKER_PROCESSES=2: both take commands, one scrape adds them up, one SIGTERM drains both and exits 0."""
 
-    with Simulator(Script(latency=0.02)) as gateway, working(
-        amqp_url, prefix, gateway, tmp_path, WORKER_PROCESSES="2", WORKER_CONCURRENCY="4"
-    ) as (worker, producer):
+    with (
+        Simulator(Script(latency=0.02)) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, WORKER_PROCESSES="2", WORKER_CONCURRENCY="4") as (
+            worker,
+            producer,
+        ),
+    ):
         producer.publish_many((f"b-{number}" for number in range(100)), sweep_every=1, of=2)
         producer.collect_all(20)
         scrape = wait_until(

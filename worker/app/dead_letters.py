@@ -113,9 +113,7 @@ class Looked:
     stopped: bool
 
 
-def look(
-    parked: Parked, each: Callable[[Held], None], *, stop: Stop, show: Show, give_back: bool = True
-) -> Looked:
+def look(parked: Parked, each: Callable[[Held], None], *, stop: Stop, show: Show, give_back: bool = True) -> Looked:
     """Shows every dead letter to ``each``, the oldest place first; they stay, in their order."""
     there = parked.count()
     rung = min(MAX_RUNG, max(SMALL_RUNG, -(-there // MAX_RUNGS)))

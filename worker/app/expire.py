@@ -27,7 +27,7 @@ from worker.core.ports import (
 from worker.core.request import Partner, SignedRequest
 from worker.core.retry import RetryPolicy, Round, retry_after
 from worker.core.signing import Sign
-from worker.core.verdict import FINAL, Kind, NoReply, Reply, Verdict, judge
+from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 
 
 TOKEN_AT_HAND: Final = 0.1  # seconds: a token that took longer was fetched, and other senders waited for it too
@@ -176,7 +176,7 @@ class Expire:
         verdict = judge(answer)
         if verdict.kind is Kind.TOKEN:
             self._tokens.refused(token.generation)
-        elif verdict.kind in FINAL:
+        elif verdict.kind.final:
             self._tokens.accepted()
         job.delivery.progress.effect_unknown |= verdict.effect_unknown
         job.delivery.progress.last_code = verdict.code
@@ -246,7 +246,7 @@ class Expire:
 
     def _conclude(self, job: _Job, verdict: Verdict) -> Disposition:
         """What the last verdict of a round means for the command."""
-        if verdict.kind in FINAL and verdict.reason is not None:
+        if verdict.kind.final and verdict.reason is not None:
             return self._report(job, _final_reason(job, verdict), verdict, None)
         if self._gate.outage():
             raise Held(outage=True)  # its round is over because of the outage, so it is not over
@@ -317,7 +317,7 @@ def _final_reason(job: _Job, verdict: Verdict) -> Reason:
 
 
 def _not_final(verdict: Verdict) -> bool:
-    return verdict.kind not in FINAL
+    return not verdict.kind.final
 
 
 def _job(state: RetryCallState) -> _Job:

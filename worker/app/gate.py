@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from worker.core.breaker import Breaker, Pacer, State, Throttle
 from worker.core.ports import Clock, Draining, Held
 from worker.core.retry import retry_after
-from worker.core.verdict import GOOD, Kind, Verdict
+from worker.core.verdict import Kind, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class SendersGate:
             self._breaker.record(verdict.kind, now, probe=probe)
             if verdict.kind is Kind.THROTTLED:
                 self._throttle.record(retry_after(verdict.retry_after, self._clock.epoch()), now, self._rng)
-            elif verdict.kind in GOOD:
+            elif verdict.kind.final:
                 self._throttle.good()
             after = self._holds(now)
         if after.any and not before.any:

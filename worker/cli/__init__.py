@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "publish": ("AMQP_",),
     "sweep": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_"),
     "status": ("AMQP_",),
+    "dead": ("AMQP_",),
     "check": ("AMQP_", "GATEWAY_", "RETRY_"),
     "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
     "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
@@ -30,7 +31,8 @@ HELP: Final = """
 Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo shows everything on this
 machine, and simulator plays the gateway. Producers of commands try one with publish, and send whole files with
 sweep; status tells where those stand. Operators prepare the
-broker with topology, look at everything with check, and start the worker with run.
+broker with topology, look at everything with check, and start the worker with run; dead shows and moves what it
+had to park.
 """
 
 INVALID: Final = 2
@@ -55,7 +57,7 @@ class _Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Typer prints its part itself; what the formatter holds comes after it."""
         super().format_help(ctx, formatter)
-        prefixes = COMMANDS.get(str(self.name), ())
+        prefixes = COMMANDS.get(ctx.command_path.split()[1], ())  # of a group's command, the group's
         if prefixes:
             with formatter.section("Settings (environment, or a .env file)"):
                 formatter.write_dl(_settings(prefixes))
@@ -68,11 +70,24 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
+        found = getattr(import_module(f"worker.cli.{cmd_name}"), cmd_name)
+        if isinstance(found, typer.Typer):
+            return _group(cmd_name, found)
         alone = typer.Typer(add_completion=False)
-        function = getattr(import_module(f"worker.cli.{cmd_name}"), cmd_name)
-        help_text = _reflowed(function.__doc__ or "")
-        alone.command(cmd_name, cls=_Command, help=help_text, context_settings=_CONTEXT)(function)
+        help_text = _reflowed(found.__doc__ or "")
+        alone.command(cmd_name, cls=_Command, help=help_text, context_settings=_CONTEXT)(found)
         return typer.main.get_command(alone)
+
+
+def _group(name: str, commands: typer.Typer) -> Any:
+    """A command that has commands of its own, each with its help as the others'."""
+    for command in commands.registered_commands:
+        command.cls = _Command
+        command.help = _reflowed((command.callback and command.callback.__doc__) or "")
+        command.context_settings = _CONTEXT
+    commands.info.name = name
+    commands.info.context_settings = _CONTEXT
+    return typer.main.get_group(commands)
 
 
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"]}

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from enum import IntEnum
 
-from worker.core.verdict import BAD, GOOD, Kind
+from worker.core.verdict import Kind
 
 
 class State(IntEnum):
@@ -36,14 +36,14 @@ class Breaker:
     def record(self, kind: Kind, now: float, *, probe: bool = False) -> None:
         """Counts one attempt's verdict. A late good answer to a call from before is as good as a probe's: it shows
         the gateway working. Late bad ones say nothing new and do not lengthen the cooldown."""
-        if kind in GOOD:
+        if kind.final:
             self._close()
         elif self.state is State.CLOSED:
-            self.failures += kind in BAD
+            self.failures += kind.bad
             if self.failures >= self.threshold:
                 self._open(now)
         elif probe:
-            if kind in BAD:
+            if kind.bad:
                 self.cooldown = min(self.cooldown * 2, self.max_cooldown)
             self._wait(now)
 

@@ -6,9 +6,8 @@ import json
 import re
 import uuid
 from collections import Counter
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 MAX_BODY_BYTES: Final = 65_536  # keeps one bad producer from filling memory and the dead letters
 MAX_REFERENCE: Final = 128
@@ -23,8 +22,7 @@ _COMMAND_NAMESPACE = uuid.UUID("5a1a31a2-2f4e-5f0f-9a53-8d6f2a0c0c93")
 InvalidReason = Literal["malformed_json", "invalid_command", "too_large"]
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """A well-formed order to expire one bill. ``not_after`` is seconds since the epoch."""
 
     billnumber: str
@@ -33,8 +31,7 @@ class Command:
     not_after: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Invalid:
+class Invalid(NamedTuple):
     """Why a body is no command. ``detail`` is for people; what could be read is echoed in the outcome."""
 
     reason: InvalidReason
@@ -45,6 +42,14 @@ class Invalid:
 
 class _Refused(ValueError):
     """The body is JSON but no command; the text says why."""
+
+
+class _Duplicate(Exception):
+    """An object names a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
 
 
 class _Number:
@@ -61,17 +66,22 @@ def parse(body: bytes, default_merchant: str | None = None) -> Command | Invalid
     """
     if len(body) > MAX_BODY_BYTES:
         return Invalid("too_large", f"{len(body)} bytes, at most {MAX_BODY_BYTES} are allowed")
-    duplicates: list[str] = []
+    duplicate = None
     try:
-        value = _load(body, duplicates)
+        text = body.decode()  # here: json would also take UTF-16 and UTF-32. A byte-order mark is refused by it
+        try:
+            value = _decode(text)
+        except _Duplicate as found:
+            # Whether the rest is JSON at all decides which of the two reasons it is.
+            value, duplicate = _decode_plainly(text), found.key
     except (ValueError, RecursionError) as error:
         return Invalid("malformed_json", _short(f"not JSON in UTF-8: {error}"))
     fields = value if isinstance(value, dict) else {}
     try:
         if not isinstance(value, dict):
             raise _Refused("the body must be a JSON object")
-        if duplicates:
-            raise _Refused(f"duplicate key {duplicates[0]!r}")
+        if duplicate is not None:
+            raise _Refused(f"duplicate key {duplicate!r}")
         return _command(fields, default_merchant)
     except _Refused as error:
         return Invalid("invalid_command", _short(str(error)), _echo_bill(fields), _echo_reference(fields))
@@ -103,25 +113,25 @@ def parse_rfc3339(text: str) -> float:
         raise ValueError("the time is out of range") from error
 
 
-def _load(body: bytes, duplicates: list[str]) -> object:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            duplicates.extend(key for key, count in Counter(key for key, _ in items).items() if count > 1)
-        return found
-
-    # Decoded here: json.loads would also take UTF-16 and UTF-32. A byte-order mark is refused by it.
-    return json.loads(
-        body.decode(),
-        object_pairs_hook=pairs,
-        parse_int=lambda _: _NUMBER,
-        parse_float=lambda _: _NUMBER,
-        parse_constant=_refuse_constant,
-    )
+def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) != len(items):
+        raise _Duplicate(next(key for key, count in Counter(key for key, _ in items).items() if count > 1))
+    return found
 
 
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _number(_: str) -> object:
+    return _NUMBER
+
+
+# Made once: json.loads with hooks builds a decoder for every call.
+_numbers: Final[dict[str, Any]] = {"parse_int": _number, "parse_float": _number, "parse_constant": _refuse_constant}
+_decode = json.JSONDecoder(object_pairs_hook=_pairs, **_numbers).decode
+_decode_plainly = json.JSONDecoder(**_numbers).decode
 
 
 def _command(fields: dict[str, Any], default_merchant: str | None) -> Command:
@@ -129,13 +139,13 @@ def _command(fields: dict[str, Any], default_merchant: str | None) -> Command:
 
 
 def _bill(fields: dict[str, Any]) -> str:
-    spellings = [name for name in ("billnumber", "billNumber") if fields.get(name) is not None]
-    if not spellings:
+    plain, camel = fields.get("billnumber"), fields.get("billNumber")
+    if plain is None and camel is None:
         raise _Refused("billnumber is missing")
-    values = [_identifier(name, fields[name]) for name in spellings]
-    if len(set(values)) > 1:
+    bill = _identifier("billNumber" if plain is None else "billnumber", camel if plain is None else plain)
+    if plain is not None and camel is not None and bill != _identifier("billNumber", camel):
         raise _Refused("billnumber and billNumber differ")
-    return values[0]
+    return bill
 
 
 def _merchant(fields: dict[str, Any], default: str | None) -> str:

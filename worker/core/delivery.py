@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from worker.core import jakarta
 from worker.core.command import command_id
@@ -70,8 +70,7 @@ class Progress:
         del self.external_ids[:-MAX_EXTERNAL_IDS]
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """What is to be published: persistent, mandatory, confirmed. ``properties`` are AMQP's basic properties."""
 
     exchange: str
@@ -137,15 +136,16 @@ def outcome_message(names: Names, delivery: Delivery, outcome: Outcome) -> Messa
     """The outcome as the contract publishes it."""
     # The message id itself, not the command's: that one is text, and may be longer than a property can be.
     correlation = delivery.properties.correlation_id or delivery.properties.message_id or outcome.command_id
+    outcome_id = outcome.outcome_id
     return Message(
         names.outcomes,
         f"{outcome.lane}.{outcome.status}",
-        encode(outcome),
+        encode(outcome, outcome_id),
         {
             "content_type": "application/json",
             "delivery_mode": 2,
             "type": OUTCOME_TYPE,
-            "message_id": outcome.outcome_id,
+            "message_id": outcome_id,
             "correlation_id": correlation,
             "timestamp": int(outcome.completed_at),
             "headers": _carried(delivery.headers),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from worker.core import jakarta
 
 OUTCOME_TYPE: Final = "qris.expire.outcome.v1"
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build one for every outcome
 _OUTCOME_NAMESPACE = uuid.UUID("0c4f3f6e-0f3a-5d2b-8c39-0d0a3a5f1d11")
 
 
@@ -70,8 +70,7 @@ STATUS_OF: Final[Mapping[Reason, Status]] = {
 DEAD_LETTERED: Final = frozenset({Status.UNRESOLVED, Status.INVALID})
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One command's end. Times are seconds since the epoch; ``external_ids`` are at most the latest 20."""
 
     command_id: str
@@ -106,11 +105,11 @@ class Outcome:
         return self.status in DEAD_LETTERED
 
 
-def encode(outcome: Outcome) -> bytes:
-    """The outcome's JSON, the contract's field names, ASCII only."""
-    return json.dumps(
+def encode(outcome: Outcome, outcome_id: str | None = None) -> bytes:
+    """The outcome's JSON, the contract's field names, ASCII only. ``outcome_id`` where it has been made already."""
+    return _encode(
         {
-            "outcomeId": outcome.outcome_id,
+            "outcomeId": outcome_id or outcome.outcome_id,
             "commandId": outcome.command_id,
             "lane": outcome.lane,
             "billnumber": outcome.billnumber,
@@ -127,6 +126,5 @@ def encode(outcome: Outcome) -> bytes:
             "effectUnknown": outcome.effect_unknown,
             "receivedAt": jakarta.iso(outcome.received_at),
             "completedAt": jakarta.iso(outcome.completed_at),
-        },
-        separators=(",", ":"),
+        }
     ).encode("ascii")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from worker.core.request import SignedRequest
 from worker.core.verdict import NoReply, Reply, Verdict
@@ -100,8 +100,7 @@ class Observer(Protocol):
         """Another call follows for this verdict."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One attempt as it is logged. ``seconds`` is the call's duration; ``external_id`` is None when none was sent."""
 
     command_id: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from worker.core import jakarta
 from worker.core.command import Command
@@ -17,8 +17,7 @@ _SERIAL_DIGITS: Final = EXTERNAL_ID_DIGITS - 17 - NODE_DIGITS
 BillField = Literal["billnumber", "billNumber"]
 
 
-@dataclass(frozen=True, slots=True)
-class SignedRequest:
+class SignedRequest(NamedTuple):
     """The exact bytes and headers of one expire call. Holds a bearer token: never log its headers."""
 
     external_id: str

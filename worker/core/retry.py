@@ -71,7 +71,7 @@ class Round:
         The first resend after a token or external-id answer is immediate; after a throttled answer the wait is the
         hold's, for every sender, not this command's.
         """
-        if verdict.kind in (Kind.TOKEN, Kind.ID_CLASH) and self.instant:
+        if self.instant and (verdict.kind is Kind.TOKEN or verdict.kind is Kind.ID_CLASH):
             self.instant = False
             return 0.0
         if verdict.kind is Kind.THROTTLED:

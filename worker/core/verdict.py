@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from worker.core.outcome import Reason
 
@@ -14,26 +14,28 @@ MAX_MESSAGE: Final = 200  # the gateway's text travels in outcomes, logs and hea
 
 
 class Kind(Enum):
-    """What the worker does about an answer."""
+    """What the worker does about an answer.
 
-    DONE = "done"
-    REFUSED = "refused"
-    TOKEN = "token"
-    ID_CLASH = "id_clash"
-    THROTTLED = "throttled"
-    TRANSIENT = "transient"
-    SYSTEMIC = "systemic"
+    ``final``: the command is finished, and the gateway works for us (it resets the breaker's count).
+    ``bad``: the breaker counts it.
+    """
+
+    DONE = ("done", True, False)
+    REFUSED = ("refused", True, False)
+    TOKEN = ("token", False, False)
+    ID_CLASH = ("id_clash", False, False)
+    THROTTLED = ("throttled", False, False)
+    TRANSIENT = ("transient", False, True)
+    SYSTEMIC = ("systemic", False, True)
+
+    def __init__(self, label: str, final: bool, bad: bool) -> None:
+        # Plain attributes: a set of members would hash one at every look, which costs more than the look.
+        self.label = label
+        self.final = final
+        self.bad = bad
 
 
-FINAL = frozenset({Kind.DONE, Kind.REFUSED})
-GOOD = FINAL
-"""Answers that show the gateway working for us: they reset the breaker's count."""
-BAD = frozenset({Kind.TRANSIENT, Kind.SYSTEMIC})
-"""Answers that the breaker counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """The gateway answered: HTTP status, body (bounded by the shell), and the one header that matters."""
 
     status: int
@@ -41,16 +43,14 @@ class Reply:
     retry_after: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NoReply:
+class NoReply(NamedTuple):
     """It did not. ``sent`` says whether it may have seen the request; ``error`` is for people."""
 
     sent: bool
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The judgement. ``reason`` is set for final kinds only; ``note`` is worth a log line when not empty."""
 
     kind: Kind

@@ -13,7 +13,6 @@ from worker.shells.metrics import Metrics
 
 SKEW_WARNING: Final = 30.0  # seconds; some providers refuse signatures that are two minutes off
 _SKEW_EVERY: Final = 60.0
-_BAD_LEVEL = frozenset({Kind.SYSTEMIC})
 
 
 class Telemetry:
@@ -29,7 +28,7 @@ class Telemetry:
         verdict = attempt.verdict
         if attempt.external_id is not None:
             self._metrics.request("expire", verdict.code or "", attempt.seconds)
-        log = self._log.error if verdict.kind in _BAD_LEVEL else self._log.info
+        log = self._log.error if verdict.kind is Kind.SYSTEMIC else self._log.info
         log(
             "attempt",
             command_id=attempt.command_id,
@@ -38,7 +37,7 @@ class Telemetry:
             batch_id=attempt.batch_id,
             attempt=attempt.number,
             external_id=attempt.external_id,
-            verdict=verdict.kind.value,
+            verdict=verdict.kind.label,
             response_code=verdict.code,
             message=verdict.message,
             http_status=attempt.status,
@@ -49,7 +48,7 @@ class Telemetry:
 
     def retrying(self, verdict: Verdict) -> None:
         """See `Observer`."""
-        self._metrics.retry(verdict.kind.value)
+        self._metrics.retry(verdict.kind.label)
 
     def request(self, operation: str, response_code: str, seconds: float) -> None:
         """One exchange with the token service."""

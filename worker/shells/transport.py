@@ -12,6 +12,8 @@ import socket
 import ssl
 import struct
 import time
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -19,6 +21,7 @@ import httptools
 import requests
 from requests import exceptions
 from requests.adapters import BaseAdapter
+from requests.cookies import RequestsCookieJar
 from requests.structures import CaseInsensitiveDict
 
 MAX_BODY_BYTES: Final = 64 * 1024  # an answer is a hundred bytes; more is a firewall's page or a mistake
@@ -63,7 +66,7 @@ class BoundedAdapter(BaseAdapter):
     ) -> requests.Response:
         """See `requests.adapters.BaseAdapter.send`; ``verify`` and ``cert`` are the context's, given once."""
         connect, total = timeout
-        origin, target = _target(request)
+        origin, target = _target(request.url or "")
         data = _serialise(request, origin, target)
         line = self._connected(origin, connect)
         line.begin(total)
@@ -274,19 +277,39 @@ class _Answer:
         return self.headed and "content-length" not in self.headers and "transfer-encoding" not in self.headers
 
     def response(self, request: requests.PreparedRequest) -> requests.Response:
-        response = requests.Response()
+        response = _Response()
         response.status_code = self.status
         response.reason = self.reason
         response.headers = CaseInsensitiveDict(self.headers)
         response._content = b"".join(self.body)[:MAX_BODY_BYTES]
-        response._content_consumed = True  # type: ignore[attr-defined]
         response.url = request.url or ""
         response.request = request
         return response
 
 
-def _target(request: requests.PreparedRequest) -> tuple[tuple[str, str, int], str]:
-    parts = urlsplit(request.url or "")
+class _Response(requests.Response):
+    """A response without the cookie jar that every `requests.Response` makes, locks and all: it costs as much as the
+    exchange. Whoever asks for cookies gets an empty one."""
+
+    _content_consumed = True
+    _next = None
+    raw = None
+    encoding = None
+    history: list[requests.Response]
+
+    def __init__(self) -> None:
+        self.history = []
+        self.elapsed = timedelta(0)
+
+    @property
+    def cookies(self) -> RequestsCookieJar:  # type: ignore[override]
+        """None are kept."""
+        return RequestsCookieJar()
+
+
+@lru_cache(maxsize=64)  # a worker calls two
+def _target(url: str) -> tuple[tuple[str, str, int], str]:
+    parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     return (parts.scheme, parts.hostname or "", port), target

@@ -167,21 +167,13 @@ def broker_error(error: Exception, subject: str = "") -> BrokerError:
     about = f" {subject}" if subject else ""
     match error:
         case ChannelClosed(reply_code=403):
-            return BrokerRefused(
-                f"the broker refuses access{about}; give the user permission for it ({_said(error)})"
-            )
+            return BrokerRefused(f"the broker refuses access{about}; give the user permission for it ({_said(error)})")
         case ChannelClosed(reply_code=404):
-            return BrokerError(
-                f"the broker lacks something; run `qris-expire topology --apply` ({_said(error)})"
-            )
+            return BrokerError(f"the broker lacks something; run `qris-expire topology --apply` ({_said(error)})")
         case ChannelClosed() | ConnectionClosedByBroker():
-            return BrokerError(
-                f"the broker refused{about or ' the request'}; see what it says: {_said(error)}"
-            )
+            return BrokerError(f"the broker refused{about or ' the request'}; see what it says: {_said(error)}")
         case ConnectionBlockedTimeout():
-            return BrokerUnreachable(
-                "the broker blocks publishers (memory or disk alarm); free some, then try again"
-            )
+            return BrokerUnreachable("the broker blocks publishers (memory or disk alarm); free some, then try again")
     return BrokerUnreachable(f"the connection to the broker was lost ({_reason(error)}); try again")
 
 
@@ -218,9 +210,7 @@ def _tls(amqp: AmqpSettings) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=amqp.ca_file)
     except (ssl.SSLError, OSError):
-        raise BrokerError(
-            "AMQP_CA_FILE holds no CA certificates; give a PEM file with at least one"
-        ) from None
+        raise BrokerError("AMQP_CA_FILE holds no CA certificates; give a PEM file with at least one") from None
     if amqp.cert_file is not None:
         try:
             # A passphrase would be asked for on the terminal, where nobody is: refuse such a key instead.
@@ -290,9 +280,7 @@ def _declarations(topology: Topology) -> Iterator[_Act]:
 
 def _lookups(topology: Topology) -> Iterator[_Act]:
     for exchange in topology.exchanges:
-        yield _Act(
-            f"exchange {exchange.name}", "exchange_declare", {"exchange": exchange.name, "passive": True}
-        )
+        yield _Act(f"exchange {exchange.name}", "exchange_declare", {"exchange": exchange.name, "passive": True})
     for queue in topology.queues:
         yield _Act(f"queue {queue.name}", "queue_declare", {"queue": queue.name, "passive": True})
 

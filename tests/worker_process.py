@@ -270,9 +270,10 @@ class Producer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(pika.exceptions.AMQPError):
-            self.rabbit.delete_queue(self.inbox)
         self.rabbit.close()
+        # Over a new connection: a test may have cost the old one its life, and the inbox is durable.
+        with suppress(pika.exceptions.AMQPError), Rabbit(self._url) as rabbit:
+            rabbit.delete_queue(self.inbox)
 
     def reconnect(self) -> None:
         """After the broker was away; the inbox is where it was."""

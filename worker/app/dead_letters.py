@@ -24,7 +24,7 @@ MAX_RUNGS: Final = 24
 """The most consumers that hold something at a time. RabbitMQ 3.10 returns a channel's messages consumer by consumer, in
 the order of their tags up to 32 consumers and in none beyond (measured)."""
 SMALL_RUNG: Final = 5000
-"""Messages asked for at a time when looking: what has been asked for must arrive before it can be given back in order."""
+"""Messages asked for at a time when looking: what is asked for must arrive before it can be given back in order."""
 WINDOW: Final = 500
 """Commands brought back at a time, as a rule; a crash leaves at most about so many in both queues."""
 WINDOW_BYTES: Final = 32 * 1024 * 1024

@@ -81,7 +81,7 @@ class Sweep:
         self._watermark = Watermark(facts.published)
         self._saved = self._read = facts.published
         self._ahead: deque[Bill] = deque()
-        self._exhausted = False
+        self._exhausted = not tally.unsent
         self._standing = Standing(tally.bills, tally.sent, dict(tally.told))
         self._save_at = self._heard_at = clock.monotonic()
         self._give_up_at: float | None = None

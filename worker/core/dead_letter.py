@@ -1,4 +1,4 @@
-"""A parked message as people need it: why, when, where and after how many attempts; and the message that brings it back.
+"""A parked message as people need it: why, when, where, after how many attempts; and the message that brings it back.
 
 Two kinds lie in the queue: those that the worker parked, with ``dead-*`` headers, and those that the broker moved there
 itself (delivery limit), which tell their story in ``x-death``. Anything else is foreign: it is shown, and stays.
@@ -10,6 +10,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -256,10 +257,8 @@ def pretty(body: bytes) -> str:
         decoded = body.decode()
     except UnicodeDecodeError:
         return f"{len(body)} bytes that are no text, in base64: {base64.b64encode(body).decode()}"
-    try:
+    with suppress(ValueError, RecursionError):
         decoded = json.dumps(json.loads(decoded, object_pairs_hook=_once), indent=2, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        pass
     return "\n".join(printable(line) for line in decoded.split("\n"))
 
 

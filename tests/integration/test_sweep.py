@@ -1,0 +1,637 @@
+"""`qris-expire sweep` and `status`: real processes, broker, worker and simulated gateway; interrupted in every way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import outcome
+from tests.proxy import FaultProxy
+from tests.rabbit import Rabbit, address, by_way_of
+from tests.waiting import wait_until
+from tests.worker_process import WorkerProcess
+from worker.core.outcome import Reason, encode
+from worker.core.sweep import inbox_name
+from worker.core.topology import Names, topology
+from worker.sandbox.simulator import Script, Simulator
+
+ROOT = Path(__file__).parents[2]
+NOBODY = "amqp://127.0.0.1:1"
+PAID = {"code": "4049314", "message": "Paid Bill", "repeat": True}
+BROKEN = {"code": "5009300", "message": "General Error", "repeat": True}
+
+Sweep = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Desk:
+    """Where somebody sits and calls `qris-expire`: a directory, an environment, the broker beside it."""
+
+    def __init__(self, directory: Path, url: str, prefix: str) -> None:
+        self.directory = directory
+        self.names = Names(prefix)
+        self.url = url
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "100",
+            "XDG_STATE_HOME": str(directory / "state"),
+            "AMQP_URL": url,
+            "AMQP_PREFIX": prefix,
+        }
+
+    def __call__(self, *arguments: str, input: bytes | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Calls it and waits for its end."""
+        done = subprocess.run(
+            [sys.executable, "-m", "worker", *arguments],
+            env={**self.environment, **environ},
+            cwd=self.directory,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    @contextmanager
+    def calling(self, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
+        """Calls it and goes on; it is killed if it still runs in the end."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", *arguments],
+            env={**self.environment, **environ},
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def file(self, bills: int, name: str = "bills.csv", first: int = 1) -> str:
+        """A CSV of so many bills, its own name returned."""
+        lines = [f"{number:08d},M1" for number in range(first, first + bills)]
+        (self.directory / name).write_text("\n".join(["billnumber,merchantId", *lines, ""]))
+        return name
+
+    def fact(self, batch: str, query: str) -> Any:
+        """What the journal says, while it is written; None before there is one."""
+        path = self.directory / "state" / "qris-expire" / self.names.prefix / f"{batch}.db"
+        if not path.exists():
+            return None
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
+            return journal.execute(query).fetchone()[0]
+
+    def published(self, batch: str) -> int:
+        return int(self.fact(batch, "SELECT value FROM facts WHERE name = 'published'") or 0)
+
+    def answered(self, batch: str) -> int:
+        return int(self.fact(batch, "SELECT count(*) FROM bills WHERE status IS NOT NULL") or 0)
+
+    def report(self, name: str = "out.csv") -> list[dict[str, str]]:
+        with (self.directory / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, amqp_url: str, prefix: str) -> Desk:
+    """A desk with a broker."""
+    return Desk(tmp_path, amqp_url, prefix)
+
+
+@pytest.fixture
+def rabbit(amqp_url: str, prefix: str) -> Iterator[Rabbit]:
+    """The broker, looked at from outside; batches' own queues are deleted in the end."""
+    with Rabbit(amqp_url) as connection:
+        yield connection
+        for batch in ("b", "c"):
+            connection.delete_queue(inbox_name(Names(prefix), batch))
+
+
+@pytest.fixture
+def declared(rabbit: Rabbit, prefix: str) -> Rabbit:
+    """The same, with the topology in place."""
+    rabbit.declare(topology(prefix, "quorum", ()))
+    return rabbit
+
+
+def rows_of(printed: str) -> dict[str, int]:
+    """The table's numbers by status and reason, and the total."""
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    return {f"{status} {reason}": int(count.replace(",", "")) for status, reason, count in cells}
+
+
+# --- input
+
+
+def test_one_bad_row_and_nothing_is_published(desk: Desk, declared: Rabbit) -> None:
+    """Each bad row is named with file and line; the exit code is 2, and the lane stays empty."""
+
+    (desk.directory / "bills.csv").write_text("billnumber,notAfter\n1,\n2 2,\n3,tomorrow\n4,\n")
+
+    done = desk("sweep", "bills.csv")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    first, second, last = done.stderr.splitlines()
+    assert first.startswith("bills.csv:3: billnumber must be")
+    assert second.startswith("bills.csv:4: notAfter: ")
+    assert last.startswith("qris-expire: bills.csv: 2 of 4 rows cannot be used, so nothing was sent")
+    assert declared.depth(desk.names.queue("sweep")) == 0
+
+
+def test_published_commands_are_those_of_the_file(desk: Desk, rabbit: Rabbit) -> None:
+    """With --skip-invalid the rest goes: each bill once, persistent, under the batch's id; it needs no worker before."""
+
+    text = "\ufeffbillNumber;Reference\r\n007;r1\r\n8 8;r2\r\n009;\r\n007;r3\r\n"
+    (desk.directory / "bills.csv").write_bytes(text.encode())
+
+    done = desk("sweep", "bills.csv", "--batch-id", "b", "--merchant-id", "M7", "--skip-invalid")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"published 2 bills to {desk.names.queue('sweep')} as batch b (4 rows: 2 bills, 1 duplicates, 1 invalid)\n"
+    )
+    sent = rabbit.take(desk.names.queue("sweep"), 2, timeout=10)
+    assert [json.loads(message.body) for message in sent] == [
+        {"billnumber": "007", "additionalInfo": {"merchantId": "M7"}, "reference": "r1"},
+        {"billnumber": "009", "additionalInfo": {"merchantId": "M7"}},
+    ]
+    assert {message.properties.delivery_mode for message in sent} == {2}
+    headers = [{name: each.properties.headers[name] for name in ("batch-id", "batch-size")} for each in sent]
+    assert headers == [{"batch-id": "b", "batch-size": 2}] * 2
+    assert all(abs(message.properties.timestamp - time.time()) < 60 for message in sent)
+
+
+def test_same_batch_gives_the_same_ids(desk: Desk, rabbit: Rabbit) -> None:
+    """Called again it publishes nothing; on a machine that knows nothing it publishes the same ids again."""
+
+    name, lane = desk.file(5), desk.names.queue("sweep")
+
+    assert desk("sweep", name, "--batch-id", "b").returncode == 0
+    again = desk("sweep", name, "--batch-id", "b")
+    assert (again.returncode, "published already" in again.stdout) == (0, True)
+    assert rabbit.depth(lane) == 5
+    elsewhere = desk("sweep", name, "--batch-id", "b", XDG_STATE_HOME=str(desk.directory / "other"))
+    assert elsewhere.returncode == 0
+
+    ids = Counter(message.properties.message_id for message in rabbit.take(lane, 10, timeout=10))
+    assert set(ids.values()) == {2}
+
+
+def test_default_batch_id_is_that_of_content_and_day(desk: Desk, declared: Rabbit) -> None:
+    """The same content is the same batch, whatever the file is called; other content is another."""
+
+    first, second, third = desk.file(2), desk.file(2, "copy.csv"), desk.file(3, "more.csv")
+
+    said = [desk("sweep", name).stdout for name in (first, second, third)]
+
+    assert "published 2 bills" in said[0]
+    assert "published already" in said[1]
+    assert "published 3 bills" in said[2]
+
+
+def test_unfinished_batch_is_gone_on_with_after_midnight(desk: Desk, declared: Rabbit) -> None:
+    """The day in the id is that of the beginning: a sweep that broke off yesterday is not begun anew today."""
+
+    name = desk.file(3)
+    shown = desk("sweep", name, "--dry-run").stdout.splitlines()[1]
+    today = shown.split("batch ")[1].rstrip(":")
+    yesterday = f"20200101-{today.partition('-')[2]}"
+    assert desk("sweep", name, "--batch-id", yesterday, AMQP_URL=NOBODY).returncode == 1
+
+    assert f"as batch {yesterday} " in desk("sweep", name).stdout
+    assert f"as batch {today} " in desk("sweep", name).stdout
+
+
+def test_batch_is_not_mixed_with_other_input(desk: Desk, declared: Rabbit) -> None:
+    """An id that stands for other bills is refused; nothing is published."""
+
+    assert desk("sweep", desk.file(2), "--batch-id", "b").returncode == 0
+
+    done = desk("sweep", desk.file(3, "other.csv"), "--batch-id", "b")
+
+    assert (done.returncode, "begun with other input (bills.csv" in done.stderr) == (2, True)
+    assert declared.depth(desk.names.queue("sweep")) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "bills.csv: is empty"),
+        (b"1\n2\n", "bills.csv:1: has no column billnumber"),
+        ("billnumber\n1\n".encode("utf-16"), "bills.csv:1: is UTF-16; save it as UTF-8"),
+        (b"billnumber,name\n1,Caf\xe9\n", "bills.csv:2: is not UTF-8 text"),
+    ],
+)
+def test_file_of_another_kind_is_one_clear_line(desk: Desk, content: bytes, said: str) -> None:
+    """Exit code 2, without a broker; no journal stays behind."""
+
+    (desk.directory / "bills.csv").write_bytes(content)
+
+    done = desk("sweep", "bills.csv", "--skip-invalid", AMQP_URL=NOBODY)
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(f"qris-expire: {said}")
+    assert list((desk.directory / "state").rglob("*.db*")) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["missing.csv"],
+        ["bills.csv", "--follow", "b"],
+        ["--follow", "b", "--dry-run"],
+        ["--follow", "nobody-knows"],
+        ["bills.csv", "--batch-id", "a/b"],
+        ["bills.csv", "--merchant-id", "a b"],
+        ["bills.csv", "--direct", "--republish"],
+        ["bills.csv", "--report", "no/where.csv"],
+    ],
+)
+def test_wrong_call_is_one_line(desk: Desk, arguments: list[str]) -> None:
+    """Exit code 2, before anything is published."""
+
+    desk.file(1)
+
+    done = desk("sweep", *arguments, AMQP_URL=NOBODY, GATEWAY_BASE_URL="http://127.0.0.1:1/v1.0")
+
+    assert done.returncode == 2
+    if "--direct" not in arguments:
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_dry_run_shows_what_would_go(desk: Desk) -> None:
+    """Summary and first commands; it needs no broker and leaves nothing."""
+
+    done = desk("sweep", desk.file(5), "--dry-run", "--batch-id", "b", AMQP_URL=NOBODY)
+
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, len(lines)) == (0, "", 6)
+    assert lines[0] == "bills.csv: 5 rows: 5 bills, 0 duplicates, 0 invalid"
+    assert lines[2].endswith('{"billnumber":"00000001","additionalInfo":{"merchantId":"M1"}}')
+    assert lines[-1] == "… and 2 more"
+    assert not (desk.directory / "state").exists()
+
+
+def test_header_alone_is_a_day_without_bills(desk: Desk) -> None:
+    """Nothing to do is no error."""
+
+    (desk.directory / "bills.csv").write_text("billnumber\n")
+
+    done = desk("sweep", "bills.csv", "--wait", AMQP_URL=NOBODY)
+
+    assert (done.returncode, done.stdout) == (0, "bills.csv: no bills, nothing to publish\n")
+
+
+def test_broker_that_is_away_costs_nothing(desk: Desk) -> None:
+    """Exit code 1, and a line that says how to go on."""
+
+    done = desk("sweep", desk.file(2), "--batch-id", "b", "--wait", AMQP_URL=NOBODY)
+
+    assert done.returncode == 1
+    assert "no broker answers" in done.stderr
+    assert "to go on: qris-expire sweep --follow b --wait; or send it without a broker: --direct" in done.stderr
+
+
+def test_topology_of_somebody_else_is_not_touched(desk: Desk, rabbit: Rabbit) -> None:
+    """With AMQP_DECLARE=false what is missing is named, and nothing is declared."""
+
+    done = desk("sweep", desk.file(2), AMQP_DECLARE="false")
+
+    assert done.returncode == 1
+    assert f"queue {desk.names.queue('sweep')} is missing" in done.stderr
+    assert not rabbit.has_exchange(desk.names.commands)
+
+
+# --- with a worker
+
+
+def test_followed_sweep_adds_up(desk: Desk, rabbit: Rabbit) -> None:
+    """Every row of the input is in the table, every bill in the report; dead letters that are redriven count then."""
+
+    bills = {"00000002": [PAID], "00000003": [BROKEN]}
+    name = desk.file(40)
+    with (desk.directory / name).open("a") as file:
+        file.write("00000001,M1\n0 0,M1\n")
+    call = ("--batch-id", "b", "--report", "out.csv")
+
+    with Simulator(Script.parse({"bills": bills})) as gateway, worker(desk, gateway):
+        done = desk("sweep", name, "--wait", "--skip-invalid", *call)
+
+    assert done.returncode == 1, done.stderr
+    assert rows_of(done.stdout) == {
+        "expired success": 38,
+        "rejected paid": 1,
+        "unresolved retries_exhausted": 1,
+        "skipped duplicate rows, sent once": 1,
+        "skipped invalid rows": 1,
+        "total rows of the input": 42,
+    }
+    assert "bills.csv:43: billnumber must be" in done.stderr
+    report = desk.report()
+    assert [line["billnumber"] for line in report] == [f"{number:08d}" for number in range(1, 41)]
+    assert Counter(line["status"] for line in report) == {"expired": 38, "rejected": 1, "unresolved": 1}
+    assert report[0]["duplicates"] == "1"
+
+    redriven = outcome(Reason.SUCCESS, command_id=report[2]["commandId"], billnumber="00000003", batch_id="b")
+    rabbit.publish(desk.names.outcomes, "sweep.expired", encode(redriven), headers={"batch-id": "b"})
+    late = outcome(Reason.RETRIES_EXHAUSTED, command_id=report[4]["commandId"], billnumber="00000005", batch_id="b")
+    rabbit.publish(desk.names.outcomes, "sweep.unresolved", encode(late), headers={"batch-id": "b"})
+    again = desk("sweep", "--follow", "b", "--report", "out.csv")
+
+    assert again.returncode == 1, again.stderr
+    assert rows_of(again.stdout)["expired success"] == 39
+    assert Counter(line["status"] for line in desk.report()) == {"expired": 39, "rejected": 1}
+    assert not rabbit.has_queue(inbox_name(desk.names, "b"))
+
+
+def test_sweep_that_dies_twice_loses_nothing_and_sends_nothing_under_two_ids(desk: Desk, rabbit: Rabbit) -> None:
+    """Killed while it publishes, stopped by ctrl-C while it waits: each time it goes on where it was."""
+
+    bills = 3000
+    name, call = desk.file(bills), ("--wait", "--batch-id", "b", "--report", "out.csv")
+    tap = listen(desk, rabbit)
+
+    with FaultProxy(*address(desk.url)) as proxy:
+        with desk.calling("sweep", name, *call, AMQP_URL=by_way_of(proxy.port, desk.url)):
+            wait_until(lambda: rabbit.depth(tap) > 0, 30, "publishing")
+            proxy.stall_towards_client()  # no confirm comes back: what it has published it cannot know
+            wait_until(lambda: proxy.live == 2, 30, "following")
+        assert desk.published("b") < bills
+    with desk.calling("sweep", name, *call) as process:
+        wait_until(lambda: desk.published("b") == bills, 30, "all are published")
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert "qris-expire: to go on: qris-expire sweep --follow b --report out.csv\n" in said
+    seen = rabbit.consume(tap, rabbit.depth(tap), 20)
+    ids = {(json.loads(message.body)["billnumber"], message.properties.message_id) for message in seen}
+    assert len(ids) == bills
+    rabbit.purge(desk.names.queue("sweep"))
+    tell(desk, rabbit, [sorted(ids)[0], *sorted(ids)])
+
+    done = desk("sweep", "--follow", "b", "--report", "out.csv")
+
+    assert done.returncode == 0, done.stderr
+    assert rows_of(done.stdout) == {"expired success": bills, "total rows of the input": bills}
+    assert {(line["billnumber"], line["commandId"]) for line in desk.report()} == ids
+
+
+def test_broken_connections_are_none_of_the_users_business(desk: Desk, declared: Rabbit) -> None:
+    """The connection is reset again and again while it publishes and follows: it goes on by itself, to the end."""
+
+    bills = 3000
+    name = desk.file(bills)
+    tap = listen(desk, declared)
+
+    with FaultProxy(*address(desk.url)) as proxy:
+        call = ("--wait", "--batch-id", "b", "--report", "out.csv")
+        with desk.calling("sweep", name, *call, AMQP_URL=by_way_of(proxy.port, desk.url)) as process:
+            wait_until(lambda: declared.depth(tap) > 0, 30, "publishing")
+            proxy.reset_all()
+            wait_until(lambda: desk.published("b") == bills, 30, "all are published")
+            seen = declared.consume(tap, declared.depth(tap), 20)
+            ids = {(json.loads(message.body)["billnumber"], message.properties.message_id) for message in seen}
+            tell(desk, declared, sorted(ids)[: bills // 2])
+            wait_until(lambda: desk.answered("b") >= bills // 2, 30, "half of the outcomes")
+            proxy.reset_all()
+            tell(desk, declared, sorted(ids)[bills // 2 :])
+            said = process.communicate(timeout=30)
+        assert process.returncode == 0, said
+
+    assert len(ids) == len(desk.report()) == bills
+
+
+def test_full_queue_slows_it_down_and_loses_nothing(desk: Desk, rabbit: Rabbit) -> None:
+    """A lane that refuses more than it can hold is published to as it empties: each nack is tried again."""
+
+    names, bills = desk.names, 60
+    for exchange in topology(names.prefix, "classic", ()).exchanges:
+        rabbit.channel.exchange_declare(exchange.name, exchange.type, durable=True, arguments=dict(exchange.arguments))
+    rabbit.declare_queue(names.queue("sweep"), "classic", max_length=20, overflow="reject-publish")
+    rabbit.bind(names.queue("sweep"), names.commands, "sweep")
+    for queue in (names.queue("cancellation"), names.dead, names.unrouted):
+        rabbit.declare_queue(queue, "classic")
+
+    taken = set()
+    with desk.calling("sweep", desk.file(bills), "--batch-id", "b", AMQP_DECLARE="false") as process:
+        deadline = time.monotonic() + 40
+        while len(taken) < bills and time.monotonic() < deadline:
+            waiting = rabbit.depth(names.queue("sweep"))
+            assert waiting <= 20
+            taken |= {message.properties.message_id for message in rabbit.take(names.queue("sweep"), waiting, 10)}
+        out, _ = process.communicate(timeout=20)
+
+    assert (process.returncode, len(taken)) == (0, bills), out
+
+
+def test_outcomes_that_went_elsewhere_are_asked_for_again(desk: Desk, rabbit: Rabbit) -> None:
+    """A batch published without --wait cannot be followed; --republish sends it again under the same ids."""
+
+    name = desk.file(3)
+    assert desk("sweep", name, "--batch-id", "b").returncode == 0
+
+    refused = desk("sweep", name, "--batch-id", "b", "--wait")
+    assert (refused.returncode, "--republish" in refused.stderr) == (1, True)
+
+    with Simulator() as gateway, worker(desk, gateway):
+        done = desk("sweep", "--follow", "b", "--republish")
+
+    assert done.returncode == 0, done.stderr
+    assert rows_of(done.stdout)["expired success"] == 3
+
+
+def test_second_sweep_of_a_batch_waits_for_nobody(desk: Desk, rabbit: Rabbit) -> None:
+    """While one process has the batch another is refused, but may look."""
+
+    name = desk.file(3)
+    with desk.calling("sweep", name, "--batch-id", "b", "--wait") as process:
+        wait_until(lambda: desk.published("b") == 3, 30, "publishing")
+
+        second = desk("sweep", name, "--batch-id", "b", "--wait")
+        looked = desk("status", "b")
+
+        assert (second.returncode, f"process {process.pid}" in second.stderr) == (1, True)
+        assert (looked.returncode, "3 bills wait for an outcome" in looked.stdout) == (0, True)
+        assert f"3 commands wait in {desk.names.queue('sweep')}" in looked.stdout
+
+
+def test_standard_input_is_gone_on_with_from_the_journal(desk: Desk, rabbit: Rabbit) -> None:
+    """What came through a pipe is read once; the rest of the work needs only the batch's name."""
+
+    lines = b"".join(b'{"billnumber": "%d", "merchantId": "M"}\n' % number for number in range(5))
+    first = desk("sweep", "-", "--batch-id", "b", input=lines, AMQP_URL=NOBODY)
+    assert first.returncode == 1
+
+    done = desk("sweep", "--follow", "b")
+
+    assert (done.returncode, "published 5 bills" in done.stdout) == (0, True), done.stderr
+    assert rabbit.depth(desk.names.queue("sweep")) == 5
+
+
+def test_status_lists_the_batches(desk: Desk) -> None:
+    """Without a batch all of them; without a broker what the journal knows."""
+
+    assert "no batches" in desk("status").stdout or not (desk.directory / "state").exists()
+    desk("sweep", desk.file(3), "--batch-id", "b", AMQP_URL=NOBODY)
+
+    listed, shown = desk("status", AMQP_URL=NOBODY), desk("status", "b", AMQP_URL=NOBODY)
+
+    assert "b " in listed.stdout
+    assert (listed.returncode, shown.returncode) == (0, 0)
+    assert rows_of(shown.stdout) == {"unsent not published yet": 3, "total rows of the input": 3}
+    assert "no broker answers" in shown.stdout
+    assert desk("status", "c", AMQP_URL=NOBODY).returncode == 2
+
+
+# --- without a broker
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Desk:
+    """A desk whose broker is away."""
+    return Desk(tmp_path, NOBODY, "p")
+
+
+def direct(desk: Desk, gateway: Simulator, **settings: str) -> dict[str, str]:
+    """The settings of a sweep that calls the gateway itself."""
+    calm = {"RETRY_INITIAL_SECONDS": "0.02", "RETRY_MAX_SECONDS": "0.1", "RETRY_DELAYS_SECONDS": "1"}
+    return {**gateway.environment(desk.directory / "key.pem"), **calm, "WORKER_CONCURRENCY": "4", **settings}
+
+
+def test_direct_sweep_needs_no_broker(away: Desk) -> None:
+    """Same engine, same table, same report; a bill that fails waits for its delayed round in the process."""
+
+    twice = [{"code": "5009300"}, {"code": "5009300"}]
+    bills = {"00000002": [PAID], "00000003": [*twice, *twice], "00000004": [BROKEN]}
+    with Simulator(Script.parse({"bills": bills})) as gateway:
+        done = away("sweep", away.file(50), "--direct", "--report", "out.csv", **direct(away, gateway))
+        seen = gateway.report()
+
+    assert done.returncode == 1, done.stderr
+    assert rows_of(done.stdout) == {
+        "expired success": 48,
+        "rejected paid": 1,
+        "unresolved retries_exhausted": 1,
+        "total rows of the input": 50,
+    }
+    assert (seen.bills_expired, seen.duplicates) == (48, 0)
+    attempts = {line["billnumber"]: int(line["attempts"]) for line in away.report()}
+    assert (attempts["00000001"], attempts["00000003"], attempts["00000004"]) == (1, 5, 8)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_direct_sweep_goes_on_where_it_was(away: Desk, how: signal.Signals) -> None:
+    """Ctrl-C finishes the calls on their way; after a kill those in between are sent again, and known to be in doubt."""
+
+    call = ("sweep", away.file(120), "--direct", "--batch-id", "b", "--report", "out.csv")
+    with Simulator(Script.parse({"latency": 0.05})) as gateway:
+        settings = direct(away, gateway)
+        with away.calling(*call, **settings) as process:
+            wait_until(lambda: away.answered("b") >= 20, 30, "some are done")
+            process.send_signal(how)
+            said = process.communicate(timeout=30)[1]
+        before = away.answered("b")
+        in_doubt = away.fact("b", "SELECT count(*) FROM bills WHERE status IS NULL AND begun")
+        called = gateway.report().expire_calls
+        done = away(*call, **settings)
+        again = gateway.report().expire_calls - called
+
+    assert process.returncode == (130 if how is signal.SIGINT else -how)
+    assert 20 <= before < 120
+    assert done.returncode == 0, done.stderr
+    assert again == 120 - before
+    report = away.report()
+    assert Counter(line["status"] for line in report) == {"expired": 120}
+    assert sum(line["effectUnknown"] == "true" for line in report) == in_doubt
+    if how is signal.SIGINT:
+        assert (called, in_doubt) == (before, 0)
+        assert "to go on: qris-expire sweep --follow b --direct --report out.csv" in said
+    else:
+        assert in_doubt > 0
+
+
+def test_direct_sweep_sits_an_outage_out(away: Desk) -> None:
+    """While the gateway fails single bills test it; none of them is given up, and the rest waits."""
+
+    settings = {"BREAKER_FAILURES": "3", "BREAKER_COOLDOWN_SECONDS": "0.2", "RETRY_DELAYS_SECONDS": "none"}
+    with Simulator(Script.parse({"down": True})) as gateway:
+        gateway.replace(Script.parse({"patterns": [{"match": ".", "faults": [BROKEN]}]}))
+        call = ("sweep", away.file(30), "--direct", "--batch-id", "b")
+        with away.calling(*call, **direct(away, gateway, **settings)) as process:
+            wait_until(lambda: gateway.report().expire_calls >= 6, 30, "probes")
+            assert away.answered("b") == 0
+            gateway.replace(Script())
+            out, said = process.communicate(timeout=30)
+
+    assert process.returncode == 0, said
+    assert rows_of(out)["expired success"] == 30
+
+
+def test_direct_sweep_tells_what_is_wrong_with_the_credentials(away: Desk) -> None:
+    """Before any bill is touched: exit code 1, one line on why, one on how to go on."""
+
+    with Simulator() as gateway:
+        settings = direct(away, gateway)
+        settings["GATEWAY_CLIENT_ID"] = "somebody-else"
+        done = away("sweep", away.file(3), "--direct", "--batch-id", "b", **settings)
+
+    assert (done.returncode, away.answered("b")) == (1, 0)
+    assert "the gateway refuses us" in done.stderr
+
+
+def test_direct_sweep_wants_a_merchant_for_each_bill(away: Desk) -> None:
+    """Nobody behind us has a default: the row says so before anything is sent."""
+
+    (away.directory / "bills.csv").write_text("billnumber\n1\n")
+    with Simulator() as gateway:
+        bare = away("sweep", "bills.csv", "--direct", **direct(away, gateway))
+        given = away("sweep", "bills.csv", "--direct", **direct(away, gateway, GATEWAY_MERCHANT_ID="M1"))
+
+    assert (bare.returncode, "bills.csv:2: merchantId is missing" in bare.stderr) == (2, True)
+    assert given.returncode == 0, given.stderr
+
+
+# --- helpers
+
+
+def worker(desk: Desk, gateway: Simulator) -> WorkerProcess:
+    """A worker beside the desk; commands wait for it if it takes its time."""
+    settings = {"RETRY_DELAYS_SECONDS": "none", "RETRY_MAX_ATTEMPTS": "2"}
+    return WorkerProcess(desk.url, desk.names.prefix, gateway, desk.directory, **settings)
+
+
+def listen(desk: Desk, rabbit: Rabbit) -> str:
+    """A queue that gets a copy of every command; it ends with the connection."""
+    rabbit.declare(topology(desk.names.prefix, "quorum", ()))
+    return rabbit.temporary_queue(desk.names.commands, "sweep")
+
+
+def tell(desk: Desk, rabbit: Rabbit, commands: list[tuple[str, str]]) -> None:
+    """What a worker would: these bills are expired."""
+    import pika
+
+    channel = rabbit.plain_channel()
+    for bill, command in commands:
+        body = encode(outcome(Reason.SUCCESS, command_id=command, billnumber=bill, batch_id="b"))
+        properties = pika.BasicProperties(delivery_mode=2, headers={"batch-id": "b"})
+        channel.basic_publish(desk.names.outcomes, "sweep.expired", body, properties)
+    channel.queue_declare(desk.names.queue("sweep"), passive=True)
+    channel.close()

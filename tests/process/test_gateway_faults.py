@@ -1,0 +1,688 @@
+"""A gateway that fails, throttles, refuses and forgets, on real processes: nothing is lost, and nothing is spent."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from tests.altered import altered
+from tests.ledger import check_books, take_stock
+from tests.rabbit import Rabbit, delete_topology, new_prefix
+from tests.servers import Authority, Peer, Server, serving
+from tests.waiting import wait_until
+from tests.worker_process import Outcome, Producer, WorkerProcess, working
+from worker.core.lanes import LANES
+from worker.core.topology import topology
+from worker.sandbox.broker import PrivateBroker
+from worker.sandbox.simulator import Call, Fault, Pattern, Rate, Script, Simulator, private_pem
+
+pytestmark = pytest.mark.timeout(120)
+
+BAD_BILL = Script(patterns=(Pattern("^bad", (Fault(code="5009300", repeat=True),)),))
+
+SLACK = 3.0
+"""Seconds by which a loaded machine may be late with something."""
+
+
+def always(fault: Fault) -> Script:
+    return Script(rates=(Rate(1.0, fault),))
+
+
+def bills(name: str, count: int) -> list[str]:
+    return [f"{name}-{number}" for number in range(count)]
+
+
+def statuses(outcomes: list[Outcome]) -> set[str]:
+    return {str(outcome.fields["status"]) for outcome in outcomes}
+
+
+def moment(line: dict[str, str]) -> float:
+    """Unix seconds of a log line."""
+    return datetime.fromisoformat(line["timestamp"]).timestamp()
+
+
+def spent(worker: WorkerProcess) -> dict[str, float]:
+    """What an outage must not move."""
+    metrics = worker.metrics()
+    names = ("outcomes_total", "delayed_retries_total", "dead_letters_total", "broker_reconnects_total")
+    return {name: metrics(name) for name in names}
+
+
+# -- the breaker: whatever is wrong, it pauses and nothing burns
+
+SENDERS = 4
+PREFETCHED = 2 * 4 + 2 * 3
+"""Deliveries that the two lanes may have in the process: two for each sender that may work for them."""
+
+
+@dataclass
+class Shop:
+    """A worker that is shared by tests which break its gateway and mend it again."""
+
+    gateway: Simulator
+    worker: WorkerProcess
+    producer: Producer
+
+
+@pytest.fixture(scope="module")
+def shop(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    prefix = new_prefix()
+    settings = {
+        "WORKER_CONCURRENCY": str(SENDERS),
+        "BREAKER_FAILURES": "3",
+        "BREAKER_COOLDOWN_SECONDS": "0.2",
+        "BREAKER_MAX_COOLDOWN_SECONDS": "0.4",
+    }
+    with (
+        Simulator(keep_calls=100_000) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path_factory.mktemp("shop"), **settings) as (worker, producer),
+    ):
+        yield Shop(gateway, worker, producer)
+    delete_topology(amqp_url, prefix)
+
+
+def refuse_connections(gateway: Simulator) -> None:
+    gateway.stop()
+
+
+def kill_tokens(fault: Fault) -> Callable[[Simulator], None]:
+    def kill(gateway: Simulator) -> None:
+        gateway.replace(Script(token_faults=(replace(fault, repeat=True),)))
+        gateway.books._tokens.clear()
+
+    return kill
+
+
+def answer(fault: Fault) -> Callable[[Simulator], None]:
+    return lambda gateway: gateway.replace(always(fault))
+
+
+TROUBLES = {
+    "connections refused": refuse_connections,
+    "connections reset": answer(Fault(reset="before")),
+    "general errors": answer(Fault(code="5009300")),
+    "a firewall's page": answer(Fault(html=403)),
+    "a page that says 200": answer(Fault(body="<html>maintenance</html>")),
+    "invalid signature": answer(Fault(code="4019300")),
+    "client forbidden": answer(Fault(code="4049300")),
+    "bad request": answer(Fault(code="4049301", message="Bad Request")),
+    "token service down": kill_tokens(Fault(html=503)),
+    "token service refuses": kill_tokens(Fault(code="4017300")),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_an_outage_pauses_and_spends_nothing(shop: Shop, trouble: str) -> None:
+    """The breaker opens: no outcome, dead letter or delayed round while it lasts, bounded unacked, then all expire."""
+
+    gateway, worker, producer = shop.gateway, shop.worker, shop.producer
+    names, before, known = producer.names, spent(worker), len(worker.events("breaker.opened"))
+    TROUBLES[trouble](gateway)
+    began = len(producer.published)
+    producer.publish_many(bills(trouble.replace(" ", "-").replace("'", ""), 60), sweep_every=1, of=2)
+    worker.wait_for(lambda: len(worker.events("breaker.opened")) > known, 10, "the breaker opens")
+    at = len(worker.events("attempt"))
+    worker.wait_for(lambda: len(worker.events("attempt")) >= at + 2, 10, "probes fail")
+    assert worker.metrics()("consumption_paused", reason="breaker") == 1
+    assert worker.metrics()("breaker_state") > 0
+    status, body = worker.get("/readyz")
+    assert (status, json.loads(body)["components"]["breaker"]) in [(503, "open"), (503, "half-open")]
+    assert worker.get("/livez")[0] == 200
+    assert spent(worker) == before
+    probes = len(worker.events("attempt")) - at + SENDERS
+    ready = sum(producer.rabbit.depth(names.queue(lane)) for lane in LANES)
+    assert 60 - PREFETCHED - probes <= ready
+    assert producer.rabbit.depth(names.dead) == 0
+    assert {producer.rabbit.depth(names.retry(lane, seconds)) for lane in LANES for seconds in (1, 2)} == {0}
+    gateway.start()
+    gateway.replace(Script())
+    producer.collect_all(20)
+    ours = {sent.id for sent in producer.published[began:]}
+    mine = [outcome for outcome in producer.outcomes if outcome.command_id in ours]
+    assert (len(mine), statuses(mine)) == (60, {"expired"})
+    # Every call counts, though none of them cost anything.
+    reached = gateway.report().calls_by_bill
+    if trouble != "connections refused":
+        assert all(it.fields["attempts"] == reached[it.fields["billnumber"]] for it in mine)
+    assert all(len(it.fields["externalIds"]) == it.fields["attempts"] >= 1 for it in mine)
+    worker.wait_ready()
+    after = wait_until(lambda: (now := spent(worker))["outcomes_total"] == before["outcomes_total"] + 60 and now, 5, "")
+    assert after == {**before, "outcomes_total": before["outcomes_total"] + 60}
+    assert worker.metrics()("breaker_state") == worker.metrics()("in_flight") == 0
+
+
+# -- the breaker: one outage from a cold start, told by the gateway's own record of calls
+
+LATENCY = 0.3
+COOLDOWN, CEILING = 0.6, 1.5
+PROBES = 5
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A worker that never saw this gateway work, until it did."""
+
+    opened_at: float
+    spent: dict[str, float]
+    probes: list[Call]
+    calls_after: list[Call]
+    """From the probe that succeeded on."""
+    outcomes: list[Outcome]
+
+
+@pytest.fixture(scope="module")
+def outage(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+    prefix = new_prefix()
+    with Rabbit(amqp_url) as rabbit:
+        rabbit.declare(topology(prefix, "quorum", (1, 2)))
+    settings = {
+        "WORKER_CONCURRENCY": "16",
+        "BREAKER_FAILURES": "3",
+        "BREAKER_COOLDOWN_SECONDS": str(COOLDOWN),
+        "BREAKER_MAX_COOLDOWN_SECONDS": str(CEILING),
+    }
+    broken = replace(always(Fault(code="5009300")), latency=LATENCY)
+    with (
+        Simulator(broken) as gateway,
+        Producer(amqp_url, prefix) as producer,
+        WorkerProcess(amqp_url, prefix, gateway, tmp_path_factory.mktemp("outage"), **settings) as worker,
+    ):
+        producer.publish_many(bills("b", 60), sweep_every=1, of=3)
+        worker.wait_for(lambda: worker.events("breaker.opened"), 20, "it opens")
+        (opened,) = worker.events("breaker.opened")
+        # Nobody calls between the opening and the first cooldown's end, so what comes later is a probe.
+        began = moment(opened) + COOLDOWN / 2
+
+        def probes() -> list[Call]:
+            return [call for call in gateway.report().calls if call.at > began]
+
+        worker.wait_for(lambda: len(probes()) >= PROBES, 30, "it probes")
+        wait_until(lambda: gateway.report().in_flight == 0, 5, "the last probe is answered")
+        gateway.replace(Script(latency=LATENCY))
+        failed, lost = probes(), spent(worker)
+        producer.collect_all(30)
+        worker.stop()
+        check_books(producer, all_ended=True, no_duplicates=True)
+        later = [call for call in gateway.report().calls if call.at > failed[-1].at]
+        yield Outage(moment(opened), lost, failed, later, producer.outcomes)
+    delete_topology(amqp_url, prefix)
+
+
+def test_it_opens_from_a_cold_start(outage: Outage) -> None:
+    """Without a single success before: it opens, spends nothing, and all expire when the gateway works."""
+
+    assert set(outage.spent.values()) == {0}
+    assert (len(outage.outcomes), statuses(outage.outcomes)) == (60, {"expired"})
+
+
+def test_probes_go_out_one_at_a_time(outage: Outage) -> None:
+    """No probe is sent before the one before it was answered, and its cooldown over."""
+
+    for one, other in zip(outage.probes, outage.probes[1:], strict=False):
+        assert other.at - one.at >= LATENCY + COOLDOWN
+
+
+def test_each_probe_takes_another_command(outage: Outage) -> None:
+    """While there are commands that were no probe yet, no bill is a probe twice."""
+
+    assert len({call.billnumber for call in outage.probes}) == len(outage.probes)
+
+
+def test_the_cooldown_doubles_to_its_ceiling(outage: Outage) -> None:
+    """It begins with BREAKER_COOLDOWN_SECONDS, doubles with each failed probe, and stays at the maximum."""
+
+    at = [outage.opened_at, *(call.at for call in outage.probes)]
+    pauses = [one - LATENCY for one in (b - a for a, b in zip(at, at[1:], strict=False))]
+    # The log line that tells of the opening comes a moment after it.
+    assert COOLDOWN - 0.2 <= pauses[0] + LATENCY
+    assert pauses[1] >= 2 * COOLDOWN
+    assert min(pauses[2:]) >= CEILING
+    # Doubled on and on, the last would have been nearly ten seconds.
+    assert max(pauses) < CEILING + SLACK
+
+
+def test_recovery_ramps_up(outage: Outage) -> None:
+    """After the probe that succeeds, one more call at once for each answer: a gateway that comes back is not flooded."""
+
+    first, *others = outage.calls_after
+    assert first.at + LATENCY <= others[0].at
+    for number, call in enumerate(others, 1):
+        answered = sum(other.at + LATENCY <= call.at for other in others)
+        # The probe's own return may count as an answer.
+        assert number - answered <= 2 + answered
+    assert len(others) == 59
+
+
+# -- the breaker and single bills
+
+
+@pytest.fixture(scope="module")
+def till(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    """A worker for which one bill fails for ever, and whose backoffs are long enough to be noticed."""
+    prefix = new_prefix()
+    settings = {
+        "WORKER_CONCURRENCY": "4",
+        "RETRY_INITIAL_SECONDS": "1",
+        "RETRY_MAX_SECONDS": "1",
+        "RETRY_DELAYS_SECONDS": "1",
+        "BREAKER_FAILURES": "5",
+        "BREAKER_COOLDOWN_SECONDS": "0.5",
+        "BREAKER_MAX_COOLDOWN_SECONDS": "1",
+    }
+    with (
+        Simulator(BAD_BILL) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path_factory.mktemp("till"), **settings) as (worker, producer),
+    ):
+        yield Shop(gateway, worker, producer)
+    delete_topology(amqp_url, prefix)
+
+
+def test_a_bad_bill_among_good_ones_opens_nothing(till: Shop) -> None:
+    """It ends unresolved after its rounds, the breaker stays closed, and the good ones beside it do not wait."""
+
+    producer = till.producer
+    bad = producer.publish("bad-1")
+    waits = []
+    while not any(outcome.command_id == bad.id for outcome in producer.outcomes):
+        began = time.monotonic()
+        assert len(waits) < 5000, "the bad bill does not end"
+        assert producer.of(producer.publish(f"good-{len(waits)}")).fields["status"] == "expired"
+        waits.append(time.monotonic() - began)
+    fields = producer.of(bad).fields
+    assert (fields["status"], fields["reason"], fields["attempts"]) == ("unresolved", "retries_exhausted", 8)
+    assert till.worker.events("breaker.opened") == []
+    assert sorted(waits)[len(waits) * 9 // 10] < 0.5
+    assert len(waits) > 8
+
+
+def test_the_next_good_command_closes_what_a_bad_bill_alone_has_opened(till: Shop) -> None:
+    """A bad bill alone may open the breaker; one good command closes it within a cooldown, and the bad one ends."""
+
+    producer, worker = till.producer, till.worker
+    bad = producer.publish("bad-alone")
+    worker.wait_for(lambda: worker.events("breaker.opened"), 15, "it opens")
+    calls = till.gateway.report().calls_by_bill["bad-alone"]
+    wait_until(lambda: till.gateway.report().calls_by_bill["bad-alone"] > calls, 10, "it is the probe")
+    began = time.monotonic()
+    good = producer.publish("good-at-last")
+    assert producer.of(good).fields["status"] == "expired"
+    worker.wait_for(lambda: worker.events("breaker.closed"), 5, "it closes")
+    assert time.monotonic() - began < 1 + SLACK
+    assert producer.of(bad, 20).fields["reason"] == "retries_exhausted"
+
+
+# -- the breaker, for longer than a delivery may be kept
+
+
+def test_an_outage_longer_than_the_hold_limit_returns_commands(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """What waits too long goes to its lane's end as a fresh message: no redelivery counts, its calls stay known."""
+
+    settings = {"BREAKER_FAILURES": "3", "BREAKER_COOLDOWN_SECONDS": "60", "BREAKER_MAX_COOLDOWN_SECONDS": "60"}
+    impatient = altered(tmp_path, "import worker.shells.amqp.engine as e; e.LONGEST_HOLD = 1.5")
+    with (
+        Simulator(always(Fault(code="5009300"))) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="4", **settings, **impatient) as (
+            worker,
+            producer,
+        ),
+    ):
+        producer.publish_many(bills("b", 40), sweep_every=1, of=2)
+        worker.wait_for(lambda: worker.events("breaker.opened"), 10, "it opens")
+        lanes = [producer.names.queue(lane) for lane in LANES]
+        assert sum(producer.rabbit.depth(lane) for lane in lanes) < 40
+        wait_until(lambda: sum(producer.rabbit.depth(lane) for lane in lanes) == 40, 10, "all were returned")
+        calls = gateway.report().calls_by_bill
+        for lane in lanes:
+            messages = producer.rabbit.look(lane)
+            returned = [message for message in messages if "qris-hop" in (message.properties.headers or {})]
+            # They are behind those that were never taken.
+            assert messages[-len(returned) :] == returned
+            assert len(returned) >= 3
+            for message in returned:
+                assert not message.redelivered
+                assert message.properties.headers.get("x-delivery-count", 0) == 0
+                called = calls.get(json.loads(message.body)["billnumber"], 0)
+                assert message.properties.headers["qris-attempts"] == called
+        assert set(spent(worker).values()) == {0}
+        assert worker.metrics()("commands_total") == 40 - sum(
+            len(messages)
+            for messages in ([m for m in producer.rabbit.look(q) if not m.properties.headers] for q in lanes)
+        )
+        worker.stop()
+        gateway.replace(Script())
+        worker.start()
+        producer.collect_all(20)
+        worker.stop()
+        books = check_books(producer, all_ended=True, no_duplicates=True)
+        calls = gateway.report().calls_by_bill
+        assert statuses(list(books.outcomes)) == {"expired"}
+        assert all(it.fields["attempts"] == calls[it.fields["billnumber"]] for it in books.outcomes)
+
+
+# -- secrets that are rotated while it runs
+
+
+@dataclass
+class Vault:
+    """A worker whose secrets are mounted files, and its gateway behind TLS."""
+
+    shop: Shop
+    folder: Path
+    key_file: Path
+    authorities: tuple[Authority, Authority]
+    server: Server
+    certified_by: Callable[[Authority], None]
+
+    def mount(self, path: Path, content: bytes) -> None:
+        """As a mounted secret is swapped: another file takes the name."""
+        new = self.folder / "new"
+        new.write_bytes(content)
+        new.replace(path)
+
+    def is_kept(self, variable: str) -> None:
+        """It has seen the broken file, says which, and works with what it had."""
+        worker, known = self.shop.worker, len(self.shop.worker.events("credentials.kept"))
+        if known == 0:
+            worker.wait_for(lambda: worker.events("credentials.kept"), 10, "it says that the file is no good")
+        assert variable in worker.events("credentials.kept")[-1]["reason"]
+        producer = self.shop.producer
+        assert producer.of(producer.publish(f"kept-{variable}")).fields["status"] == "expired"
+
+    def recovers(self, name: str, mend: Callable[[], None]) -> None:
+        """The gateway wants the new secret: it pauses until it is mounted, then everything expires."""
+        worker, producer = self.shop.worker, self.shop.producer
+        before, known = spent(worker), len(worker.events("breaker.opened"))
+        producer.publish_many(bills(name, 10))
+        worker.wait_for(lambda: len(worker.events("breaker.opened")) > known, 10, "it opens")
+        assert spent(worker) == before
+        mend()
+        producer.collect_all(20)
+        assert statuses(producer.outcomes) == {"expired"}
+
+
+@pytest.fixture(scope="module")
+def vault(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
+    prefix, folder = new_prefix(), tmp_path_factory.mktemp("vault")
+    old, new = Authority("old", folder), Authority("new", folder)
+    secret, ca = folder / "secret", folder / "ca"
+    secret.write_text("demo-secret\n")
+    ca.write_bytes(old.file.read_bytes())
+    front = old.server("127.0.0.1")
+    current = {"context": front}
+
+    def choose(connection: object, _name: object, _context: object) -> None:
+        connection.context = current["context"]  # type: ignore[attr-defined]
+
+    front.sni_callback = choose
+
+    with ExitStack() as stack:
+        gateway = stack.enter_context(Simulator())
+
+        def pass_on(peer: Peer) -> None:
+            address = ("127.0.0.1", gateway.port)
+            with __import__("socket").create_connection(address) as upstream:
+                behind = Peer(upstream, 0)
+                while (asked := peer.request()) is not None:
+                    behind.send(asked)
+                    answered = behind.request()
+                    if answered is None:
+                        return
+                    peer.send(answered)
+
+        server = stack.enter_context(serving(pass_on, tls=front))
+
+        def certified_by(authority: Authority) -> None:
+            current["context"] = authority.server("127.0.0.1")
+            for peer in server.peers:
+                peer.sock.close()
+
+        settings: dict[str, str | None] = {
+            "GATEWAY_BASE_URL": f"https://127.0.0.1:{server.port}/v1.0",
+            "GATEWAY_CA_FILE": str(ca),
+            "GATEWAY_CLIENT_SECRET": None,
+            "GATEWAY_CLIENT_SECRET_FILE": str(secret),
+            "BREAKER_FAILURES": "3",
+            "BREAKER_COOLDOWN_SECONDS": "0.2",
+            "BREAKER_MAX_COOLDOWN_SECONDS": "0.4",
+        }
+        worker, producer = stack.enter_context(working(amqp_url, prefix, gateway, folder, **settings))
+        yield Vault(
+            Shop(gateway, worker, producer), folder, folder / "gateway-key.pem", (old, new), server, certified_by
+        )
+    delete_topology(amqp_url, prefix)
+
+
+def test_a_rotated_client_secret_is_taken_over(vault: Vault) -> None:
+    """An empty file keeps the old secret and says so; the new one ends the outage without a restart."""
+
+    gateway, file = vault.shop.gateway, vault.folder / "secret"
+    vault.mount(file, b"\n")
+    vault.is_kept("GATEWAY_CLIENT_SECRET")
+    gateway.rules = replace(gateway.rules, client_secret=b"rotated")
+    vault.recovers("secret", lambda: vault.mount(file, b"rotated\n"))
+
+
+def test_a_rotated_private_key_is_taken_over(vault: Vault) -> None:
+    """A damaged PEM keeps the old key and says so; the new one ends the outage without a restart."""
+
+    gateway, key = vault.shop.gateway, rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    vault.mount(vault.key_file, private_pem(key)[:200])
+    vault.is_kept("GATEWAY_PRIVATE_KEY_FILE")
+    gateway.rules = replace(gateway.rules, public_key=key.public_key())
+    gateway.books._tokens.clear()
+    vault.recovers("key", lambda: vault.mount(vault.key_file, private_pem(key)))
+
+
+def test_a_rotated_ca_is_taken_over(vault: Vault) -> None:
+    """A file without certificates keeps the old CA and says so; the new one ends the outage without a restart."""
+
+    file, (_, new) = vault.folder / "ca", vault.authorities
+    vault.mount(file, b"-----BEGIN CERTIFICATE-----\nrubbish\n")
+    vault.is_kept("GATEWAY_CA_FILE")
+    vault.certified_by(new)
+    vault.recovers("ca", lambda: vault.mount(file, new.file.read_bytes()))
+
+
+@pytest.mark.slow
+def test_a_rotated_broker_password_is_taken_over(fresh: PrivateBroker, tmp_path: Path) -> None:
+    """It is used by the next connection; a broken file keeps the old URL and says so; refused, it waits and lives."""
+
+    fresh.ctl("add_user", "worker", "first-password")
+    fresh.ctl("set_permissions", "worker", ".*", ".*", ".*")
+    file, prefix = tmp_path / "url", new_prefix()
+
+    def url(password: str) -> str:
+        return fresh.url.replace("guest:guest", f"worker:{password}")
+
+    def mount(content: str) -> None:
+        (tmp_path / "new").write_text(content)
+        os.replace(tmp_path / "new", file)
+
+    mount(url("first-password") + "\n")
+    with (
+        Simulator() as gateway,
+        WorkerProcess(fresh.url, prefix, gateway, tmp_path, AMQP_URL=None, AMQP_URL_FILE=str(file)) as worker,
+    ):
+        worker.wait_ready()
+        with Producer(fresh.url, prefix) as producer:
+            assert producer.of(producer.publish("b-1")).fields["status"] == "expired"
+            mount("not a URL")
+            fresh.ctl("close_all_user_connections", "worker", "test")
+            worker.wait_for(lambda: worker.events("credentials.kept"), 15, "it keeps the old one")
+            assert producer.of(producer.publish("b-2")).fields["status"] == "expired"
+            fresh.ctl("change_password", "worker", "second-password")
+            fresh.ctl("close_all_user_connections", "worker", "test")
+            worker.wait_for(
+                lambda: any("refuses our login" in line["reason"] for line in worker.events("broker.waiting")),
+                20,
+                "it is refused",
+            )
+            assert worker.get("/livez")[0] == 200
+            assert worker.get("/readyz")[0] == 503
+            mount(url("second-password"))
+            assert producer.of(producer.publish("b-3"), 30).fields["status"] == "expired"
+            worker.stop()
+            check_books(producer, all_ended=True, no_duplicates=True)
+    assert "password" not in worker.log() + worker.errors()
+
+
+# -- throttling and the rate limit
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_throttled_answer_holds_every_sender(shop: Shop, form: str) -> None:
+    """No call arrives before Retry-After is over, in seconds or as a date; then all expire, by one call each."""
+
+    gateway, worker, producer = shop.gateway, shop.worker, shop.producer
+    before = spent(worker)
+    until = int(time.time()) + 4
+    value = formatdate(until, usegmt=True) if form == "date" else "3"
+    gateway.replace(Script(patterns=(Pattern(f"^slow-{form}", (Fault(code="4299300", retry_after=value),)),)))
+    slow = producer.publish(f"slow-{form}")
+    wait_until(lambda: gateway.report().calls_by_bill.get(f"slow-{form}"), 10, "it is called for")
+    (call,) = (call for call in gateway.report().calls if call.billnumber == f"slow-{form}")
+    began = len(producer.published)
+    producer.publish_many(bills(f"held-{form}", 40), sweep_every=1, of=2)
+    worker.wait_for(lambda: worker.metrics()("consumption_paused", reason="throttled") == 1, 3, "it is throttled")
+    assert worker.components()["throttle"] == "throttled"
+    producer.collect_all(20)
+    hold = until - call.at if form == "date" else 3
+    calls = gateway.report().calls
+    early = [late.at - call.at for late in calls if call.at + 0.5 < late.at < call.at + hold - 0.1]
+    assert early == []
+    assert producer.of(slow).fields["attempts"] == 2
+    ours = {sent.id for sent in producer.published[began:]}
+    held = [outcome for outcome in producer.outcomes if outcome.command_id in ours]
+    assert {(it.fields["status"], it.fields["attempts"]) for it in held} == {("expired", 1)}
+    worker.wait_ready()
+    after = wait_until(lambda: (now := spent(worker))["outcomes_total"] == before["outcomes_total"] + 41 and now, 5, "")
+    assert after["delayed_retries_total"] == before["delayed_retries_total"]
+
+
+def test_a_wait_beyond_the_budget_is_spent_in_the_broker(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """A Retry-After longer than the budget: the command goes to the shortest retry queue that covers it."""
+
+    script = Script(patterns=(Pattern("^slow", (Fault(code="4299300", retry_after="3"),)),))
+    settings = {"RETRY_BUDGET_SECONDS": "1", "RETRY_DELAYS_SECONDS": "1,2,5,30"}
+    with (
+        Simulator(script) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, **settings) as (worker, producer),
+    ):
+        slow = producer.publish("slow-1")
+        waiting = producer.names.retry("cancellation", 5)
+        wait_until(lambda: producer.rabbit.depth(waiting) == 1, 5, "it waits in the broker")
+        held = producer.publish("held-1")
+        assert producer.of(held).fields["attempts"] == 1
+        fields = producer.of(slow, 20).fields
+        assert (fields["status"], fields["attempts"]) == ("expired", 2)
+        calls = gateway.report().calls
+        assert [call.billnumber for call in calls] == ["slow-1", "held-1", "slow-1"]
+        assert calls[1].at - calls[0].at >= 2.9
+        assert calls[2].at - calls[0].at >= 4.9
+        assert worker.metrics()("delayed_retries_total") == 1
+        worker.stop()
+        check_books(producer, all_ended=True, no_duplicates=True)
+
+
+RATE = 40
+
+
+def test_the_rate_limit_is_kept(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """GATEWAY_MAX_REQUESTS_PER_SECOND within 5 %, without bursts, and cancellations overtake the sweep in the queue."""
+
+    with (
+        Simulator(Script(latency=0.02)) as gateway,
+        working(
+            amqp_url, prefix, gateway, tmp_path, GATEWAY_MAX_REQUESTS_PER_SECOND=str(RATE), WORKER_CONCURRENCY="16"
+        ) as (worker, producer),
+    ):
+        producer.publish_many(bills("sweep", 160), sweep_every=1)
+        producer.collect(40, 10)
+        urgent = time.time()
+        for number in range(20):
+            producer.publish(f"urgent-{number}")
+        published = time.time()
+        producer.collect_all(20)
+        worker.stop()
+        calls = gateway.report().calls
+    at = [call.at for call in calls]
+    assert len(at) == 180
+    assert (len(at) - 1) / (at[-1] - at[0]) == pytest.approx(RATE, rel=0.05)
+    for number, first in enumerate(at):
+        assert sum(first <= other < first + 1 for other in at[number:]) <= RATE * 1.05 + 1
+    queued = [call.billnumber.partition("-")[0] for call in calls if call.at > urgent]
+    last = len(queued) - queued[::-1].index("urgent")
+    # Every eighth turn is the sweep's, and what came while they were being published.
+    assert queued[:last].count("sweep") <= 20 / 7 + 1 + (published - urgent) * RATE + 2
+    check = [call for call in calls if call.answer != "2009300"]
+    assert check == []
+
+
+# -- clocks and tokens
+
+
+@pytest.mark.parametrize(("offset", "warned"), [(120, True), (-5, False)])
+def test_a_clock_that_is_off_is_told(amqp_url: str, prefix: str, tmp_path: Path, offset: int, warned: bool) -> None:
+    """The difference to the gateway's Date is exported, and warned about above 30 s; the commands go on."""
+
+    with (
+        Simulator(Script(clock_offset=offset)) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path) as (worker, producer),
+    ):
+        assert producer.of(producer.publish("b-1")).fields["status"] == "expired"
+        assert worker.metrics()("clock_skew_seconds") == pytest.approx(-offset, abs=2)
+        said = worker.events("clock.skewed")
+        assert [round(line["seconds"] / 10) for line in said] == ([-12] if warned else [])
+        assert all(line["level"] == "warning" and "clock" in line["action"] for line in said)
+
+
+def test_processes_that_kill_each_others_tokens_get_through(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """WORKER_PROCESSES=2 and a gateway where a new token kills the old one: all expire, with few tokens asked for."""
+
+    with (
+        Simulator(Script(single_token=True, latency=0.01)) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, WORKER_PROCESSES="2", WORKER_CONCURRENCY="4") as (
+            worker,
+            producer,
+        ),
+    ):
+        producer.publish_many(bills("b", 400), sweep_every=1, of=2)
+        producer.collect_all(60)
+        worker.stop()
+        books = check_books(producer, all_ended=True, no_duplicates=True)
+        assert statuses(list(books.outcomes)) == {"expired"}
+        assert gateway.report().token_calls < 40
+
+
+@pytest.mark.slow
+def test_workers_that_kill_each_others_tokens_get_through(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Two workers of their own, with 20 s of work: neither starves, all expire, with few tokens asked for."""
+
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    with (
+        Simulator(Script(single_token=True, latency=0.1)) as gateway,
+        WorkerProcess(amqp_url, prefix, gateway, folders[0], WORKER_CONCURRENCY="8") as one,
+        WorkerProcess(amqp_url, prefix, gateway, folders[1], WORKER_CONCURRENCY="8") as two,
+    ):
+        one.wait_ready()
+        two.wait_ready()
+        with Producer(amqp_url, prefix) as producer:
+            producer.publish_many(bills("b", 2000), sweep_every=1, of=2)
+            producer.collect_all(90)
+            shares = [worker.metrics()("outcomes_total", status="expired") for worker in (one, two)]
+            one.stop()
+            two.stop()
+            books = take_stock(producer).check(all_ended=True, no_duplicates=True)
+        assert statuses(list(books.outcomes)) == {"expired"}
+        assert min(shares) > 200
+        assert gateway.report().token_calls < 60

@@ -1,0 +1,686 @@
+"""`qris-expire dead`: look at dead letters, bring them back, keep a copy, delete them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Self
+
+import typer
+
+from worker import signals
+from worker.cli import INTERRUPTED, INVALID, Trouble
+from worker.core.dead_letter import (
+    AGES,
+    Census,
+    DeadLetter,
+    Filter,
+    as_json,
+    export_json,
+    plain,
+    pretty,
+    printable,
+    read,
+)
+from worker.core.lanes import CANCELLATION, SWEEP
+
+if TYPE_CHECKING:
+    from worker.app.dead_letters import Held, Looked, Report
+    from worker.settings import AmqpSettings
+    from worker.shells.amqp.parked import ParkedLetters
+
+LINE_EVERY: Final = 5.0  # seconds between two lines of progress where there is no terminal
+PIPE_WIDTH: Final = 200  # a pipe has no width, and lines that are searched must not be folded
+WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
+MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
+NOW: Final = 60.0  # seconds up to which something has just happened
+
+
+class Lane(StrEnum):
+    """The lanes, as an option takes them."""
+
+    CANCELLATION = CANCELLATION
+    SWEEP = SWEEP
+
+
+dead = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Dead letters: list, show, redrive, export, purge. Looking removes nothing and keeps their order.",
+)
+
+Reasons = Annotated[list[str] | None, typer.Option("--reason", help="Only with this reason; may be repeated.")]
+LanesOption = Annotated[list[Lane] | None, typer.Option("--lane", help="Only of this lane; may be repeated.")]
+Before = Annotated[
+    str | None, typer.Option("--before", help="Only parked before it, as 2026-11-22T21:00:00+07:00.", metavar="RFC3339")
+]
+Batches = Annotated[list[str] | None, typer.Option("--batch", help="Only of this batch; may be repeated.")]
+Bills = Annotated[list[str] | None, typer.Option("--bill", help="Only about this bill; may be repeated.")]
+
+
+@dead.command("list")
+def list_(
+    reason: Reasons = None,
+    lane: LanesOption = None,
+    before: Before = None,
+    batch: Batches = None,
+    bill: Bills = None,
+    limit: Annotated[int, typer.Option(help="Rows to show; the counts are of all.", min=0)] = 20,
+    as_data: Annotated[bool, typer.Option("--json", help="One JSON object: counts and rows.")] = False,
+) -> int:
+    """Counts by reason, lane and age; then rows, in the queue's order.
+
+    Exit code 0: shown. 1: the broker, or somebody else holds them. 2: input or settings are wrong.
+    """
+    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    census, there = Census(time.time()), Census(time.time())
+    rows: list[DeadLetter] = []
+
+    def each(held: Held) -> None:
+        letter = read(amqp.names, held.parcel)
+        there.add(letter)
+        if chosen.matches(letter):
+            census.add(letter)
+            if len(rows) < limit:
+                rows.append(letter)
+
+    looked = _look(amqp, "list", each)
+    if as_data:
+        typer.echo(json.dumps(_listing(amqp, looked, census, rows), indent=2))
+    else:
+        _print_list(amqp, looked, census, rows)
+    _hint(chosen, census, there)
+    return 0
+
+
+@dead.command()
+def show(
+    message_id: Annotated[str, typer.Argument(metavar="MESSAGE-ID", help="As `dead list` shows it.")],
+    as_data: Annotated[bool, typer.Option("--json", help="As `dead export` writes it, a line each.")] = False,
+) -> int:
+    """One dead letter: why, when, which attempts, its properties and its body. Several with the same id are all shown.
+
+    Exit code 0: shown. 1: there is none, or the broker. 2: settings are wrong.
+    """
+    amqp, _ = _begin()
+    found: list[tuple[DeadLetter, Held]] = []
+    size = left_out = 0
+
+    def each(held: Held) -> None:
+        nonlocal size, left_out
+        letter = read(amqp.names, held.parcel)
+        if letter.command_id == message_id:
+            size += len(held.parcel.body)
+            if found and size > MAX_SHOWN_BODIES:
+                left_out += 1
+            else:
+                found.append((letter, held))
+
+    looked = _look(amqp, "show", each)
+    if not found:
+        raise Trouble(f"no dead letter of {looked.seen:,} has the id {message_id}; `qris-expire dead list` shows them")
+    for number, (letter, held) in enumerate(found, 1):
+        if as_data:
+            typer.echo(json.dumps(export_json(letter, held.parcel)))
+        else:
+            _print_letter(letter, held, f"{number} of {len(found)} with this id" if len(found) > 1 else "")
+    if left_out:
+        _note(f"{left_out:,} more have this id; `qris-expire dead export` has them all")
+    return 0
+
+
+@dead.command()
+def redrive(
+    reason: Reasons = None,
+    lane: LanesOption = None,
+    before: Before = None,
+    batch: Batches = None,
+    bill: Bills = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many.", min=1)] = None,
+    rate: Annotated[float, typer.Option(help="At most so many per second; 0 for no limit.", min=0, max=100_000)] = 0,
+    canary: Annotated[
+        int, typer.Option(help="Send so many first, and the rest only if all of these bills expire.", min=0, max=10_000)
+    ] = 0,
+    stop_at_failures: Annotated[
+        float | None,
+        typer.Option(
+            help="Watch the outcomes; stop when so many percent are not `expired`.", min=0, max=100, metavar="PERCENT"
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without any outcome after which a watched redrive stops.", min=1, max=900)
+    ] = 120,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+) -> int:
+    """Moves dead letters back to their lane, with a fresh start: attempts and rounds count anew.
+
+    Takes only what was there when it began. Each command is published, confirmed, and only then removed here, so it may
+    be cut off at any point and run again. One redrive at a time.
+
+    Exit code 0: done. 1: stopped by bad outcomes, or the broker. 2: input or settings are wrong. 130: ctrl-C.
+    """
+    from worker.app.dead_letters import Order, Redrive, rehearse
+
+    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    order = Order(chosen, limit, rate, canary, stop_at_failures, timeout)
+    census = Census(time.time())
+    if dry_run:
+        with _parked(amqp, "redrive --dry-run") as parked, _Progress(parked, "looking") as progress:
+            report = rehearse(parked, amqp.names, order, stop=signals.received, show=progress.show, each=census.add)
+        _leave_if(report.ended.value == "stopped")
+        _print_rehearsal(report, census)
+        return 0
+    with _parked(amqp, "redrive", alone=True) as parked, _Progress(parked, "redriving") as progress:
+        run = Redrive(
+            parked,
+            amqp.names,
+            order,
+            clock=_Clock(),
+            hop=lambda: uuid.uuid4().hex,
+            stop=signals.received,
+            show=progress.show,
+            each=census.add,
+        )
+        with _audit("dead.redrive", chosen, lambda: _facts(run.report, order)):
+            run.run()
+    return _tell_redrive(run.report, order)
+
+
+@dead.command()
+def export(
+    output: Annotated[
+        Path | None, typer.Option(help="Write to this file, which is there whole or not at all; else standard output.")
+    ] = None,
+    reason: Reasons = None,
+    lane: LanesOption = None,
+    before: Before = None,
+    batch: Batches = None,
+    bill: Bills = None,
+) -> int:
+    """Dead letters as JSON lines: everything `dead show` shows, the body as text or base64. They stay.
+
+    Exit code 0: written. 1: the broker, or the file. 2: input or settings are wrong.
+    """
+    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    written = 0
+    with _sink(output) as sink:
+
+        def each(held: Held) -> None:
+            nonlocal written
+            letter = read(amqp.names, held.parcel)
+            if chosen.matches(letter):
+                sink.write(json.dumps(export_json(letter, held.parcel), separators=(",", ":")) + "\n")
+                written += 1
+
+        looked = _look(amqp, "export", each)
+    _note(f"{written:,} of {looked.seen:,} dead letters written{f' to {output}' if output else ''}")
+    return 0
+
+
+@dead.command()
+def purge(
+    reason: Reasons = None,
+    lane: LanesOption = None,
+    before: Before = None,
+    batch: Batches = None,
+    bill: Bills = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> int:
+    """Deletes dead letters for good; asks on a terminal. Takes only what was there when it began.
+
+    Exit code 0: deleted. 1: not wanted after all, or the broker. 2: input or settings are wrong. 130: ctrl-C.
+    """
+    from worker.app import dead_letters
+
+    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    if not yes and not sys.stdin.isatty():
+        raise Trouble("deleting is for good and nobody can be asked here; give --yes", code=INVALID)
+    matching = removed = 0
+    with _parked(amqp, "purge", alone=True) as parked, _Progress(parked, "looking") as progress:
+
+        def sure(count: int) -> bool:
+            progress.pause()
+            return yes or _ask(f"Delete {count:,} of {parked_there:,} dead letters for good? [y/N] ", parked)
+
+        parked_there = parked.count()
+        with _audit("dead.purge", chosen, lambda: {"matching": matching, "removed": removed}):
+            looked, matching, removed = dead_letters.purge(
+                parked,
+                lambda held: chosen.matches(read(amqp.names, held.parcel)),
+                sure,
+                stop=signals.received,
+                show=progress.show,
+            )
+    _leave_if(removed < matching and signals.received() > 0)
+    if removed < matching:
+        raise Trouble(f"nothing was deleted; {matching:,} dead letters match")
+    typer.echo(f"deleted {removed:,} of {looked.there:,} dead letters")
+    return 0
+
+
+# -- beginnings -----------------------------------------------------------------------------------------------------
+
+
+def _begin(
+    reason: list[str] | None = None,
+    lane: list[Lane] | None = None,
+    before: str | None = None,
+    batch: list[str] | None = None,
+    bill: list[str] | None = None,
+) -> tuple[AmqpSettings, Filter]:
+    from worker.core.command import parse_rfc3339
+    from worker.settings import AmqpSettings, SettingsError, load
+
+    try:
+        moment = None if before is None else parse_rfc3339(before)
+    except ValueError as error:
+        raise Trouble(f"--before: {error}", code=INVALID) from None
+    try:
+        amqp = load(AmqpSettings)
+    except SettingsError as error:
+        raise Trouble(*error.problems, code=INVALID) from None
+    signals.install()
+    chosen = Filter(
+        frozenset(reason or ()),
+        frozenset(each.value for each in lane or ()),
+        moment,
+        frozenset(batch or ()),
+        frozenset(bill or ()),
+    )
+    return amqp, chosen
+
+
+@contextmanager
+def _parked(amqp: AmqpSettings, what: str, *, alone: bool = False) -> Iterator[ParkedLetters]:
+    from worker.shells.amqp.parked import ParkedLetters
+    from worker.shells.amqp.session import BrokerError
+
+    try:
+        with ParkedLetters(amqp, what, stop=signals.received, alone=alone) as parked:
+            yield parked
+    except BrokerError as error:
+        raise Trouble(str(error)) from None
+
+
+def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None]) -> Looked:
+    """Shows every dead letter to ``each``."""
+    from worker.app.dead_letters import look
+
+    with _parked(amqp, what) as parked, _Progress(parked, "looking") as progress:
+        looked = look(parked, each, stop=signals.received, show=progress.show)
+    _leave_if(looked.stopped)
+    if looked.seen < looked.there:
+        _note(f"only {looked.seen:,} of {looked.there:,} dead letters could be looked at")
+    return looked
+
+
+def _leave_if(stopped: bool) -> None:
+    if stopped:
+        raise Trouble("stopped; the dead letters are where they were", code=INTERRUPTED)
+
+
+class _Clock:
+    """The system's."""
+
+    def epoch(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Seconds."""
+        return time.monotonic()
+
+
+def _ask(question: str, parked: ParkedLetters) -> bool:
+    """Asks on the terminal while the conversation with the broker goes on: it must not die of our silence."""
+    print(question, end="", file=sys.stderr, flush=True)
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        if signals.received():
+            print(file=sys.stderr)
+            return False
+        parked.turn(0.1)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+@contextmanager
+def _sink(output: Path | None) -> Iterator[IO[str]]:
+    """Where lines are gathered first. A slow reader of our output must not keep the dead letters held, and a file is
+    put in its place when it is whole."""
+    import shutil
+    import tempfile
+
+    try:
+        if output is None:
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as gathered:
+                yield gathered
+                gathered.seek(0)
+                shutil.copyfileobj(gathered, sys.stdout)
+                sys.stdout.flush()
+            return
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}.", delete=False
+        ) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(output)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Trouble(f"{output or 'standard output'}: {error.strerror}; give a file that can be written") from None
+
+
+# -- progress and audit ---------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """On standard error: a bar on a terminal, a line every few seconds elsewhere. Those who wait are told, too."""
+
+    def __init__(self, parked: ParkedLetters, verb: str) -> None:
+        self._parked = parked
+        self._verb = verb
+        self._began = self._shown = time.monotonic()
+        self._there = 0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        self._there = self._parked.count()
+        if sys.stderr.isatty() and self._there:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(
+                *columns, console=Console(stderr=True), transient=True, expand=True, auto_refresh=False
+            )
+            self._task = self._bar.add_task(self._verb, total=self._there, text="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pause()
+
+    def pause(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def show(self, seen: int, done: int) -> None:
+        """See `Show`."""
+        now = time.monotonic()
+        rate = done / max(now - self._began, 0.001)
+        text = f"{seen:,} of {self._there:,} looked at"
+        if self._verb == "redriving":
+            text += f", {done:,} redriven, {rate:,.0f}/s"
+        self._parked.say(text)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=seen, text=text, refresh=True)
+        elif now - self._shown >= LINE_EVERY:
+            self._shown = now
+            _note(text)
+
+
+@contextmanager
+def _audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """One line on standard error when it ends, however it ends: who, what, how much, from when to when."""
+    import getpass
+    import socket
+
+    from worker.core import jakarta
+    from worker.shells.logs import json_line
+
+    began = time.time()
+    failure = ""
+    try:
+        yield
+    except BaseException as error:
+        failure = " ".join(str(error).split()) or type(error).__name__
+        raise
+    finally:
+        line: dict[str, Any] = {
+            "event": event,
+            "user": getpass.getuser(),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "began": jakarta.iso(began),
+            "ended": jakarta.iso(time.time()),
+            "filters": chosen.as_json(),
+            **facts(),
+        }
+        if failure:
+            line["error"] = failure
+        print(json_line("error" if failure else "info", line), file=sys.stderr, flush=True)
+
+
+def _facts(report: Report, order: Any) -> dict[str, Any]:
+    settings = {
+        "limit": order.limit,
+        "rate": order.rate or None,
+        "canary": order.canary or None,
+        "stopAtFailures": order.stop_at_failures,
+    }
+    return {
+        **{name: value for name, value in settings.items() if value is not None},
+        "there": report.there,
+        "seen": report.seen,
+        "matching": report.matching,
+        "redriven": report.redriven,
+        "noWayBack": report.homeless,
+        "outcomes": {f"{status}/{reason}": count for (status, reason), count in sorted(report.outcomes.items())},
+        "result": report.ended.value,
+    }
+
+
+def _note(text: str) -> None:
+    print(f"qris-expire: {text}", file=sys.stderr, flush=True)
+
+
+# -- what is printed ------------------------------------------------------------------------------------------------
+
+
+def _tell_redrive(report: Report, order: Any) -> int:
+    from worker.app.dead_letters import Ended
+
+    typer.echo(f"redrove {report.redriven:,} of {report.there:,} dead letters ({report.matching:,} match)")
+    outcomes = ", ".join(f"{count:,} {status} ({reason})" for (status, reason), count in report.outcomes.most_common())
+    if outcomes:
+        typer.echo(f"outcomes so far: {outcomes}")
+    if report.homeless:
+        _note(f"{report.homeless:,} match and stay: their lane is not known, or they cannot be published as they are")
+    match report.ended:
+        case Ended.DONE:
+            return 0
+        case Ended.STOPPED:
+            raise Trouble("stopped; nothing is lost, the same command goes on with the rest", code=INTERRUPTED)
+        case Ended.CANARY:
+            raise Trouble(
+                f"the canary was bad ({outcomes}); the rest stays, see `dead list` and the gateway, then try again"
+            )
+        case Ended.FAILURES:
+            raise Trouble(
+                f"stopped: {report.failures:,} of {report.answered:,} outcomes are not `expired`, "
+                f"{order.stop_at_failures:g} % are allowed; the rest stays, see what they say, then try again"
+            )
+        case Ended.SILENT:
+            raise Trouble(
+                f"no outcome within {order.patience:g} s, {report.unanswered:,} redriven commands wait for theirs; "
+                "the rest stays, see whether a worker runs and the gateway answers, or give a longer --timeout"
+            )
+        case Ended.REFUSED:
+            raise Trouble(f"{report.why}; the rest stays")
+
+
+def _print_rehearsal(report: Report, census: Census) -> None:
+    typer.echo(f"would redrive {census.total.count:,} of {report.there:,} dead letters ({report.matching:,} match)")
+    for reason, lane, kind in census.lines():
+        typer.echo(f"{kind.count:>9,}  {printable(reason)} to {lane}")
+    if report.homeless:
+        _note(f"{report.homeless:,} match and would stay: their lane is not known")
+
+
+def _listing(amqp: AmqpSettings, looked: Looked, census: Census, rows: list[DeadLetter]) -> dict[str, Any]:
+    names = [*(f"under {name}" for name, _ in AGES), "older"]
+    return {
+        "queue": amqp.names.dead,
+        "total": looked.seen,
+        "matching": census.total.count,
+        "counts": [
+            {"reason": reason, "lane": lane, "count": kind.count, "ages": dict(zip(names, kind.ages, strict=True))}
+            for reason, lane, kind in census.lines()
+        ],
+        "letters": [as_json(letter) for letter in rows],
+    }
+
+
+def _hint(chosen: Filter, census: Census, there: Census) -> None:
+    if chosen.reasons and there.total.count and not census.total.count:
+        found = ", ".join(sorted({printable(reason) for reason, _, _ in there.lines()})[:10])
+        _note(f"none matches; the reasons that are there: {found}")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def _print_list(amqp: AmqpSettings, looked: Looked, census: Census, rows: list[DeadLetter]) -> None:
+    console = _console()
+    count = census.total.count
+    some = f"{count:,} of {looked.seen:,}" if count != looked.seen else f"{count:,}"
+    console.print(f"{some} dead letters in {amqp.names.dead}", markup=False, soft_wrap=True)
+    if not count:
+        return
+    console.print(_counts(census))
+    if rows:
+        console.print(_rows(rows, census.now, wide=console.width >= WIDE))
+        if len(rows) < count:
+            _note(f"the first {len(rows):,} of {count:,} are shown; --limit shows more")
+
+
+def _counts(census: Census) -> Any:
+    table = _table()
+    for name in ("reason", "lane"):
+        table.add_column(name, overflow="fold")
+    for name in (
+        "all",
+        *(f"<{name.replace(' ', '').replace('day', 'd').replace('ds', 'd')}" for name, _ in AGES),
+        "older",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for reason, lane, kind in census.lines():
+        table.add_row(_cell(reason), lane, f"{kind.count:,}", *(f"{n:,}" if n else "" for n in kind.ages))
+    if len(census.kinds) > 1:
+        table.add_section()
+        total = census.total
+        table.add_row("total", "", f"{total.count:,}", *(f"{n:,}" if n else "" for n in total.ages))
+    return table
+
+
+def _rows(letters: list[DeadLetter], now: float, *, wide: bool) -> Any:
+    table = _table()
+    table.add_column("message id", overflow="fold", no_wrap=not wide)
+    table.add_column("bill", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    table.add_column("age", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("lane", no_wrap=True)
+        table.add_column("calls", justify="right")
+        table.add_column("code")
+        table.add_column("batch", overflow="fold")
+        table.add_column("detail", overflow="ellipsis", no_wrap=True)
+    for letter in letters:
+        cells = [
+            _cell(letter.command_id),
+            _cell(letter.billnumber or "-"),
+            _cell(letter.reason),
+            _age(letter.parked_at, now),
+        ]
+        if wide:
+            cells += [
+                letter.lane or "-",
+                "-" if letter.attempts is None else str(letter.attempts),
+                _cell(letter.response_code or "-"),
+                _cell(letter.batch_id or "-"),
+                _cell(letter.detail),
+            ]
+        table.add_row(*cells)
+    return table
+
+
+def _table() -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _cell(value: str) -> Any:
+    """Foreign text: neither markup nor control characters mean anything."""
+    from rich.text import Text
+
+    return Text(printable(value))
+
+
+def _age(moment: float | None, now: float) -> str:
+    if moment is None:
+        return "?"
+    seconds = now - moment
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f}{unit}"
+    return "now"
+
+
+def _print_letter(letter: DeadLetter, held: Held, which: str) -> None:
+    from worker.core import jakarta
+
+    parcel = held.parcel
+    facts: list[tuple[str, object]] = [
+        ("message id", f"{letter.command_id}{f'  ({which})' if which else ''}"),
+        ("reason", letter.reason),
+        ("detail", letter.detail or None),
+        (
+            "parked",
+            None
+            if letter.parked_at is None
+            else f"{jakarta.iso(letter.parked_at)} ({_age(letter.parked_at, time.time())})",
+        ),
+        ("lane", letter.lane or "not known: it cannot be redriven"),
+        ("calls", letter.attempts if letter.attempts is not None else "not known"),
+        ("last answer", letter.response_code or None),
+        ("bill", letter.billnumber),
+        ("batch", letter.batch_id),
+    ]
+    for name, value in facts:
+        if value is not None:
+            typer.echo(f"{name:<13}{printable(str(value))}")
+    whole = export_json(letter, parcel)
+    for title in ("properties", "headers"):
+        typer.echo(f"{title}")
+        for name, value in whole[title].items():
+            said = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+            typer.echo(f"  {printable(str(name))}: {printable(said)}")
+    typer.echo(f"body         {len(parcel.body):,} bytes")
+    typer.echo(pretty(parcel.body))
+    typer.echo("")

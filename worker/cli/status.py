@@ -1,0 +1,123 @@
+"""`qris-expire status`: where a sweep stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from worker.cli import INVALID, Trouble
+from worker.cli.batches import STATE_DIR_HELP, open_journal, output, print_tally, state_directory
+
+if TYPE_CHECKING:
+    from worker.settings import AmqpSettings
+
+
+def status(
+    batch: Annotated[str | None, typer.Argument(help="The batch; all of them are listed without one.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
+) -> int:
+    """Where a sweep stands: its rows by status and reason, from its journal, and what waits at the broker.
+
+    Changes nothing, and may be called while the sweep runs. Outcomes that nobody has taken in yet wait in the batch's
+    inbox: `sweep --follow` takes them.
+
+    Exit code 0: shown, whatever it is. 2: there is no such batch.
+    """
+    amqp = _settings()
+    directory = state_directory(amqp.prefix, state_dir)
+    if batch is None:
+        _list(directory)
+    else:
+        _show(amqp, directory, batch)
+    return 0
+
+
+def _settings() -> AmqpSettings:
+    from worker.settings import AmqpSettings, SettingsError, load
+
+    try:
+        return load(AmqpSettings)
+    except SettingsError as error:
+        raise Trouble(*error.problems, code=INVALID) from None
+
+
+def _list(directory: Path) -> None:
+    from rich.table import Table
+
+    from worker.core import jakarta
+    from worker.shells.journal import Journal, JournalError, journals
+
+    table = Table("batch", "begun", "bills", "sent", "answered", "expired", "input")
+    for column in table.columns[2:6]:
+        column.justify = "right"
+    table.columns[0].no_wrap = True  # ids are copied from here
+    try:
+        paths = journals(directory)
+    except JournalError as error:
+        raise Trouble(str(error)) from None
+    for path in paths:
+        try:
+            journal = Journal(path, read_only=True)
+        except JournalError as error:
+            table.add_row(path.stem, str(error))
+            continue
+        facts, tally = journal.facts, journal.tally()
+        journal.close()
+        begun = jakarta.iso(facts.created_at, milliseconds=False)[:16].replace("T", " ")
+        numbers = [f"{number:,}" for number in (tally.bills, tally.sent, tally.answered, tally.expired)]
+        table.add_row(facts.batch.id, begun, *numbers, facts.source)
+    if table.row_count:
+        output().print(table)
+    else:
+        typer.echo(f"no batches in {directory}")
+
+
+def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
+    from worker.core import jakarta
+
+    journal = open_journal(directory, batch, read_only=True)
+    facts, tally = journal.facts, journal.tally()
+    journal.close()
+    print_tally(f"sweep {batch}", tally)
+    typer.echo(f"input    {facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
+    if tally.answered == tally.bills:
+        typer.echo("state    every bill has its outcome")
+    elif tally.unsent:
+        typer.echo(f"state    {tally.unsent:,} bills are not sent; go on with `qris-expire sweep --follow {batch}`")
+    elif facts.inbox or facts.direct:
+        how = " --direct" if facts.direct else ""
+        typer.echo(
+            f"state    {tally.waiting:,} bills wait for an outcome; `qris-expire sweep --follow {batch}{how}` goes on"
+        )
+    else:
+        typer.echo("state    published; nobody follows its outcomes")
+    typer.echo(f"broker   {_depths(amqp, batch)}")
+
+
+def _depths(amqp: AmqpSettings, batch: str) -> str:
+    """What waits in the queues that matter, in one line; or why nobody knows."""
+    from pika.exceptions import ChannelClosed
+
+    from worker.core.lanes import SWEEP
+    from worker.core.sweep import inbox_name
+    from worker.shells.amqp.session import BrokerError, session
+
+    names, shown = amqp.names, []
+    queues = {
+        names.queue(SWEEP): "commands",
+        names.dead: "dead letters",
+        inbox_name(names, batch): "outcomes (of all sweeps)",
+    }
+    try:
+        with session(amqp, "status") as connection:
+            for queue, what in queues.items():
+                try:
+                    answer = connection.channel().queue_declare(queue, passive=True)
+                    shown.append(f"{answer.method.message_count:,} {what} wait in {queue}")
+                except ChannelClosed:
+                    continue
+    except BrokerError as error:
+        return str(error)
+    return "; ".join(shown) or f"none of the queues of {amqp.prefix} exist"

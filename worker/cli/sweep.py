@@ -1,0 +1,567 @@
+"""`qris-expire sweep`: a file of bills to the sweep lane, and what became of them."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from worker import signals
+from worker.cli import INTERRUPTED, INVALID, Trouble
+from worker.cli.batches import STATE_DIR_HELP, journal_path, open_journal, output, print_tally, state_directory
+
+if TYPE_CHECKING:
+    from worker.cli.meter import Meter
+    from worker.core.rows import BadRow, Row
+    from worker.core.sweep import Tally
+    from worker.settings import AmqpSettings, Settings
+    from worker.shells.journal import Journal, Load
+    from worker.shells.source import Source
+
+SHOWN: Final = 3  # commands that --dry-run prints
+BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
+RESUMED_SECONDS: Final = 86_400.0
+"""An unfinished batch of the same input is gone on with for a day, whatever the date in its id: a sweep that breaks off
+at midnight must not publish its bills under two ids."""
+SECRETS_EVERY: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """The command line."""
+
+    file: str | None
+    batch_id: str | None
+    merchant_id: str | None
+    wait: bool
+    follow: str | None
+    report: Path | None
+    skip_invalid: bool
+    dry_run: bool
+    direct: bool
+    republish: bool
+    state_dir: Path | None
+
+
+def sweep(
+    file: Annotated[str | None, typer.Argument(help="CSV with a header, or JSON lines; - for standard input.")] = None,
+    batch_id: Annotated[
+        str | None, typer.Option(help="Names the batch; else made from the input's content and the date.")
+    ] = None,
+    merchant_id: Annotated[
+        str | None, typer.Option(help="Merchant of the rows that have none; else the worker's GATEWAY_MERCHANT_ID.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the outcomes until every bill has one.")] = False,
+    follow: Annotated[
+        str | None, typer.Option(metavar="BATCH", help="Instead of FILE: go on with a batch that was interrupted.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="OUT.csv", help="At the end, write a line for each bill to this file.")
+    ] = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Go on without the rows that cannot be used.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check the input, and show what would be sent.")
+    ] = False,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Without a broker and a worker: straight from here to the gateway.")
+    ] = False,
+    republish: Annotated[
+        bool, typer.Option("--republish", help="Publish again, under the same ids, what has no outcome.")
+    ] = False,
+    state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
+) -> int:
+    """Sends a file of bills to the sweep lane, as fast as the broker confirms; with --wait follows their outcomes.
+
+    Columns: billnumber (or billNumber), and if wanted merchantId, reference, notAfter; others are ignored, as are
+    the case of their names and what delimits them. A bill that stands in the input twice is sent once. One row that
+    cannot be used, and nothing is sent, unless --skip-invalid is given.
+
+    It can be interrupted anywhere and called again: the journal knows what is sent, and the same batch always gives
+    the same bill the same id. With --direct the journal takes the place of the broker.
+
+    Exit code 0: published; with --wait or --direct, all expired. 1: some not. 2: bad input or settings. 130: ctrl-C.
+    """
+    wish = _Wish(file, batch_id, merchant_id, wait, follow, report, skip_invalid, dry_run, direct, republish, state_dir)
+    _check(wish)
+    settings = _settings(wish)
+    amqp = settings.amqp if wish.direct else settings
+    _silence()
+    with _told():
+        if wish.dry_run:
+            return _dry_run(wish, amqp.prefix, settings)
+        directory = state_directory(amqp.prefix, wish.state_dir)
+        with _batch(wish, directory, settings) as journal:
+            if journal is None:
+                return 0
+            try:
+                return _direct(wish, settings, journal) if wish.direct else _publish(wish, amqp, journal)
+            except KeyboardInterrupt:
+                return _interrupted(wish, journal)
+
+
+def _check(wish: _Wish) -> None:
+    from worker.core.command import is_identifier
+
+    if (wish.file is None) == (wish.follow is None):
+        raise Trouble("give a FILE (or - for standard input), or --follow BATCH", code=INVALID)
+    if wish.follow is not None and (wish.dry_run or wish.batch_id or wish.merchant_id or wish.skip_invalid):
+        raise Trouble("--follow goes on with a batch as it is; leave out the options about its input", code=INVALID)
+    if wish.direct and wish.republish:
+        raise Trouble("--direct publishes nothing; leave out --republish", code=INVALID)
+    if wish.merchant_id is not None and not is_identifier(wish.merchant_id):
+        raise Trouble("--merchant-id must be 1 to 64 printable ASCII characters without blanks", code=INVALID)
+    if wish.report is not None and not wish.report.absolute().parent.is_dir():
+        raise Trouble(
+            f"{wish.report.parent} is no directory; correct --report, the report would have no place", code=INVALID
+        )
+
+
+def _settings(wish: _Wish) -> Any:
+    """`Settings` for the gateway, or only the broker's."""
+    from worker.settings import AmqpSettings, SettingsError, load
+
+    try:
+        return load() if wish.direct else load(AmqpSettings)
+    except SettingsError as error:
+        raise Trouble(*error.problems, code=INVALID) from None
+
+
+def _silence() -> None:
+    """What the parts log for operators of a worker is shown here beside the bars, or not at all."""
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The errors that are expected, as people read them."""
+    from worker.core.rows import InputError
+    from worker.shells.journal import JournalError
+
+    try:
+        yield
+    except JournalError as error:
+        raise Trouble(str(error)) from None
+    except InputError as error:  # its name and line are put before it where they are known
+        raise Trouble(str(error), code=INVALID) from None
+
+
+# -- the input ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _batch(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal | None]:
+    """The batch's journal, ours alone. None when the input has no bills."""
+    from worker.shells.journal import Journal, lock
+
+    if wish.follow is not None:
+        open_journal(directory, wish.follow).close()
+        path, load = journal_path(directory, wish.follow), None
+    else:
+        load, source, invalid = _load(wish, directory, settings)
+        path = directory
+    try:
+        if load is not None:
+            digest = source.digest(wish.merchant_id or "")
+            if not load.counts()[0]:
+                output().print(f"{source.name}: no bills, nothing to publish", highlight=False)
+                yield None
+                return
+            path = _path_of(wish, directory, digest)
+        with lock(path):
+            if load is not None and not _known(path, digest):
+                load.keep(path, batch=path.stem, source=source.name, digest=digest, invalid=invalid, now=time.time())
+            journal = Journal(path)
+            try:
+                yield journal
+            finally:
+                journal.close()
+    finally:
+        if load is not None:
+            load.discard()
+
+
+def _load(wish: _Wish, directory: Path, settings: Any) -> tuple[Load, Source, int]:
+    """The input, checked, in a journal that has no name yet; and how many rows were invalid."""
+    from worker.cli.meter import Meter
+    from worker.core.rows import InputError
+    from worker.shells.journal import Load, clean
+    from worker.shells.source import Source
+
+    assert wish.file is not None
+    name = "stdin" if wish.file == "-" else wish.file
+    clean(directory)
+    load = Load(directory)
+    try:
+        with Source(wish.file) as source, Meter(name) as meter:
+            reading = _Reading(
+                wish, source, meter, merchant_needed=wish.direct and settings.gateway.merchant_id is None
+            )
+            load.fill(reading.rows())
+        if reading.invalid and not wish.skip_invalid:
+            raise Trouble(
+                f"{name}: {reading.invalid:,} of {reading.count:,} rows cannot be used, so nothing was sent; "
+                "correct them, or send the rest with --skip-invalid",
+                code=INVALID,
+            )
+    except InputError as error:
+        load.discard()
+        where = f"{name}:{error.line}" if error.line is not None else name
+        raise Trouble(f"{where}: {error.reason}; nothing was sent", code=INVALID) from None
+    except KeyboardInterrupt:
+        load.discard()
+        print(f"qris-expire: stopped while reading {name}; nothing was sent", file=sys.stderr)
+        raise
+    except BaseException:
+        load.discard()
+        raise
+    return load, source, reading.invalid
+
+
+class _Reading:
+    """Good rows go on, bad ones are told."""
+
+    def __init__(self, wish: _Wish, source: Source, meter: Meter, *, merchant_needed: bool) -> None:
+        self._wish = wish
+        self._source = source
+        self._meter = meter
+        self._merchant_needed = merchant_needed
+        self.count = 0
+        self.invalid = 0
+
+    def rows(self) -> Iterator[Row]:
+        from worker.core.rows import BadRow, read
+
+        source = self._source
+        merchant = self._wish.merchant_id or ""
+        for row in read(
+            source.lines(), json_lines=source.json_lines, merchant=merchant, merchant_needed=self._merchant_needed
+        ):
+            self.count += 1
+            if isinstance(row, BadRow):
+                self._tell(row)
+            else:
+                yield row
+            if self.count % 1000 == 0:
+                self._meter.reading(self.count, source.bytes_read, source.size)
+
+    def _tell(self, row: BadRow) -> None:
+        self.invalid += 1
+        if self.invalid <= BAD_ROWS_SHOWN or not sys.stderr.isatty():
+            self._meter.line(f"{self._source.name}:{row.line}: {row.reason}")
+        elif self.invalid == BAD_ROWS_SHOWN + 1:
+            self._meter.line("… and more; redirect standard error to a file to see them all")
+
+
+def _path_of(wish: _Wish, directory: Path, digest: str) -> Path:
+    """The batch that was asked for; else one of this input that was begun lately and broke off; else a new one."""
+    from worker.core.sweep import batch_id
+    from worker.shells.journal import Journal, JournalError, journals
+
+    if wish.batch_id is not None:
+        return journal_path(directory, wish.batch_id)
+    for path in journals(directory):
+        if time.time() - path.stat().st_mtime > RESUMED_SECONDS:
+            break
+        if not path.stem.endswith(f"-{digest[:12]}"):
+            continue
+        with suppress(JournalError):
+            journal = Journal(path, read_only=True)
+            tally, followed = journal.tally(), journal.facts.inbox or journal.facts.direct
+            journal.close()
+            if tally.unsent or (followed and tally.waiting):
+                return path
+    return journal_path(directory, batch_id(digest, time.time()))
+
+
+def _known(path: Path, digest: str) -> bool:
+    """Whether this batch was begun with this very input. Raises `Trouble` if it was begun with another."""
+    from worker.shells.journal import Journal
+
+    if not path.exists():
+        return False
+    journal = Journal(path, read_only=True)
+    facts = journal.facts
+    journal.close()
+    if facts.digest != digest:
+        raise Trouble(
+            f"batch {facts.batch.id} was begun with other input ({facts.source}, or another --merchant-id); "
+            f"give another --batch-id, or go on with it: --follow {facts.batch.id}",
+            code=INVALID,
+        )
+    return True
+
+
+def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
+    from worker.core.sweep import batch_id, command_body, command_id
+    from worker.core.topology import Names
+
+    with tempfile.TemporaryDirectory(prefix="qris-expire-") as scratch:
+        load, source, invalid = _load(wish, Path(scratch), settings)
+        bills, duplicates = load.counts()
+        first = load.first(SHOWN)
+        load.discard()
+    batch = wish.batch_id or batch_id(source.digest(wish.merchant_id or ""), time.time())
+    journal_path(Path(scratch), batch)
+    where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
+    typer.echo(f"{source.name}: {bills + duplicates + invalid:,} rows: {_rows_in_words(bills, duplicates, invalid)}")
+    typer.echo(f"would go {where} as batch {batch}:")
+    for bill in first:
+        typer.echo(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
+    if bills > len(first):
+        typer.echo(f"… and {bills - len(first):,} more")
+    return 0
+
+
+def _rows_in_words(bills: int, duplicates: int, invalid: int) -> str:
+    return f"{bills:,} bills, {duplicates:,} duplicates, {invalid:,} invalid"
+
+
+# -- through the broker ---------------------------------------------------------------------------------------------
+
+
+def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
+    """Publishes what is not published, and follows if that is wanted."""
+    import random
+
+    from worker.app.sweep import Ended, Sweep
+    from worker.cli.meter import Meter
+    from worker.core.sweep import inbox
+    from worker.service import SystemClock
+    from worker.shells.amqp.bulk import Bulk, Route
+    from worker.shells.amqp.session import BrokerError, parameters, session
+
+    if wish.republish:
+        journal.publish_again()
+    before, batch = journal.tally(), journal.facts.batch.id
+    follow = wish.wait or (wish.follow is not None and (journal.facts.inbox or wish.republish))
+    if before.unsent or (follow and before.waiting):
+        own = inbox(amqp.names, batch, amqp.queue_type) if follow else None
+        try:
+            with session(amqp, "sweep") as connection:
+                wanted = _prepare(connection, amqp, journal, own, before)
+            hosts = parameters(amqp, "sweep")
+        except BrokerError as error:
+            raise Trouble(str(error), *_afterwards(wish, journal, "; or send it without a broker: --direct")) from None
+        signals.install()
+        with Meter(f"sweep {batch}", publish=bool(before.unsent), follow=follow) as meter:
+            errand = Sweep(journal, amqp.names, follow=follow, stop=signals.received, screen=meter, clock=SystemClock())
+            route = Route(wanted, amqp.declare, own, batch)
+            Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
+        if errand.ended is not Ended.DONE:
+            return _interrupted(wish, journal)
+    elif follow:
+        _take_late(amqp, journal)
+    after = journal.tally()
+    if wish.report is not None:
+        _write_report(journal, wish.report)
+    if not follow:
+        _say_published(amqp, journal, before, after)
+        return 0
+    _close_inbox(amqp, batch, after)
+    return _conclude(journal, after)
+
+
+def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, tally: Tally) -> Any:
+    """What must exist before the first publish: lane, exchanges, and the inbox, or outcomes would go elsewhere."""
+    from worker.core.topology import Topology, topology
+    from worker.shells.amqp.session import TopologyMismatch, apply, verify
+
+    wanted = topology(amqp.prefix, amqp.queue_type, ())
+    try:
+        if amqp.declare:
+            apply(connection, wanted)
+        else:
+            missing = verify(connection, wanted)
+            if missing:
+                raise Trouble(*missing)
+        if own is not None:
+            lost = bool(verify(connection, Topology((), own.queues, ())))
+            if lost and tally.waiting:
+                raise Trouble(_lost(journal, tally))
+            apply(connection, own)
+            journal.has_inbox()
+    except TopologyMismatch as mismatch:
+        raise Trouble(*mismatch.problems) from None
+    return wanted
+
+
+def _lost(journal: Journal, tally: Tally) -> str:
+    batch = journal.facts.batch.id
+    why = (
+        "its inbox is gone (unused for days, or deleted)" if journal.facts.inbox else "it was published without --wait"
+    )
+    return (
+        f"batch {batch}: {why}, so outcomes of the {tally.waiting:,} bills without one may have gone elsewhere; "
+        f"`qris-expire sweep --follow {batch} --republish` publishes those again, under the same ids, and follows them"
+    )
+
+
+def _take_late(amqp: AmqpSettings, journal: Journal) -> None:
+    """Every bill has an outcome; some may have got a better one since, by a redrive."""
+    from worker.core.sweep import inbox_name, read_outcome
+    from worker.shells.amqp.bulk import take
+    from worker.shells.amqp.session import BrokerError, session
+
+    if not journal.facts.inbox or not journal.tally().unresolved:
+        return
+    try:
+        with session(amqp, "sweep") as connection:
+            batch = journal.facts.batch.id
+            for bodies in take(connection, inbox_name(amqp.names, batch), batch):
+                journal.record([told for told in map(read_outcome, bodies) if told is not None])
+    except BrokerError as error:
+        print(f"qris-expire: later outcomes could not be looked for: {error}", file=sys.stderr)
+
+
+def _close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
+    """Deletes it when it has no more to tell; one whose bills may be redriven stays, for as long as queues of its kind
+    do."""
+    from worker.core.sweep import inbox_name
+    from worker.shells.amqp.session import BrokerError, session
+
+    if tally.unresolved:
+        return
+    with suppress(BrokerError), session(amqp, "sweep") as connection:
+        connection.channel().queue_delete(inbox_name(amqp.names, batch))
+
+
+def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: Tally) -> None:
+    facts, lane = journal.facts, amqp.names.queue("sweep")
+    if before.unsent:
+        fresh = f"published {before.unsent:,} bills to {lane} as batch {facts.batch.id}"
+    else:
+        fresh = (
+            f"batch {facts.batch.id} is published already, nothing was sent; another --batch-id sends the input anew"
+        )
+    typer.echo(f"{fresh} ({after.rows:,} rows: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
+
+
+# -- without a broker -----------------------------------------------------------------------------------------------
+
+
+def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
+    """The same engine, from the journal to the gateway."""
+    from worker.app.direct import Direct
+    from worker.app.sweep import Ended
+    from worker.cli.meter import Meter
+    from worker.core.lanes import Lanes
+    from worker.core.ports import TokenUnavailable
+    from worker.core.verdict import Kind
+    from worker.service import SystemClock, calls
+    from worker.shells.amqp.bulk import WINDOW
+    from worker.shells.credentials import CredentialsError
+    from worker.shells.pool import Pool
+
+    before = journal.tally()
+    if before.answered < before.bills:
+        try:
+            made = calls(settings)
+            made.tokens.get()
+        except CredentialsError as error:
+            raise Trouble(str(error), code=INVALID) from None
+        except TokenUnavailable as failure:
+            if failure.verdict.kind is Kind.SYSTEMIC:
+                said = f"the gateway refuses us: {failure.verdict.message}"
+                raise Trouble(f"{said}; see `qris-expire check`", *_afterwards(wish, journal)) from None
+        journal.direct(journal.facts.published + WINDOW)
+        signals.install()
+        with Meter(f"sweep {journal.facts.batch.id}", publish=False) as meter:
+            engine = Direct(
+                journal,
+                made.expire,
+                made.gate,
+                concurrency=settings.worker.concurrency,
+                drain_seconds=settings.worker.drain_seconds,
+                stop=signals.received,
+                chores=_rereading(made),
+                screen=meter,
+                clock=SystemClock(),
+            )
+            pool = Pool(Lanes(settings.worker.concurrency, 1.0), made.gate, engine.work)
+            pool.start()
+            ended = engine.run(pool)
+            pool.stop()
+        if engine.crashes:
+            print(
+                f"qris-expire: {len(engine.crashes)} bills failed unexpectedly: {engine.crashes[0]!r}", file=sys.stderr
+            )
+        if ended is not Ended.DONE:
+            return _interrupted(wish, journal)
+    if wish.report is not None:
+        _write_report(journal, wish.report)
+    return _conclude(journal, journal.tally())
+
+
+def _rereading(made: Any) -> Any:
+    """Takes over mounted secrets that change, as a worker does."""
+    look_at = time.monotonic() + SECRETS_EVERY
+
+    def chores() -> None:
+        nonlocal look_at
+        if time.monotonic() >= look_at:
+            look_at = time.monotonic() + SECRETS_EVERY
+            if made.credentials.refresh():
+                made.tokens.renew()
+
+    return chores
+
+
+# -- the end --------------------------------------------------------------------------------------------------------
+
+
+def _conclude(journal: Journal, tally: Tally) -> int:
+    batch = journal.facts.batch.id
+    print_tally(f"sweep {batch}", tally)
+    if tally.unresolved and journal.facts.inbox:
+        print(
+            f"qris-expire: {tally.unresolved:,} bills are dead letters: `qris-expire dead list`; after a redrive, "
+            f"`qris-expire sweep --follow {batch}` takes in their outcomes",
+            file=sys.stderr,
+        )
+    return 0 if tally.all_expired else 1
+
+
+def _write_report(journal: Journal, path: Path) -> None:
+    """One line for each bill, from the journal; the file appears whole."""
+    from worker.core.sweep import REPORT_COLUMNS, report_row
+    from worker.shells.journal import replacing
+
+    facts = journal.facts
+    with replacing(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(REPORT_COLUMNS)
+        writer.writerows(report_row(facts.batch.id, row, facts.published) for row in journal.rows())
+
+
+def _interrupted(wish: _Wish, journal: Journal) -> int:
+    for line in _afterwards(wish, journal):
+        print(f"qris-expire: {line}", file=sys.stderr)
+    return 143 if signals.names()[:1] == ["SIGTERM"] else INTERRUPTED
+
+
+def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
+    """Where it stands and how to go on."""
+    tally, batch = journal.tally(), journal.facts.batch.id
+    again = ["qris-expire", "sweep", "--follow", batch]
+    again += ["--wait"] if wish.wait and not journal.facts.inbox else []
+    again += ["--direct"] if wish.direct else []
+    again += ["--report", str(wish.report)] if wish.report is not None else []
+    again += ["--state-dir", str(wish.state_dir)] if wish.state_dir is not None else []
+    sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if wish.direct else 'published'}"
+    return [
+        f"{sent}, {tally.answered:,} have an outcome; nothing is lost",
+        f"to go on: {shlex.join(again)}{or_else}",
+    ]

@@ -523,6 +523,17 @@ def test_resumed_sweep_publishes_what_is_left() -> None:
     assert stage.send() == [3, 5]
 
 
+def test_sweep_with_nothing_to_publish_only_follows() -> None:
+    """It is not asked for messages then, and ends all the same."""
+
+    stage = Stage(2, journal=FakeJournal(2, published=2))
+    assert stage.look()
+    stage.sweep.outcomes([outcome_body(bill="1"), outcome_body(bill="2")])
+
+    assert not stage.look()
+    assert stage.sweep.ended is Ended.DONE
+
+
 def test_interrupted_sweep_waits_for_the_confirms_of_what_is_out() -> None:
     """After ctrl-C nothing more goes out; what is out is confirmed, noted, and then it ends."""
 

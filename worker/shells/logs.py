@@ -49,6 +49,8 @@ def configure(format: LogFormat | None = None, level: str = "info", stream: Text
     )
     lowest = max(FOREIGN_LEVEL, logging.getLevelNamesMapping()[level.upper()])
     logging.basicConfig(handlers=[_Foreign(render, lines)], level=lowest, force=True)
+    # pika tells one lost connection in seven errors of several lines; the links tell it in one line of ours.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
 
 

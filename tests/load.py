@@ -3,10 +3,10 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from tests.ledger import Ledger, take_stock
 from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, address, by_way_of, delete_topology, new_prefix
 from tests.waiting import wait_until
-from tests.worker_process import Outcome, Producer, Published, WorkerProcess, command_body
+from tests.worker_process import ROOT, Outcome, Producer, Published, Scrape, WorkerProcess, command_body
 from worker.core.lanes import LANES
 from worker.core.topology import Names
 from worker.sandbox.simulator import Script, Simulator
@@ -31,11 +31,16 @@ CALLS_KEPT = 100_000
 
 
 class Load(threading.Thread):
-    """One producer of one lane: each command is published until it is confirmed, whatever happens to the broker."""
+    """One producer of one lane: each command is published until it is confirmed, whatever happens to the broker.
 
-    def __init__(self, url: str, producer: Producer, lane: str, name: str, per_second: float = PER_SECOND) -> None:
+    `urls` are the nodes of a cluster; when one is lost, the next is tried.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], producer: Producer, lane: str, name: str, per_second: float = PER_SECOND
+    ) -> None:
         super().__init__(name=f"load-{lane}", daemon=True)
-        self._url = url
+        self._urls = cycle(urls)
         self._names = Names(producer.names.prefix)
         self._published = producer.published
         self._lane = lane
@@ -74,7 +79,7 @@ class Load(threading.Thread):
         deadline = time.monotonic() + STAY_SECONDS
         while True:
             try:
-                rabbit = rabbit or Rabbit(self._url)
+                rabbit = rabbit or Rabbit(next(self._urls))
                 rabbit.publish(self._names.commands, self._lane, body, message_id=identity)
             except (pika.exceptions.AMQPError, OSError) as error:
                 if time.monotonic() > deadline:
@@ -150,7 +155,7 @@ def _components(body: str) -> dict[str, str]:
 class Scene:
     """A worker that is ready and has work in both lanes; `network` lies between it and its broker."""
 
-    url: str
+    urls: Sequence[str]
     worker: WorkerProcess
     producer: Producer
     gateway: Simulator
@@ -179,7 +184,7 @@ class Scene:
         for lane in lanes:
             self._started += 1
             bills = f"{lane[0]}{self._started}"
-            load = self.loads[lane] = Load(self.url, self.producer, lane, bills, per_second)
+            load = self.loads[lane] = Load(self.urls, self.producer, lane, bills, per_second)
             load.start()
         for lane in lanes:
             self.more_calls(lane)
@@ -222,6 +227,10 @@ class Scene:
         """Until /readyz says 200 now."""
         self.worker.wait_for(lambda: self.lookout.ready, timeout, "/readyz says 200 again")
 
+    def wait_metric(self, fact: Callable[[Scrape], bool], timeout: float = 20) -> None:
+        """Until this is true of a scrape."""
+        self.worker.wait_for(lambda: fact(self.worker.metrics()), timeout, "the metrics say so")
+
     def lines(self, *events: str) -> list[dict[str, Any]]:
         """The log lines of these events since the test began."""
         return [line for line in self.worker.events()[self._line :] if line["event"] in events]
@@ -255,7 +264,7 @@ class Scene:
         self.unload()
         with suppress(Exception):
             self.producer.rabbit.close()
-        self.producer.rabbit = Rabbit(self.url)
+        self.producer.rabbit = Rabbit(self.urls[0])
         self.producer.listen()
         self.gather(timeout)
         self.wait_ready()
@@ -305,20 +314,28 @@ def under_load(
     lanes: tuple[str, ...] = LANES,
     worker_url: Callable[[str], str] = lambda url: url,
     per_second: float = PER_SECOND,
+    urls: Sequence[str] = (),
     **settings: str | None,
 ) -> Iterator[Scene]:
-    """A worker on a prefix of its own, through a `FaultProxy`; `worker_url` makes its AMQP_URL from the proxy's."""
+    """A worker on a prefix of its own, through a `FaultProxy`; `worker_url` makes its AMQP_URL from the proxy's.
+
+    `urls` of all nodes if `url` belongs to a cluster: then the inbox is replicated, and nothing goes through the proxy.
+    """
     prefix = new_prefix()
     with ExitStack() as stack:
         network = stack.enter_context(FaultProxy(*address(url)))
         gateway = stack.enter_context(Simulator(script or Script(latency=0.01), keep_calls=CALLS_KEPT))
         stack.callback(_forget, url, prefix)
-        through = worker_url(by_way_of(network.port, url))
+        through = ",".join(urls) or worker_url(by_way_of(network.port, url))
         worker = stack.enter_context(WorkerProcess(through, prefix, gateway, directory, **settings))
         worker.wait_ready()
         producer = stack.enter_context(Producer(url, prefix))
+        if urls:
+            producer.rabbit.delete_queue(producer.inbox)
+            producer.rabbit.declare_queue(producer.inbox, "quorum")
+            producer.listen()
         lookout = Lookout(worker)
-        scene = Scene(url, worker, producer, gateway, network, lookout)
+        scene = Scene(urls or [url], worker, producer, gateway, network, lookout)
         stack.callback(_stop_all, scene)
         lookout.start()
         wait_until(lambda: lookout.ready, 10, "the lookout sees it ready")
@@ -327,6 +344,13 @@ def under_load(
         yield scene
         # Exit 0 says again that it was the same process all the time, and that nothing of it hangs.
         worker.stop()
+
+
+def confirm_seconds(directory: Path, seconds: float) -> str:
+    """The PYTHONPATH of a process that waits so long for a confirm. On purpose there is no setting for that."""
+    change = f"import worker.shells.amqp.publisher as publisher\npublisher.CONFIRM_SECONDS = {seconds}\n"
+    (directory / "sitecustomize.py").write_text(change)
+    return f"{directory}:{ROOT}"
 
 
 def _stop_all(scene: Scene) -> None:

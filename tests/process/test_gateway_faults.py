@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from email.utils import formatdate
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.altered import altered
 from tests.ledger import check_books, take_stock
-from tests.rabbit import Rabbit, delete_topology, new_prefix
+from tests.proxy import FaultProxy
+from tests.rabbit import Rabbit, address, by_way_of, delete_topology, new_prefix
 from tests.servers import Authority, Peer, Server, serving
 from tests.waiting import wait_until
 from tests.worker_process import Outcome, Producer, WorkerProcess, working
@@ -56,6 +60,11 @@ def spent(worker: WorkerProcess) -> dict[str, float]:
     return {name: metrics(name) for name in names}
 
 
+def pid_of(worker: WorkerProcess) -> int:
+    assert worker._process is not None
+    return worker._process.pid
+
+
 # -- the breaker: whatever is wrong, it pauses and nothing burns
 
 SENDERS = 4
@@ -74,8 +83,9 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    prefix = new_prefix()
+    prefix, folder = new_prefix(), tmp_path_factory.mktemp("shop")
     settings = {
+        **altered(folder, "import worker.shells.amqp.engine as e; e.LOOK_AGAIN = 0.2"),
         "WORKER_CONCURRENCY": str(SENDERS),
         "BREAKER_FAILURES": "3",
         "BREAKER_COOLDOWN_SECONDS": "0.2",
@@ -83,7 +93,7 @@ def shop(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
     }
     with (
         Simulator(keep_calls=100_000) as gateway,
-        working(amqp_url, prefix, gateway, tmp_path_factory.mktemp("shop"), **settings) as (worker, producer),
+        working(amqp_url, prefix, gateway, folder, **settings) as (worker, producer),
     ):
         yield Shop(gateway, worker, producer)
     delete_topology(amqp_url, prefix)
@@ -119,7 +129,11 @@ TROUBLES = {
 }
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+MAY_TAKE_EFFECT = {"connections reset", "general errors", "a page that says 200"}
+RARE = {"connections reset", "a page that says 200", "bad request"}
+
+
+@pytest.mark.parametrize("trouble", [pytest.param(it, marks=pytest.mark.slow) if it in RARE else it for it in TROUBLES])
 def test_an_outage_pauses_and_spends_nothing(shop: Shop, trouble: str) -> None:
     """The breaker opens: no outcome, dead letter or delayed round while it lasts, bounded unacked, then all expire."""
 
@@ -153,16 +167,18 @@ def test_an_outage_pauses_and_spends_nothing(shop: Shop, trouble: str) -> None:
     if trouble != "connections refused":
         assert all(it.fields["attempts"] == reached[it.fields["billnumber"]] for it in mine)
     assert all(len(it.fields["externalIds"]) == it.fields["attempts"] >= 1 for it in mine)
+    # Nothing was given back and delivered again, either: that would count against the delivery limit.
+    assert any(it.fields["effectUnknown"] for it in mine) == (trouble in MAY_TAKE_EFFECT)
     worker.wait_ready()
-    after = wait_until(lambda: (now := spent(worker))["outcomes_total"] == before["outcomes_total"] + 60 and now, 5, "")
-    assert after == {**before, "outcomes_total": before["outcomes_total"] + 60}
+    ended = {**before, "outcomes_total": before["outcomes_total"] + 60}
+    wait_until(lambda: spent(worker) == ended, 5, "counted")
     assert worker.metrics()("breaker_state") == worker.metrics()("in_flight") == 0
 
 
 # -- the breaker: one outage from a cold start, told by the gateway's own record of calls
 
-LATENCY = 0.3
-COOLDOWN, CEILING = 0.6, 1.5
+LATENCY = 0.2
+COOLDOWN, CEILING = 0.5, 1.2
 PROBES = 5
 
 
@@ -180,10 +196,11 @@ class Outage:
 
 @pytest.fixture(scope="module")
 def outage(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
-    prefix = new_prefix()
+    prefix, folder = new_prefix(), tmp_path_factory.mktemp("outage")
     with Rabbit(amqp_url) as rabbit:
         rabbit.declare(topology(prefix, "quorum", (1, 2)))
     settings = {
+        **altered(folder, "import worker.shells.amqp.engine as e; e.LOOK_AGAIN = 0.1"),
         "WORKER_CONCURRENCY": "16",
         "BREAKER_FAILURES": "3",
         "BREAKER_COOLDOWN_SECONDS": str(COOLDOWN),
@@ -193,7 +210,7 @@ def outage(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with (
         Simulator(broken) as gateway,
         Producer(amqp_url, prefix) as producer,
-        WorkerProcess(amqp_url, prefix, gateway, tmp_path_factory.mktemp("outage"), **settings) as worker,
+        WorkerProcess(amqp_url, prefix, gateway, folder, **settings) as worker,
     ):
         producer.publish_many(bills("b", 60), sweep_every=1, of=3)
         worker.wait_for(lambda: worker.events("breaker.opened"), 20, "it opens")
@@ -226,7 +243,7 @@ def test_it_opens_from_a_cold_start(outage: Outage) -> None:
 def test_probes_go_out_one_at_a_time(outage: Outage) -> None:
     """No probe is sent before the one before it was answered, and its cooldown over."""
 
-    for one, other in zip(outage.probes, outage.probes[1:], strict=False):
+    for one, other in pairwise(outage.probes):
         assert other.at - one.at >= LATENCY + COOLDOWN
 
 
@@ -240,17 +257,17 @@ def test_the_cooldown_doubles_to_its_ceiling(outage: Outage) -> None:
     """It begins with BREAKER_COOLDOWN_SECONDS, doubles with each failed probe, and stays at the maximum."""
 
     at = [outage.opened_at, *(call.at for call in outage.probes)]
-    pauses = [one - LATENCY for one in (b - a for a, b in zip(at, at[1:], strict=False))]
+    pauses = [after - before - LATENCY for before, after in pairwise(at)]
     # The log line that tells of the opening comes a moment after it.
-    assert COOLDOWN - 0.2 <= pauses[0] + LATENCY
+    assert pauses[0] + LATENCY >= COOLDOWN - 0.2
     assert pauses[1] >= 2 * COOLDOWN
     assert min(pauses[2:]) >= CEILING
-    # Doubled on and on, the last would have been nearly ten seconds.
+    # Doubled on and on, the last would have been eight seconds.
     assert max(pauses) < CEILING + SLACK
 
 
 def test_recovery_ramps_up(outage: Outage) -> None:
-    """After the probe that succeeds, one more call at once for each answer: a gateway that comes back is not flooded."""
+    """After the probe that succeeds, each answer lets one more call go at once: who comes back is not flooded."""
 
     first, *others = outage.calls_after
     assert first.at + LATENCY <= others[0].at
@@ -270,8 +287,8 @@ def till(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
     prefix = new_prefix()
     settings = {
         "WORKER_CONCURRENCY": "4",
-        "RETRY_INITIAL_SECONDS": "1",
-        "RETRY_MAX_SECONDS": "1",
+        "RETRY_INITIAL_SECONDS": "0.5",
+        "RETRY_MAX_SECONDS": "0.5",
         "RETRY_DELAYS_SECONDS": "1",
         "BREAKER_FAILURES": "5",
         "BREAKER_COOLDOWN_SECONDS": "0.5",
@@ -290,7 +307,7 @@ def test_a_bad_bill_among_good_ones_opens_nothing(till: Shop) -> None:
 
     producer = till.producer
     bad = producer.publish("bad-1")
-    waits = []
+    waits: list[float] = []
     while not any(outcome.command_id == bad.id for outcome in producer.outcomes):
         began = time.monotonic()
         assert len(waits) < 5000, "the bad bill does not end"
@@ -319,6 +336,86 @@ def test_the_next_good_command_closes_what_a_bad_bill_alone_has_opened(till: Sho
     assert producer.of(bad, 20).fields["reason"] == "retries_exhausted"
 
 
+# -- the breaker and the broker
+
+
+def test_what_is_on_its_way_when_it_opens_is_kept(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Deliveries under way while consumption is being paused are kept: sent back, they would count as redelivered."""
+
+    settings = {"BREAKER_FAILURES": "3", "BREAKER_COOLDOWN_SECONDS": "0.5", "BREAKER_MAX_COOLDOWN_SECONDS": "0.5"}
+    with (
+        FaultProxy(*address(amqp_url)) as proxy,
+        Simulator() as gateway,
+        WorkerProcess(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path, **settings) as worker,
+    ):
+        worker.wait_ready()
+        with Producer(amqp_url, prefix) as producer:
+            proxy.latency(0.05)
+            producer.publish_many(bills("b", 200), sweep_every=1, of=2)
+            for outages in range(1, 3):
+                producer.collect(60, 20)
+                gateway.replace(always(Fault(code="4019300")))
+                worker.wait_for(lambda n=outages: len(worker.events("breaker.opened")) == n, 10, "it opens")
+                gateway.replace(Script())
+                worker.wait_for(lambda n=outages: len(worker.events("breaker.closed")) == n, 10, "it closes")
+            producer.collect_all(30)
+            worker.stop()
+            check_books(producer, all_ended=True, no_duplicates=True)
+            # A refused signature takes no effect; only a delivery that came back makes it unknown.
+            assert [it.command_id for it in producer.outcomes if it.fields["effectUnknown"]] == []
+
+
+def test_recovery_does_not_wait_for_what_the_broker_took_back(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """A connection lost while the breaker is open: the next probe is a command that is still ours, and closes it."""
+
+    settings = {
+        "WORKER_CONCURRENCY": "16",
+        "BREAKER_FAILURES": "3",
+        "BREAKER_COOLDOWN_SECONDS": "1",
+        "BREAKER_MAX_COOLDOWN_SECONDS": "1",
+    }
+    with (
+        FaultProxy(*address(amqp_url)) as proxy,
+        Simulator(always(Fault(code="5009300"))) as gateway,
+        WorkerProcess(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path, **settings) as worker,
+    ):
+        worker.wait_ready()
+        with Producer(amqp_url, prefix) as producer:
+            producer.publish_many(bills("b", 80), sweep_every=1, of=2)
+            worker.wait_for(lambda: worker.events("breaker.opened"), 10, "it opens")
+            proxy.reset_all()
+            worker.wait_for(lambda: worker.metrics()("broker_reconnects_total") == 1, 10, "it is back")
+            gateway.replace(Script())
+            began = time.monotonic()
+            worker.wait_for(lambda: worker.events("breaker.closed"), 20, "it closes")
+            assert time.monotonic() - began < 1 + 1 + SLACK
+            producer.collect_all(20)
+            worker.stop()
+            books = check_books(producer, all_ended=True, no_duplicates=True)
+            calls = gateway.report().calls_by_bill
+            assert all(it.fields["attempts"] == calls[it.fields["billnumber"]] for it in books.outcomes)
+
+
+def test_what_the_broker_took_back_is_not_given_back_again(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """A connection lost while the breaker is open, then SIGTERM: each command is in its lane once, not twice."""
+
+    settings = {"BREAKER_FAILURES": "3", "BREAKER_COOLDOWN_SECONDS": "60", "BREAKER_MAX_COOLDOWN_SECONDS": "60"}
+    with (
+        FaultProxy(*address(amqp_url)) as proxy,
+        Simulator(always(Fault(code="5009300"))) as gateway,
+        WorkerProcess(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path, **settings) as worker,
+    ):
+        worker.wait_ready()
+        with Producer(amqp_url, prefix) as producer:
+            producer.publish_many(bills("b", 40), sweep_every=1, of=2)
+            worker.wait_for(lambda: worker.events("breaker.opened"), 10, "it opens")
+            proxy.reset_all()
+            worker.wait_for(lambda: worker.metrics()("broker_reconnects_total") == 1, 10, "it is back")
+            worker.stop()
+            assert sum(producer.rabbit.depth(producer.names.queue(lane)) for lane in LANES) == 40
+            assert len(take_stock(producer).check().waiting) == 40
+
+
 # -- the breaker, for longer than a delivery may be kept
 
 
@@ -344,18 +441,15 @@ def test_an_outage_longer_than_the_hold_limit_returns_commands(amqp_url: str, pr
             messages = producer.rabbit.look(lane)
             returned = [message for message in messages if "qris-hop" in (message.properties.headers or {})]
             # They are behind those that were never taken.
-            assert messages[-len(returned) :] == returned
+            assert messages[len(messages) - len(returned) :] == returned
             assert len(returned) >= 3
-            for message in returned:
+            for message in messages:
                 assert not message.redelivered
-                assert message.properties.headers.get("x-delivery-count", 0) == 0
+                assert (message.properties.headers or {}).get("x-delivery-count", 0) == 0
+            for message in returned:
                 called = calls.get(json.loads(message.body)["billnumber"], 0)
                 assert message.properties.headers["qris-attempts"] == called
         assert set(spent(worker).values()) == {0}
-        assert worker.metrics()("commands_total") == 40 - sum(
-            len(messages)
-            for messages in ([m for m in producer.rabbit.look(q) if not m.properties.headers] for q in lanes)
-        )
         worker.stop()
         gateway.replace(Script())
         worker.start()
@@ -389,11 +483,10 @@ class Vault:
 
     def is_kept(self, variable: str) -> None:
         """It has seen the broken file, says which, and works with what it had."""
-        worker, known = self.shop.worker, len(self.shop.worker.events("credentials.kept"))
-        if known == 0:
-            worker.wait_for(lambda: worker.events("credentials.kept"), 10, "it says that the file is no good")
-        assert variable in worker.events("credentials.kept")[-1]["reason"]
-        producer = self.shop.producer
+        worker, producer = self.shop.worker, self.shop.producer
+        worker.wait_for(
+            lambda: any(variable in line["reason"] for line in worker.events("credentials.kept")), 10, "it says so"
+        )
         assert producer.of(producer.publish(f"kept-{variable}")).fields["status"] == "expired"
 
     def recovers(self, name: str, mend: Callable[[], None]) -> None:
@@ -427,8 +520,7 @@ def vault(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
         gateway = stack.enter_context(Simulator())
 
         def pass_on(peer: Peer) -> None:
-            address = ("127.0.0.1", gateway.port)
-            with __import__("socket").create_connection(address) as upstream:
+            with socket.create_connection(("127.0.0.1", gateway.port)) as upstream:
                 behind = Peer(upstream, 0)
                 while (asked := peer.request()) is not None:
                     behind.send(asked)
@@ -445,6 +537,7 @@ def vault(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
                 peer.sock.close()
 
         settings: dict[str, str | None] = {
+            **altered(folder, "import worker.service as s; s.SECRETS_EVERY = 0.3"),
             "GATEWAY_BASE_URL": f"https://127.0.0.1:{server.port}/v1.0",
             "GATEWAY_CA_FILE": str(ca),
             "GATEWAY_CLIENT_SECRET": None,
@@ -504,7 +597,7 @@ def test_a_rotated_broker_password_is_taken_over(fresh: PrivateBroker, tmp_path:
 
     def mount(content: str) -> None:
         (tmp_path / "new").write_text(content)
-        os.replace(tmp_path / "new", file)
+        (tmp_path / "new").replace(file)
 
     mount(url("first-password") + "\n")
     with (
@@ -563,21 +656,21 @@ def test_a_throttled_answer_holds_every_sender(shop: Shop, form: str) -> None:
     held = [outcome for outcome in producer.outcomes if outcome.command_id in ours]
     assert {(it.fields["status"], it.fields["attempts"]) for it in held} == {("expired", 1)}
     worker.wait_ready()
-    after = wait_until(lambda: (now := spent(worker))["outcomes_total"] == before["outcomes_total"] + 41 and now, 5, "")
-    assert after["delayed_retries_total"] == before["delayed_retries_total"]
+    ended = {**before, "outcomes_total": before["outcomes_total"] + 41}
+    wait_until(lambda: spent(worker) == ended, 5, "counted")
 
 
 def test_a_wait_beyond_the_budget_is_spent_in_the_broker(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """A Retry-After longer than the budget: the command goes to the shortest retry queue that covers it."""
 
-    script = Script(patterns=(Pattern("^slow", (Fault(code="4299300", retry_after="3"),)),))
-    settings = {"RETRY_BUDGET_SECONDS": "1", "RETRY_DELAYS_SECONDS": "1,2,5,30"}
+    script = Script(patterns=(Pattern("^slow", (Fault(code="4299300", retry_after="2"),)),))
+    settings = {"RETRY_BUDGET_SECONDS": "1", "RETRY_DELAYS_SECONDS": "1,3,30"}
     with (
         Simulator(script) as gateway,
         working(amqp_url, prefix, gateway, tmp_path, **settings) as (worker, producer),
     ):
         slow = producer.publish("slow-1")
-        waiting = producer.names.retry("cancellation", 5)
+        waiting = producer.names.retry("cancellation", 3)
         wait_until(lambda: producer.rabbit.depth(waiting) == 1, 5, "it waits in the broker")
         held = producer.publish("held-1")
         assert producer.of(held).fields["attempts"] == 1
@@ -585,14 +678,19 @@ def test_a_wait_beyond_the_budget_is_spent_in_the_broker(amqp_url: str, prefix: 
         assert (fields["status"], fields["attempts"]) == ("expired", 2)
         calls = gateway.report().calls
         assert [call.billnumber for call in calls] == ["slow-1", "held-1", "slow-1"]
-        assert calls[1].at - calls[0].at >= 2.9
-        assert calls[2].at - calls[0].at >= 4.9
+        assert calls[1].at - calls[0].at >= 1.9
+        assert calls[2].at - calls[0].at >= 2.9
         assert worker.metrics()("delayed_retries_total") == 1
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
 
 
 RATE = 40
+
+
+def signed_at(call: Call) -> float:
+    """When the worker made it, to the millisecond: an arrival is also late by what the simulator's machine does."""
+    return datetime.strptime(call.external_id[:17] + "000+0700", "%Y%m%d%H%M%S%f%z").timestamp()
 
 
 def test_the_rate_limit_is_kept(amqp_url: str, prefix: str, tmp_path: Path) -> None:
@@ -613,7 +711,7 @@ def test_the_rate_limit_is_kept(amqp_url: str, prefix: str, tmp_path: Path) -> N
         producer.collect_all(20)
         worker.stop()
         calls = gateway.report().calls
-    at = [call.at for call in calls]
+    at = sorted(map(signed_at, calls))
     assert len(at) == 180
     assert (len(at) - 1) / (at[-1] - at[0]) == pytest.approx(RATE, rel=0.05)
     for number, first in enumerate(at):
@@ -622,8 +720,27 @@ def test_the_rate_limit_is_kept(amqp_url: str, prefix: str, tmp_path: Path) -> N
     last = len(queued) - queued[::-1].index("urgent")
     # Every eighth turn is the sweep's, and what came while they were being published.
     assert queued[:last].count("sweep") <= 20 / 7 + 1 + (published - urgent) * RATE + 2
-    check = [call for call in calls if call.answer != "2009300"]
-    assert check == []
+    assert {call.answer for call in calls} == {"2009300"}
+
+
+def test_a_stalled_process_does_not_make_up_for_lost_time_at_once(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Stopped for a second and continued, as by a throttled CPU: its senders do not all call in the same moment."""
+
+    limit = {"GATEWAY_MAX_REQUESTS_PER_SECOND": str(RATE), "WORKER_CONCURRENCY": "32"}
+    with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **limit) as (worker, producer):
+        producer.publish_many(bills("b", 100))
+        producer.collect(20, 10)
+        os.killpg(pid_of(worker), signal.SIGSTOP)
+        seen = gateway.report().expire_calls
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() - began > 1, 5, "a second passes")
+        assert gateway.report().expire_calls <= seen + 1
+        os.killpg(pid_of(worker), signal.SIGCONT)
+        producer.collect_all(20)
+        at = sorted(map(signed_at, gateway.report().calls))
+        for number, first in enumerate(at):
+            # All 32 at once, and then the usual, would be more than fifty.
+            assert sum(first <= other < first + 0.5 for other in at[number:]) <= RATE * 0.5 * 1.05 + 5
 
 
 # -- clocks and tokens

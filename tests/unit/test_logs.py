@@ -121,16 +121,17 @@ def test_long_traceback_keeps_its_end() -> None:
 
 
 def test_libraries_log_in_the_same_form_from_warning_on() -> None:
-    """pika's and urllib3's warnings come as JSON lines, without passwords; their chatter does not."""
+    """urllib3's warnings come as JSON lines, without passwords; its chatter and all of pika's does not."""
 
     stream = io.StringIO()
     logs.configure("json", "debug", stream)
 
-    logging.getLogger("pika.adapters").info("chatter")
-    logging.getLogger("pika.adapters").warning("lost %s", "amqp://guest:hunter2@host")
+    logging.getLogger("pika.adapters").error("seven lines for one lost connection")
+    logging.getLogger("urllib3.connectionpool").info("chatter")
+    logging.getLogger("urllib3.connectionpool").warning("lost %s", "amqp://guest:hunter2@host")
 
     (line,) = lines(stream)
-    assert (line["level"], line["logger"]) == ("warning", "pika.adapters")
+    assert (line["level"], line["logger"]) == ("warning", "urllib3.connectionpool")
     assert line["event"] == "lost amqp://***@host"
 
 

@@ -1,4 +1,4 @@
-"""A sweep's pure part: rows of every shape, ids, outcomes that come late or twice, the sum, and the use case on fakes."""
+"""A sweep's pure part: rows of every shape, ids, outcomes late or twice, the sum; and the use case on fakes."""
 
 from __future__ import annotations
 
@@ -310,7 +310,9 @@ def outcome_body(reason: Reason = Reason.SUCCESS, at: float = NOON, bill: str = 
 
 def made(reason: Reason, at: float, bill: str, merchant: str) -> Outcome:
     identity = command_id(BATCH.id, bill, merchant)
-    return outcome(reason, command_id=identity, billnumber=bill, merchant_id=merchant, completed_at=at, batch_id=BATCH.id)
+    return outcome(
+        reason, command_id=identity, billnumber=bill, merchant_id=merchant, completed_at=at, batch_id=BATCH.id
+    )
 
 
 def test_outcome_is_read_as_it_is_told() -> None:

@@ -1,7 +1,7 @@
 """What people do with dead letters: look, bring back, delete. Every step can be cut off without a loss.
 
-All of it works on what was there when it began. A queue can only be read from its head, so whatever is not wanted is
-held unacked until the end, and then lies where it was, in its order.
+All of it works on what was there when it began, and takes all of that in hand first: only so does the rest keep its
+order (see the broker's side). Bodies are not kept, so it takes little memory, and a few seconds for each 100,000.
 """
 
 from __future__ import annotations
@@ -18,23 +18,19 @@ from worker.core.outcome import Status
 from worker.core.ports import Clock
 from worker.core.topology import Names
 
-MAX_RUNG: Final = 65_535
-"""The most that one consumer may hold: AMQP counts the prefetch in 16 bits."""
-MAX_RUNGS: Final = 24
-"""The most consumers that hold something at a time. RabbitMQ 3.10 returns a channel's messages consumer by consumer, in
-the order of their tags up to 32 consumers and in none beyond (measured)."""
-SMALL_RUNG: Final = 5000
-"""Messages asked for at a time when looking: what is asked for must arrive before it can be given back in order."""
+KEPT: Final = 20_000
+"""The most commands brought back in one pass over the queue: the most whose bodies are in memory at a time."""
+KEPT_BYTES: Final = 32 * 1024 * 1024
+"""The most of their bodies; what goes beyond is left to the next pass."""
 WINDOW: Final = 500
-"""Commands brought back at a time, as a rule; a crash leaves at most about so many in both queues."""
-WINDOW_BYTES: Final = 32 * 1024 * 1024
-"""The most of their bodies in memory at a time; what goes beyond is taken later."""
+"""Commands on their way without a confirm; a crash leaves at most so many in both queues."""
 HOLD_SECONDS: Final = 600.0
 """Held so long, everything is given back and taken anew: the broker takes messages away after 30 minutes."""
 AHEAD: Final = 200
 """Commands on their way without an outcome while failures are watched: what can go wrong before it is noticed."""
 SAMPLE: Final = 20
 """Outcomes before a percentage means anything."""
+SHOW_EVERY: Final = 1000
 SLICE: Final = 0.2  # seconds between two looks at the clock and at the signals
 
 
@@ -61,8 +57,8 @@ class Parked(Protocol):
     def count(self) -> int:
         """How many lie there and are not held."""
 
-    def hold(self, count: int, each: Callable[[Held], None]) -> int:
-        """Takes exactly the next ``count`` in hand, or all if fewer are left; how many came."""
+    def hold(self, count: int, each: Callable[[Held], None]) -> None:
+        """Takes the first ``count``, which are there, in hand, in order. Once, then they are to be given back."""
 
     def remove(self, numbers: Iterable[int]) -> None:
         """Deletes what is held; returns when the broker has done it."""
@@ -70,8 +66,8 @@ class Parked(Protocol):
     def publish(self, message: Message, number: int) -> bool:
         """Publishes, and deletes the held message when the broker has confirmed. False: it cannot be encoded."""
 
-    def settle(self) -> None:
-        """Waits until everything published is confirmed and deleted, or refused."""
+    def settle(self, most: int) -> None:
+        """Waits until no more than ``most`` of what was published are neither confirmed and deleted, nor refused."""
 
     @property
     def moved(self) -> int:
@@ -104,38 +100,32 @@ Show = Callable[[int, int], None]
 # -- looking --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """How a look ended: so many were there, so many were seen."""
-
-    there: int
-    seen: int
-    stopped: bool
+def look(parked: Parked, each: Callable[[Held], None], *, show: Show) -> int:
+    """Shows every dead letter to ``each``, in their order; they stay. How many there are."""
+    seen = _hold_all(parked, each, show)
+    parked.give_back()
+    return seen
 
 
-def look(parked: Parked, each: Callable[[Held], None], *, stop: Stop, show: Show, give_back: bool = True) -> Looked:
-    """Shows every dead letter to ``each``, the oldest place first; they stay, in their order."""
-    there = parked.count()
-    rung = min(MAX_RUNG, max(SMALL_RUNG, -(-there // MAX_RUNGS)))
-    seen = 0
-    for _ in range(MAX_RUNGS):
-        if seen >= there or stop():
-            break
-        wanted = min(rung, there - seen)
-        came = parked.hold(wanted, each)
-        seen += came
-        show(seen, seen)
-        if came < wanted:
-            break  # somebody else took the rest
-    if give_back:
-        parked.give_back()
-    return Looked(there, seen, bool(stop()) and seen < there)
+def _hold_all(parked: Parked, each: Callable[[Held], None], show: Show) -> int:
+    there, seen = parked.count(), 0
+
+    def one(held: Held) -> None:
+        nonlocal seen
+        each(held)
+        seen += 1
+        if seen % SHOW_EVERY == 0:
+            show(seen, seen)
+
+    if there:
+        parked.hold(there, one)
+    return there
 
 
 def purge(
     parked: Parked, wanted: Callable[[Held], bool], sure: Callable[[int], bool], *, stop: Stop, show: Show
-) -> tuple[Looked, int, int]:
-    """Deletes those that are ``wanted`` if people are ``sure`` of their number. The look, how many match, are deleted.
+) -> tuple[int, int, int]:
+    """Deletes those that are ``wanted`` if people are ``sure`` of their number. How many are there, match, are deleted.
 
     All are held while people think: what is deleted is what was counted.
     """
@@ -145,13 +135,13 @@ def purge(
         if wanted(held):
             numbers.append(held.number)
 
-    looked = look(parked, each, stop=stop, show=show, give_back=False)
+    there = _hold_all(parked, each, show)
     removed = 0
     if numbers and not stop() and sure(len(numbers)) and not stop():
         parked.remove(numbers)
         removed = len(numbers)
     parked.give_back()
-    return looked, len(numbers), removed
+    return there, len(numbers), removed
 
 
 # -- bringing back --------------------------------------------------------------------------------------------------
@@ -230,9 +220,7 @@ class Redrive:
         self._show = show
         self._each = each
         self._watching = order.canary > 0 or order.stop_at_failures is not None
-        self._position = 0  # in this pass over the queue
-        self._skip = 0  # so many at the head were seen in an earlier pass
-        self._window = WINDOW
+        self._first_pass = True
         self._sent = 0
         self._left_out = False  # a match stays behind that is to be taken in another pass
         self._waiting: Counter[str] = Counter()  # commands without an outcome
@@ -269,74 +257,53 @@ class Redrive:
         return exhausted or self._sent >= goal
 
     def _pass(self, goal: int) -> bool:
-        """From the head on. Whether all that was there was dealt with."""
-        began, moved = self._clock.monotonic(), self._parked.moved
-        left = self.report.there - moved
-        self._position, self._left_out = 0, False
-        rungs = 0
-        try:
-            while left and rungs < MAX_RUNGS and self._clock.monotonic() - began < HOLD_SECONDS:
-                wanted = min(left, self._rung())
-                chosen: list[tuple[Held, DeadLetter]] = []
-                came = self._choose(wanted, chosen)
-                left = left - came if came == wanted else 0  # somebody else took the rest
-                sent = self._send(chosen, goal)
-                rungs += sent < came  # one that holds nothing any more is gone
-                if not self._going or self._sent >= goal:
-                    self._left_out = self._left_out or sent < len(chosen)
-                    break
-        finally:
-            self.report.redriven = self._parked.moved
-            self._skip = max(self._position, self._skip) - (self._parked.moved - moved)
-        self._parked.give_back()
-        return not left and not self._left_out
-
-    def _rung(self) -> int:
-        """How many to take in hand: beyond those known, as many as leave a window's worth to be sent."""
-        return min(MAX_RUNG, max(0, self._skip - self._position) + self._window)
-
-    def _choose(self, wanted: int, chosen: list[tuple[Held, DeadLetter]]) -> int:
+        """Takes all in hand, sends what it keeps of it, gives the rest back. Whether all was dealt with."""
+        chosen: list[tuple[Held, DeadLetter]] = []
         size = 0
+        self._left_out = False
 
         def sort(held: Held) -> None:
             nonlocal size
             letter = self._sort(held)
-            if letter is None:
+            if letter is None or len(chosen) >= goal - self._sent:
                 return
             size += len(held.parcel.body)
-            if chosen and size > WINDOW_BYTES:
-                self._left_out = True
-            else:
+            if len(chosen) < KEPT and (size <= KEPT_BYTES or not chosen):
                 chosen.append((held, letter))
+            else:
+                self._left_out = True
 
-        came = self._parked.hold(wanted, sort)
-        if self._order.rate:  # a slow one takes a minute's worth in hand: what is in hand grows old
-            self._window = max(1, min(WINDOW, int(self._order.rate * 60)))
-        elif len(chosen) < WINDOW // 2:
-            self._window = min(SMALL_RUNG, self._window * 2)
-        elif len(chosen) > WINDOW:
-            self._window = max(WINDOW, self._window // 2)
-        return came
+        sent, left = self._sent, self.report.there - self._parked.moved
+        if left:
+            self._parked.hold(left, sort)
+            self._first_pass = False
+            try:
+                self._send(chosen)
+            finally:
+                self.report.redriven = self._parked.moved
+            self._parked.give_back()
+        return not self._left_out or self._sent == sent  # what cannot be sent now cannot be sent in the next pass
 
     def _sort(self, held: Held) -> DeadLetter | None:
         """The letter if it is to be brought back. Each is counted once, however many passes see it."""
         letter = read(self._names, held.parcel)
-        first = self._position >= self._skip
-        self._position += 1
-        self.report.seen += first
-        if not self._order.filter.matches(letter):
-            return None
-        if first:
-            self.report.matching += 1
-            self.report.homeless += letter.lane is None
-            self._each(letter)
-        return None if letter.lane is None else letter
+        matches = self._order.filter.matches(letter)
+        if self._first_pass:
+            self.report.seen += 1
+            if self.report.seen % SHOW_EVERY == 0:
+                self._show(self.report.seen, 0)
+            if matches:
+                self.report.matching += 1
+                self.report.homeless += letter.lane is None
+                self._each(letter)
+        return letter if matches and letter.lane is not None else None
 
-    def _send(self, chosen: list[tuple[Held, DeadLetter]], goal: int) -> int:
-        """How many of them left; when it returns, they are at the lane and nowhere else."""
-        before = self._parked.moved
+    def _send(self, chosen: list[tuple[Held, DeadLetter]]) -> None:
+        """When it returns, what was sent is at its lane and nowhere else."""
+        give_back_at = self._clock.monotonic() + HOLD_SECONDS
         for held, letter in chosen:
-            if self._sent >= goal or not self._may_go():
+            if not self._may_go() or self._clock.monotonic() > give_back_at:
+                self._left_out = True
                 break
             if not self._parked.publish(redriven(self._names, letter, held.parcel, self._hop()), held.number):
                 self.report.homeless += 1
@@ -344,16 +311,17 @@ class Redrive:
             self._sent += 1
             if self._watching:
                 self._waiting[letter.command_id] += 1
-        self._parked.settle()
+        self._parked.settle(0)
         self._note_refusal()
         self._show(self.report.seen, self._parked.moved)
-        return self._parked.moved - before
 
     # -- how carefully
 
     def _may_go(self) -> bool:
         """Waits for the rate, and for outcomes if they are watched. False: no more."""
+        self._parked.settle(WINDOW)
         self._note_refusal()
+        self._show(self.report.seen, self._parked.moved)
         if self._order.rate:
             self._pace()
         if self._order.stop_at_failures is not None and self._watching:
@@ -410,9 +378,7 @@ class Redrive:
             self.report.ended, self.report.why = Ended.REFUSED, self._parked.refused
 
 
-def rehearse(
-    parked: Parked, names: Names, order: Order, *, stop: Stop, show: Show, each: Callable[[DeadLetter], None]
-) -> Report:
+def rehearse(parked: Parked, names: Names, order: Order, *, show: Show, each: Callable[[DeadLetter], None]) -> Report:
     """What a redrive would do; nothing is sent. ``each`` sees what would be brought back."""
     report = Report()
 
@@ -425,7 +391,5 @@ def rehearse(
             elif order.limit is None or report.matching - report.homeless <= order.limit:
                 each(letter)
 
-    looked = look(parked, sort, stop=stop, show=show)
-    report.there, report.seen = looked.there, looked.seen
-    report.ended = Ended.STOPPED if looked.stopped else Ended.DONE
+    report.there = report.seen = look(parked, sort, show=show)
     return report

@@ -61,6 +61,9 @@ class SendersGate:
         with self._lock:
             wait = self._pacer.reserve(self._clock.monotonic())
         self.sleep(wait)
+        with self._lock:
+            wait = self._pacer.depart(self._clock.monotonic())
+        self.sleep(wait)
 
     def enter(self, *, probe: bool, paced: bool) -> None:
         """See `Gate`. Held comes before the rate limit's wait and after it: a hold may begin meanwhile."""

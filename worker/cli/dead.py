@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import sys
@@ -34,7 +35,7 @@ from worker.core.dead_letter import (
 from worker.core.lanes import CANCELLATION, SWEEP
 
 if TYPE_CHECKING:
-    from worker.app.dead_letters import Held, Looked, Report
+    from worker.app.dead_letters import Held, Report
     from worker.settings import AmqpSettings
     from worker.shells.amqp.parked import ParkedLetters
 
@@ -42,7 +43,7 @@ LINE_EVERY: Final = 5.0  # seconds between two lines of progress where there is 
 PIPE_WIDTH: Final = 200  # a pipe has no width, and lines that are searched must not be folded
 WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
 MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
-NOW: Final = 60.0  # seconds up to which something has just happened
+SLOWEST: Final = 0.01  # per second: what is held must be given back now and then
 
 
 class Lane(StrEnum):
@@ -93,11 +94,11 @@ def list_(
             if len(rows) < limit:
                 rows.append(letter)
 
-    looked = _look(amqp, "list", each)
+    total = _look(amqp, "list", each)
     if as_data:
-        typer.echo(json.dumps(_listing(amqp, looked, census, rows), indent=2))
+        typer.echo(json.dumps(_listing(amqp, total, census, rows), indent=2))
     else:
-        _print_list(amqp, looked, census, rows)
+        _print_list(amqp, total, census, rows)
     _hint(chosen, census, there)
     return 0
 
@@ -125,9 +126,9 @@ def show(
             else:
                 found.append((letter, held))
 
-    looked = _look(amqp, "show", each)
+    total = _look(amqp, "show", each)
     if not found:
-        raise Trouble(f"no dead letter of {looked.seen:,} has the id {message_id}; `qris-expire dead list` shows them")
+        raise Trouble(f"no dead letter of {total:,} has the id {message_id}; `qris-expire dead list` shows them")
     for number, (letter, held) in enumerate(found, 1):
         if as_data:
             typer.echo(json.dumps(export_json(letter, held.parcel)))
@@ -171,12 +172,13 @@ def redrive(
     from worker.app.dead_letters import Order, Redrive, rehearse
 
     amqp, chosen = _begin(reason, lane, before, batch, bill)
+    if 0 < rate < SLOWEST:
+        raise Trouble(f"--rate: at least {SLOWEST:g} per second, or 0 for no limit", code=INVALID)
     order = Order(chosen, limit, rate, canary, stop_at_failures, timeout)
     census = Census(time.time())
     if dry_run:
         with _parked(amqp, "redrive --dry-run") as parked, _Progress(parked, "looking") as progress:
-            report = rehearse(parked, amqp.names, order, stop=signals.received, show=progress.show, each=census.add)
-        _leave_if(report.ended.value == "stopped")
+            report = rehearse(parked, amqp.names, order, show=progress.show, each=census.add)
         _print_rehearsal(report, census)
         return 0
     with _parked(amqp, "redrive", alone=True) as parked, _Progress(parked, "redriving") as progress:
@@ -221,8 +223,8 @@ def export(
                 sink.write(json.dumps(export_json(letter, held.parcel), separators=(",", ":")) + "\n")
                 written += 1
 
-        looked = _look(amqp, "export", each)
-    _note(f"{written:,} of {looked.seen:,} dead letters written{f' to {output}' if output else ''}")
+        total = _look(amqp, "export", each)
+    _note(f"{written:,} of {total:,} dead letters written{f' to {output}' if output else ''}")
     return 0
 
 
@@ -253,17 +255,18 @@ def purge(
 
         parked_there = parked.count()
         with _audit("dead.purge", chosen, lambda: {"matching": matching, "removed": removed}):
-            looked, matching, removed = dead_letters.purge(
+            total, matching, removed = dead_letters.purge(
                 parked,
                 lambda held: chosen.matches(read(amqp.names, held.parcel)),
                 sure,
                 stop=signals.received,
                 show=progress.show,
             )
-    _leave_if(removed < matching and signals.received() > 0)
+    if removed < matching and signals.received():
+        raise Trouble("stopped; nothing was deleted", code=INTERRUPTED)
     if removed < matching:
         raise Trouble(f"nothing was deleted; {matching:,} dead letters match")
-    typer.echo(f"deleted {removed:,} of {looked.there:,} dead letters")
+    typer.echo(f"deleted {removed:,} of {total:,} dead letters")
     return 0
 
 
@@ -289,6 +292,7 @@ def _begin(
     except SettingsError as error:
         raise Trouble(*error.problems, code=INVALID) from None
     signals.install()
+    logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # what it says of the broker's refusals, we say in a line
     chosen = Filter(
         frozenset(reason or ()),
         frozenset(each.value for each in lane or ()),
@@ -301,31 +305,24 @@ def _begin(
 
 @contextmanager
 def _parked(amqp: AmqpSettings, what: str, *, alone: bool = False) -> Iterator[ParkedLetters]:
-    from worker.shells.amqp.parked import ParkedLetters
+    from worker.shells.amqp.parked import Interrupted, ParkedLetters
     from worker.shells.amqp.session import BrokerError
 
     try:
         with ParkedLetters(amqp, what, stop=signals.received, alone=alone) as parked:
             yield parked
+    except Interrupted:
+        raise Trouble("stopped; nothing is lost, what was not moved is where it was", code=INTERRUPTED) from None
     except BrokerError as error:
         raise Trouble(str(error)) from None
 
 
-def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None]) -> Looked:
-    """Shows every dead letter to ``each``."""
+def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None]) -> int:
+    """Shows every dead letter to ``each``; how many there are."""
     from worker.app.dead_letters import look
 
     with _parked(amqp, what) as parked, _Progress(parked, "looking") as progress:
-        looked = look(parked, each, stop=signals.received, show=progress.show)
-    _leave_if(looked.stopped)
-    if looked.seen < looked.there:
-        _note(f"only {looked.seen:,} of {looked.there:,} dead letters could be looked at")
-    return looked
-
-
-def _leave_if(stopped: bool) -> None:
-    if stopped:
-        raise Trouble("stopped; the dead letters are where they were", code=INTERRUPTED)
+        return look(parked, each, show=progress.show)
 
 
 class _Clock:
@@ -535,11 +532,11 @@ def _print_rehearsal(report: Report, census: Census) -> None:
         _note(f"{report.homeless:,} match and would stay: their lane is not known")
 
 
-def _listing(amqp: AmqpSettings, looked: Looked, census: Census, rows: list[DeadLetter]) -> dict[str, Any]:
+def _listing(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> dict[str, Any]:
     names = [*(f"under {name}" for name, _ in AGES), "older"]
     return {
         "queue": amqp.names.dead,
-        "total": looked.seen,
+        "total": total,
         "matching": census.total.count,
         "counts": [
             {"reason": reason, "lane": lane, "count": kind.count, "ages": dict(zip(names, kind.ages, strict=True))}
@@ -564,10 +561,10 @@ def _console() -> Any:
     return console
 
 
-def _print_list(amqp: AmqpSettings, looked: Looked, census: Census, rows: list[DeadLetter]) -> None:
+def _print_list(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> None:
     console = _console()
     count = census.total.count
-    some = f"{count:,} of {looked.seen:,}" if count != looked.seen else f"{count:,}"
+    some = f"{count:,} of {total:,}" if count != total else f"{count:,}"
     console.print(f"{some} dead letters in {amqp.names.dead}", markup=False, soft_wrap=True)
     if not count:
         return

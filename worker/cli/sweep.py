@@ -527,7 +527,7 @@ def _conclude(journal: Journal, tally: Tally) -> int:
     print_tally(f"sweep {batch}", tally)
     if tally.unresolved and journal.facts.inbox:
         print(
-            f"qris-expire: {tally.unresolved:,} bills are dead letters: `qris-expire dead list`; after a redrive, "
+            f"qris-expire: {tally.unresolved:,} of them are dead letters: `qris-expire dead list`; after a redrive, "
             f"`qris-expire sweep --follow {batch}` takes in their outcomes",
             file=sys.stderr,
         )

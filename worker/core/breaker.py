@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
 from worker.core.verdict import Kind
 
@@ -102,12 +103,21 @@ class Throttle:
         return now < self.until
 
 
+CATCH_UP: Final = 1.05
+
+
 @dataclass(slots=True)
 class Pacer:
-    """At most ``rate`` calls in any second, evenly spaced: a partner's limit counts bursts too. 0: no limit."""
+    """At most ``rate`` calls in any second, evenly spaced: a partner's limit counts bursts too. 0: no limit.
+
+    A caller takes a slot, waits for it, then waits for its departure. The second step is for a process that was stopped
+    for a moment (CPU throttling, a migrated machine): all its callers wake up at once, and would make up for it at once.
+    They go `CATCH_UP` times as fast as the limit instead.
+    """
 
     rate: float
     free_at: float = 0.0
+    departed_at: float = float("-inf")
 
     def reserve(self, now: float) -> float:
         """Takes the next slot; seconds until it."""
@@ -116,3 +126,10 @@ class Pacer:
         slot = max(self.free_at, now)
         self.free_at = slot + 1.0 / self.rate
         return slot - now
+
+    def depart(self, now: float) -> float:
+        """Seconds until a caller whose slot has come may go: 0.0, unless others have just gone."""
+        if not self.rate:
+            return 0.0
+        self.departed_at = max(self.departed_at + 1.0 / (self.rate * CATCH_UP), now)
+        return self.departed_at - now

@@ -207,7 +207,9 @@ def _check_swallowed(header: _Header, cells: Sequence[str], lines: Sequence[str]
             continue
         alike = _shape(other) == _shape(bill) or (len(alone) == header.width and any(map(str.isdigit, other)))
         if alike and is_identifier(other):
-            raise InputError(f"has a quoted field that takes in a row, up to line {start + len(lines) - 1}; close it", start)
+            raise InputError(
+                f"has a quoted field that takes in a row, up to line {start + len(lines) - 1}; close it", start
+            )
 
 
 def _shape(text: str) -> str:

@@ -104,8 +104,7 @@ class GatewayClient:
         timeout = (self._endpoint.connect_timeout, self._endpoint.read_timeout)
         started = time.monotonic()
         try:
-            adapter = self._session().get_adapter(url)
-            response = adapter.send(prepared, timeout=timeout)
+            response = self._adapter_of_thread().send(prepared, timeout=timeout)
         except NotSent as error:
             return NoReply(False, printable(str(error)))
         except requests.RequestException as error:
@@ -114,21 +113,22 @@ class GatewayClient:
         self._read_skew(fields.get("date"), started)
         return Reply(response.status_code, response.content, fields.get("retry-after"))
 
-    def _session(self) -> requests.Session:
-        """This thread's session; a new one once the trust was rotated."""
-        context = self._context()
-        session: requests.Session | None = getattr(self._local, "session", None)
-        if session is None or self._local.context is not context:
-            if session is not None:
-                session.close()
-            session = self._local.session = requests.Session()
-            self._local.context = context
-            # The session would otherwise read proxies, netrc and CA from the environment at every request.
-            session.trust_env = False
-            adapter = self._adapter(context)
-            session.mount("https://", adapter)
-            session.mount("http://", adapter)
-        return session
+    def _adapter_of_thread(self) -> BaseAdapter:
+        """The adapter of this thread's session; of a new session once the trust was rotated.
+
+        The adapter is called directly: `Session.send` would add hooks, cookies, redirects and a clock of its own.
+        """
+        context, local = self._context(), self._local
+        if getattr(local, "session", None) is None or local.context is not context:
+            if getattr(local, "session", None) is not None:
+                local.session.close()
+            local.session = requests.Session()
+            local.session.mount("https://", self._adapter(context))
+            local.session.mount("http://", local.session.get_adapter("https://"))
+            local.adapter = local.session.get_adapter("https://")
+            local.context = context
+        adapter: BaseAdapter = local.adapter
+        return adapter
 
     def _read_skew(self, date: str | None, started: float) -> None:
         """How far our clock is ahead of the gateway's, in seconds: to half a second, since Date has whole ones."""

@@ -20,7 +20,7 @@ class Telemetry:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._log = structlog.get_logger()
+        self._log = structlog.get_logger().bind()  # bound once: the lazy proxy would bind at every line
         self._skew_told = float("-inf")
 
     def attempted(self, attempt: Attempt) -> None:

@@ -20,10 +20,10 @@ from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
 
-WINDOW: Final = 1000
-"""Publications without their confirm: enough to keep broker and network busy, and the most that a crash publishes
-again."""
-REFILL: Final = WINDOW // 2
+WINDOW: Final = 4000
+"""Publications without their confirm: enough to keep broker and network busy while a slow disk confirms thousands at a
+time, a few megabytes for both sides, and the most that a crash publishes again."""
+REFILL: Final = 3000  # few and large writes, yet never an idle broker
 PREFETCH: Final = 1000
 AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits in the prefetch window
 TICK: Final = 0.1

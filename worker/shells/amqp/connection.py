@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +12,7 @@ from typing import Any
 import pika
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
+from pika.exceptions import StreamLostError
 
 
 class Services(SelectorIOServicesAdapter):  # type: ignore[misc]
@@ -22,8 +25,9 @@ class Services(SelectorIOServicesAdapter):  # type: ignore[misc]
         """See pika. What it returns can be cancelled."""
         try:
             return super().create_streaming_connection(protocol_factory, sock, on_done, *more, **named)
-        except ValueError as error:
-            return self.call_later(0, partial(on_done, error))
+        except ValueError:
+            gone = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            return self.call_later(0, partial(on_done, gone))
 
 
 class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships no types
@@ -37,6 +41,10 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
 
     def __init__(self, parameters: Any, *, custom_ioloop: IOLoop, **callbacks: Callable[..., None]) -> None:
         super().__init__(parameters, custom_ioloop=Services(custom_ioloop), **callbacks)
+
+    def abort(self, reason: str) -> None:
+        """Ends it without the broker's help; its close callback follows. pika has a private method for that only."""
+        self._terminate_stream(StreamLostError(reason))
 
     @contextmanager
     def corked(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -25,6 +25,7 @@ from worker.core.delivery import (
     HOP,
     Delivery,
     Message,
+    Progress,
     dead_letter,
     delayed,
     outcome_message,
@@ -48,6 +49,7 @@ LONGEST_HOLD: Final = 600.0
 """Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh message.
 The broker closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the command."""
 LOOK_AGAIN: Final = 1.0  # seconds between two looks for a command to probe with, when there was none
+REMEMBERED_CALLS: Final = 2000  # more than a process can have in hand when its connection goes
 REQUEUE_AFTER: Final = 1.0  # a command that crashes senders must not do so as fast as the broker redelivers it
 
 
@@ -112,6 +114,8 @@ class Engine:
         self._loop = IOLoop()
         self._ledger = Ledger()
         self._results: deque[tuple[Delivery, Result]] = deque()
+        self._called: OrderedDict[str, Progress] = OrderedDict()
+        """What is known of calls for commands that the broker took back, by `Delivery.key`."""
         self._wake_pending = False
         self._publisher: Publisher[Result] = Publisher(
             self._loop,
@@ -215,7 +219,9 @@ class Engine:
     def status(self) -> dict[str, object]:
         """Each component as people and probes read it: "ok" or what is wrong."""
         holds = self._gate.holds()
-        publisher = self._publisher.trouble or ("" if self._publisher.ready else self._publish_link.trouble or "opening")
+        publisher = self._publisher.trouble or (
+            "" if self._publisher.ready else self._publish_link.trouble or "opening"
+        )
         if self._publish_link.blocked:
             publisher = "blocked by the broker (memory or disk alarm)"
         consumer = "" if self._consumer.up else self._consume_link.trouble or "opening"
@@ -276,7 +282,9 @@ class Engine:
     # -- links ------------------------------------------------------------------------------------------------------
 
     def _publish_up(self, connection: Any) -> None:
-        self._prepare(connection, self._publish_link, lambda: self._publisher.open(connection, self._publish_link, self._up))
+        self._prepare(
+            connection, self._publish_link, lambda: self._publisher.open(connection, self._publish_link, self._up)
+        )
 
     def _consume_up(self, connection: Any) -> None:
         self._prepare(connection, self._consume_link, lambda: self._consumer.open(connection, self._consume_link))
@@ -290,9 +298,7 @@ class Engine:
             else:
                 link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
 
-        Declaring(
-            connection, self._plan.topology, declare=self._plan.declare, on_done=done, guard=self._guard
-        )
+        Declaring(connection, self._plan.topology, declare=self._plan.declare, on_done=done, guard=self._guard)
 
     def _publish_down(self, _reason: str) -> None:
         self._publisher.down()
@@ -324,6 +330,9 @@ class Engine:
         match take:
             case Take.WORK:
                 delivery.entry = entry
+                if redelivered:
+                    delivery.progress = self._called.pop(delivery.key, delivery.progress)
+                    delivery.progress.effect_unknown = True
                 if not redelivered and HOP not in delivery.headers:
                     self._watch.received(lane)
                 assert self._pool is not None
@@ -356,7 +365,7 @@ class Engine:
             case GiveBack():
                 self._give_back(delivery)
             case Dropped() if entry.orphaned:
-                self._ledger.abandon(entry)
+                self._forget(delivery)
             case Dropped():  # redelivered to us between the sender's look and ours
                 assert self._pool is not None
                 self._pool.offer(delivery)
@@ -369,12 +378,22 @@ class Engine:
 
     def _give_back(self, delivery: Delivery) -> None:
         """To its queue. What was never called for goes by closing the channel, which keeps its place; what was called
-        for goes as a fresh message that carries what is known of its calls."""
+        for goes as a fresh message that carries what is known of its calls. What the broker has taken back is there
+        already: a fresh message would be a second one."""
         assert delivery.entry is not None
-        if delivery.progress.attempts and self._publisher.ready:
+        if delivery.progress.attempts and self._publisher.ready and not delivery.entry.orphaned:
             self._publish(delivery, GiveBack(), [returned(self._plan.names, delivery, _hop())])
         else:
             self._ledger.abandon(delivery.entry)
+
+    def _forget(self, delivery: Delivery) -> None:
+        """The broker has it again. It will come back, to us or to another process; what we know of its calls waits."""
+        assert delivery.entry is not None
+        self._ledger.abandon(delivery.entry)
+        if delivery.progress.attempts:
+            self._called[delivery.key] = delivery.progress
+            if len(self._called) > REMEMBERED_CALLS:
+                self._called.popitem(last=False)
 
     def _publish(self, delivery: Delivery, result: Result, messages: list[Message]) -> None:
         assert delivery.entry is not None
@@ -452,6 +471,7 @@ class Engine:
                 watch.broker_reconnected()
             self._log.info("broker.connected", again=self._connected_once)
             self._connected_once = True
+            self.refused = None  # by another host of the list, or before somebody mended it
         self._connected = connected
         watch.broker_connected(connected)
         if holds.breaker is not self._breaker:
@@ -468,19 +488,24 @@ class Engine:
         if now < self._look_at:
             return
         self._look_at = now + LOOK_AGAIN
-        fresh = next((d for d in self._pool.waiting() if not d.probed), None)
+        fresh = next((d for d in self._ours() if not d.probed), None)
         if fresh is not None:
             self._send_probe(fresh)
         elif self._consumer.up:
             self._consumer.fetch(self._fetched)
 
     def _fetched(self, _found: bool) -> None:
-        assert self._pool is not None
         if not self._gate.probe_due() or self._gate.draining:
             return
-        waiting = self._pool.waiting()
-        if waiting:
-            self._send_probe(min(waiting, key=lambda d: d.probed))
+        ours = self._ours()
+        if ours:
+            self._send_probe(min(ours, key=lambda d: d.probed))
+
+    def _ours(self) -> list[Delivery]:
+        """What waits, but for what the broker took back when its connection went: that may be in other hands by now, and
+        probing with it, one after the other, would test nothing."""
+        assert self._pool is not None
+        return [d for d in self._pool.waiting() if d.entry is not None and not d.entry.orphaned]
 
     def _send_probe(self, delivery: Delivery) -> None:
         assert self._pool is not None
@@ -497,7 +522,7 @@ class Engine:
             if now - delivery.arrived > LONGEST_HOLD and self._pool.remove(delivery):
                 assert delivery.entry is not None
                 if delivery.entry.orphaned:
-                    self._ledger.abandon(delivery.entry)
+                    self._forget(delivery)
                 else:
                     self._publish(delivery, GiveBack(), [returned(self._plan.names, delivery, _hop())])
 

@@ -9,19 +9,16 @@ from typing import Any, Final
 
 import structlog
 from pika.adapters.select_connection import IOLoop
-from pika.exceptions import (
-    AMQPError,
-    AuthenticationError,
-    ConnectionClosedByBroker,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
-)
 
 from worker.shells.amqp.connection import Connection
+from worker.shells.amqp.errors import reason as describe
+from worker.shells.amqp.errors import refusal
 
 FIRST_WAIT: Final = 0.1
 LONGEST_WAIT: Final = 10.0
 """Seconds between tries, doubling: a broker that comes back must not meet every worker in the same instant."""
+
+HANG_UP_SECONDS: Final = 3.0  # for the broker's answer to a close
 
 Parameters = Callable[[], Sequence[Any]]
 Guard = Callable[..., Callable[..., None]]
@@ -111,8 +108,8 @@ class Link:
 
     def bounce(self, reason: str) -> None:
         """Drops the connection; a new one follows."""
-        if self._connection is None:
-            return
+        if not self.up:
+            return  # it is being closed already
         self.trouble = reason
         log.warning("broker.bounce", link=self.name, reason=reason)
         self._hang_up(reason)
@@ -130,10 +127,13 @@ class Link:
         connection = self._connection
         if connection is None or connection.is_closed or connection.is_closing:
             return
-        try:
-            connection.close(200, reason[:200])
-        except AMQPError:
-            self._connection = None
+        connection.close(200, reason[:200])
+        # pika waits for the broker's answer, for ever if need be, and what hangs up may be a broker that is silent.
+        self._loop.call_later(HANG_UP_SECONDS, self._guard(lambda: self._abort(connection)))
+
+    def _abort(self, connection: Any) -> None:
+        if connection is self._connection and not connection.is_closed:
+            connection.abort("the broker did not answer the close")
 
     def _opened(self, connection: Any) -> None:
         if self._closing:
@@ -146,7 +146,7 @@ class Link:
     def _not_opened(self, _connection: Any, error: BaseException) -> None:
         self._connection = None
         reason = describe(error)
-        if refused(error):
+        if refusal(error) is not None:
             self._on_refused(reason)
         self._retry(reason)
 
@@ -177,31 +177,3 @@ class Link:
         self.blocked = False
         log.info("broker.unblocked", link=self.name)
         self._on_blocked(False)
-
-
-def refused(error: BaseException) -> bool:
-    """Whether the broker refused our login or vhost, rather than not being there."""
-    if isinstance(error, (ProbableAuthenticationError, ProbableAccessDeniedError, AuthenticationError)):
-        return True
-    return isinstance(error, ConnectionClosedByBroker) and error.reply_code in (403, 530)
-
-
-def describe(error: BaseException | None) -> str:
-    """One line about a connection's end, without the password that some of pika's texts carry."""
-    if error is None:
-        return "closed"
-    if isinstance(error, (ProbableAuthenticationError, AuthenticationError)):
-        return "the broker refuses our login"
-    if isinstance(error, ProbableAccessDeniedError):
-        return "the broker refuses us this vhost"
-    if isinstance(error, ConnectionClosedByBroker):
-        return f"closed by the broker: {error.reply_code} {error.reply_text}"
-    cause = _innermost(error)
-    return f"{type(cause).__name__}: {cause}"[:200] if str(cause) else type(cause).__name__
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """The system's own error: pika wraps it up to four times, and its wrappers say nothing."""
-    wrapped = (*(getattr(error, "exceptions", None) or ())[-1:], getattr(error, "exception", None), *error.args)
-    cause = next((inner for inner in wrapped if isinstance(inner, BaseException)), None)
-    return error if cause is None else _innermost(cause)

@@ -1,13 +1,16 @@
-"""The queue of the dead letters, for tools: held by one process at a time, read from its head, given back in order.
+"""The queue of the dead letters, for tools: held by one process at a time, all of it at once, given back in order.
 
-What decides how it is read was measured on RabbitMQ 3.10 with quorum queues (classic ones always keep their order):
+A queue is read from its head, and what is read and not wanted must return to its place. How was measured on RabbitMQ
+3.10 with quorum queues (classic ones always restore the order):
 
-- Messages taken with basic.get come back in any order: each get is a consumer of its own to the queue.
-- A consumer's unacked messages come back to the head, in order, when its channel ends. But if deliveries are still on
-  their way when the channel is closed, those come back in any order: so a consumer is given exactly as much prefetch as
-  there is to come, and is full and cancelled before the channel is closed. (A process that is killed is no danger: its
-  connection breaks, and the queue itself returns everything, in order.)
-- Several consumers of one channel come back one after the other, in the order of their tags, up to 32 of them.
+- Messages that return go behind those that returned before, and all of these go before the rest. So whoever takes only
+  the first of a queue that was looked at before puts them behind the others. Everything is taken in hand, always.
+- A consumer gets as much as its prefetch allows in one step of the queue, and what it held returns in order, wherever
+  the deliveries are at that moment, when its connection breaks: a process may be killed at any time.
+- But when a *channel is closed* with deliveries on their way, those return in any order. So a consumer has exactly as
+  much prefetch as there is to come, and the channel is closed when all of it came; who stops before, just hangs up.
+- A channel's consumers return what they held in the order of their tags, up to 32 consumers, and in none beyond.
+- Messages taken with basic.get return in any order: each get is a consumer of its own to the queue.
 - Closing the connection without the channel can overtake acks: the channel is closed first.
 - Two that look at the same time reorder what they give back: so there is a lock, for lookers too.
 """
@@ -41,9 +44,10 @@ from worker.shells.amqp.session import BrokerError, BrokerUnreachable, broker_er
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
 
+MAX_PREFETCH: Final = 65_535  # AMQP counts it in 16 bits
 ANSWER_SECONDS: Final = 30.0  # for one answer of the broker; a confirm of a lost quorum never comes
-SILENCE_SECONDS: Final = 1.0  # without a delivery, then the queue is asked whether there is anything left
-GONE_SECONDS: Final = 60.0
+SILENCE_SECONDS: Final = 60.0
+"""Without a delivery: a quorum queue reads all that it gives a consumer before it gives the first."""
 RETURN_SECONDS: Final = 15.0  # for what was given back to be there again; a classic queue takes seconds
 HOLDER_SECONDS: Final = 1.5  # for the holder of the lock to say who it is
 CLOSE_SECONDS: Final = 3.0
@@ -58,7 +62,7 @@ class Busy(BrokerError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Asked to stop a second time: at once. The broker takes back what we hold."""
+    """Asked to stop, and it can be done at once: the broker takes back what we hold."""
 
 
 class _Sent:
@@ -105,7 +109,6 @@ class ParkedLetters:
         self._each: Callable[[Held], None] = lambda _: None
         self._coming = 0
         self._held = 0
-        self._tag = 0
         self._told: deque[Told] = deque()
         self._moved = 0
         self.refused = ""
@@ -117,6 +120,7 @@ class ParkedLetters:
             self._desk = self._channel()
             self.count()  # says what to do where there is no such queue
             self._take_lock()
+            self._await_returns()
         except BaseException:
             self._hang_up()
             raise
@@ -125,36 +129,32 @@ class ParkedLetters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # With deliveries on their way, a goodbye would mix up their order; a connection that just breaks does not.
-        if not self._coming:
+        if self._coming:
+            self._break_off()
+        else:
             self._hang_up()
 
     # -- the port
 
     def count(self) -> int:
         """See `Parked`."""
-        frame = self._ask(self._desk, "queue_declare", queue=self._names.dead, passive=True)
-        return int(frame.method.message_count)
+        return int(self._state().message_count)
 
-    def hold(self, count: int, each: Callable[[Held], None]) -> int:
+    def hold(self, count: int, each: Callable[[Held], None]) -> None:
         """See `Parked`."""
-        channel = self._reading = self._reading or self._reader()
+        channel = self._reading = self._reader()
         self._each, self._coming = each, count
-        self._tag += 1
-        tag = f"rung-{self._tag:08d}"  # their order as text is the order in which they come back
-        self._ask(channel, "basic_qos", prefetch_count=count)
-        self._ask(
-            channel,
-            "basic_consume",
-            queue=self._names.dead,
-            on_message_callback=self._guard(self._delivered),
-            consumer_tag=tag,
-            arguments={},
-        )
+        parts = [min(MAX_PREFETCH, count - start) for start in range(0, count, MAX_PREFETCH)]
+        tags = [f"part-{number:02d}" for number in range(len(parts))]
+        # Without waiting in between: killed between two parts, the queue would put the first behind the second.
+        with self._connection.corked():
+            for tag, part in zip(tags, parts, strict=True):
+                channel.basic_qos(prefetch_count=part)
+                channel.basic_consume(self._names.dead, self._guard(self._delivered), consumer_tag=tag)
         self._await_deliveries()
-        self._ask(channel, "basic_cancel", consumer_tag=tag)
-        came, self._coming = count - self._coming, 0
-        return came
+        # Before the first ack, which would let it have more than there was when we began.
+        for tag in tags:
+            self._ask(channel, "basic_cancel", consumer_tag=tag)
 
     def remove(self, numbers: Iterable[int]) -> None:
         """See `Parked`."""
@@ -174,12 +174,12 @@ class ParkedLetters:
         channel.basic_publish(message.exchange, message.routing_key, message.body, properties, mandatory=True)
         return True
 
-    def settle(self) -> None:
+    def settle(self, most: int) -> None:
         """See `Parked`."""
-        if self._confirms:
-            self._until(lambda: not self._confirms, "confirm what was published; look at its queues")
+        if len(self._confirms) > most:
+            self._until(lambda: len(self._confirms) <= most, "confirm what was published")
         self._flush_acks()
-        if self._reading is not None:
+        if not most and self._reading is not None:
             self._sync()
 
     @property
@@ -242,7 +242,22 @@ class ParkedLetters:
                 raise Busy(_busy(holder, self._lock_name))
             if self._stop():
                 raise Interrupted
-            self.turn(SLICE)
+            self._until_then(SLICE)
+
+    def _await_returns(self) -> None:
+        """What a killed holder held returns a moment after its lock is free; a consumer that stays is none of us."""
+        deadline = time.monotonic() + RETURN_SECONDS
+        before = -1
+        while (state := self._state()).consumer_count or state.message_count != before:
+            if time.monotonic() > deadline:
+                if not state.consumer_count:
+                    return  # the worker parks more and more
+                raise Busy(f"somebody consumes from {self._names.dead}; only these commands should, stop it first")
+            before = state.message_count
+            self._until_then(SLICE / 2)
+
+    def _state(self) -> Any:
+        return self._ask(self._desk, "queue_declare", queue=self._names.dead, passive=True).method
 
     def _locked(self) -> bool:
         """An exclusive queue: the broker gives it to one connection, and takes it away when that ends, however."""
@@ -389,7 +404,6 @@ class ParkedLetters:
 
     def _reader(self) -> Any:
         channel = self._channel()
-        self._tag = 0
         channel.add_on_cancel_callback(self._guard(self._cancelled))
         return channel
 
@@ -425,13 +439,16 @@ class ParkedLetters:
         last, heard_at = self._coming, time.monotonic()
         while self._coming:
             self.turn(SLICE)
+            if self._stop():
+                raise Interrupted
             now = time.monotonic()
             if self._coming < last:
                 last, heard_at = self._coming, now
-            elif now - heard_at > GONE_SECONDS:
-                raise BrokerUnreachable(f"{self._names.dead} stopped delivering; look at the broker, then try again")
-            elif now - heard_at > SILENCE_SECONDS and not self.count():
-                return
+            elif now - heard_at > SILENCE_SECONDS:
+                raise BrokerUnreachable(
+                    f"{self._coming:,} of the messages in {self._names.dead} do not come; "
+                    "see whether somebody else consumes from it, then try again"
+                )
 
     def _ask(self, channel: Any, method: str, **arguments: Any) -> Any:
         """One method and its answer. Raises pika's `ChannelClosed` for the lock, else ours."""
@@ -458,6 +475,12 @@ class ParkedLetters:
                 raise BrokerUnreachable(f"the broker did not {what} within {seconds:g} s; look at it, then try again")
             self.turn(SLICE)
 
+    def _until_then(self, seconds: float) -> None:
+        """Waits, whatever happens meanwhile."""
+        then = time.monotonic() + seconds
+        while time.monotonic() < then:
+            self.turn(then - time.monotonic())
+
     def _check(self) -> None:
         failure = self._failure or self._lost
         if failure is None:
@@ -477,6 +500,13 @@ class ParkedLetters:
         self._spin(lambda: self._connection.is_closed, deadline)
         if self._connection.is_closed:
             self._loop.close()
+
+    def _break_off(self) -> None:
+        """Without a goodbye, which would mix up the order of what is on its way."""
+        if self._connection.is_open:
+            self._connection._terminate_stream(AMQPError("broken off"))  # pika has no public way
+            self._spin(lambda: False, time.monotonic() + CLOSE_SECONDS)
+        self._loop.close()
 
     def _spin(self, fact: Callable[[], bool], deadline: float) -> None:
         while not fact() and self._lost is None and time.monotonic() < deadline:

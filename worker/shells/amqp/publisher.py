@@ -71,7 +71,9 @@ class Publisher(Generic[R]):
         self._confirms: Confirms[Publication[R]] = Confirms()
         self._backlog: deque[Publication[R]] = deque()
         self._delayed = 0
+        self._refused: set[Publication[R]] = set()
         self.trouble = ""
+        """What keeps the broker from taking messages, though the channel is open."""
 
     @property
     def ready(self) -> bool:
@@ -136,7 +138,8 @@ class Publisher(Generic[R]):
         if oldest is None or self._link is None or self._link.blocked:
             return
         if now - oldest.published_at > CONFIRM_SECONDS:
-            self._link.bounce(f"no confirm for {CONFIRM_SECONDS:.0f} s")
+            self.trouble = f"no confirm for {CONFIRM_SECONDS:.0f} s"
+            self._link.bounce(self.trouble)
 
     def _send(self, publication: Publication[R]) -> None:
         message = publication.message
@@ -158,7 +161,9 @@ class Publisher(Generic[R]):
             method.delivery_tag, multiple=method.multiple, ack=isinstance(method, pika.spec.Basic.Ack)
         )
         if confirmed:
-            self.trouble = ""
+            self._refused.difference_update(confirmed)
+            if not self._refused:
+                self.trouble = ""
             if self._link is not None:
                 self._link.proven()
         now = time.monotonic()
@@ -189,6 +194,7 @@ class Publisher(Generic[R]):
     def _later(self, publication: Publication[R]) -> None:
         """Refused (nack) or unroutable: it is tried again until it is taken, since nobody else has it."""
         publication.tries += 1
+        self._refused.add(publication)
         message = publication.message
         wait = min(RETRY_LONGEST, RETRY_FIRST * 2.0 ** min(publication.tries - 1, 10))
         self.trouble = f"the broker does not take messages for {message.exchange or message.routing_key!r}"
@@ -227,9 +233,9 @@ class Publisher(Generic[R]):
         self._delayed -= 1
         self.publish(publication)
 
-    def _closed(self, _channel: Any, reason: Any) -> None:
-        if self._channel is None or self._link is None:
-            return
+    def _closed(self, channel: Any, reason: Any) -> None:
+        if channel is not self._channel or self._link is None:
+            return  # one that we gave up ourselves
         self._channel = None
         if self._link.up:
             self._link.bounce(f"publishing channel closed: {getattr(reason, 'reply_text', reason)}")

@@ -17,21 +17,18 @@ import pika
 from pika.adapters.utils.connection_workflow import (
     AMQPConnectionWorkflowFailed,
     AMQPConnectorException,
-    AMQPConnectorStackTimeout,
 )
 from pika.exceptions import (
     AMQPError,
-    AuthenticationError,
     ChannelClosed,
     ConnectionBlockedTimeout,
     ConnectionClosedByBroker,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
 )
 
 from worker import __version__
 from worker.core.topology import Topology
 from worker.shells.amqp import codec
+from worker.shells.amqp.errors import reason, refusal
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
@@ -112,7 +109,7 @@ def connect_by(dial: Callable[[pika.URLParameters], C], amqp: AmqpSettings, role
             if refusal is not None:
                 refusals.append(refusal)
             else:
-                silent.append(f"{address(params)} ({_reason(error)})")
+                silent.append(f"{address(params)} ({reason(error)})")
     if refusals:
         raise refusals[0]
     raise BrokerUnreachable(f"no broker answers at {', '.join(silent)}; start it, or correct AMQP_URL")
@@ -174,7 +171,7 @@ def broker_error(error: Exception, subject: str = "") -> BrokerError:
             return BrokerError(f"the broker refused{about or ' the request'}; see what it says: {_said(error)}")
         case ConnectionBlockedTimeout():
             return BrokerUnreachable("the broker blocks publishers (memory or disk alarm); free some, then try again")
-    return BrokerUnreachable(f"the connection to the broker was lost ({_reason(error)}); try again")
+    return BrokerUnreachable(f"the connection to the broker was lost ({reason(error)}); try again")
 
 
 def _parameters(amqp: AmqpSettings, url: str, role: str) -> pika.URLParameters:
@@ -223,35 +220,18 @@ def _tls(amqp: AmqpSettings) -> ssl.SSLContext:
 
 
 def _refusal(params: pika.URLParameters, error: Exception) -> BrokerRefused | None:
-    match error:
-        case ProbableAccessDeniedError() | ConnectionClosedByBroker(reply_code=530):
+    match refusal(error):
+        case 530:
             return BrokerRefused(
                 f"the broker at {address(params)} refuses {params.credentials.username!r} the virtual host "
                 f"{params.virtual_host!r}; create it and give permission, or correct AMQP_URL"
             )
-        case ProbableAuthenticationError() | AuthenticationError() | ConnectionClosedByBroker(reply_code=403):
+        case 403:
             return BrokerRefused(
                 f"the broker at {address(params)} refuses the login of {params.credentials.username!r}; "
                 "correct user and password in AMQP_URL"
             )
     return None
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in a few words: pika wraps the system's errors several times."""
-    for cause in (getattr(error, "exception", None), *error.args):
-        if isinstance(cause, BaseException):
-            return _reason(cause)
-    match error:
-        case AMQPConnectorStackTimeout():
-            return "something listens, but does not talk AMQP in time"
-        case ssl.SSLCertVerificationError():
-            return f"TLS: {error.verify_message}"
-        case ssl.SSLError(reason=str(reason)):
-            return f"TLS: {reason.lower().replace('_', ' ')}"
-        case OSError(strerror=str(strerror)):
-            return strerror
-    return f"{type(error).__name__} {' '.join(map(str, error.args))}".replace("\n", " ").rstrip()
 
 
 def _said(error: Any) -> str:

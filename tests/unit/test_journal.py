@@ -1,0 +1,267 @@
+"""The journal of a batch: what it keeps, what it refuses, and what a process that dies leaves in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.builders import NOON
+from tests.unit.test_sweep import BATCH, told
+from worker.core.outcome import Reason
+from worker.core.rows import Row
+from worker.core.sweep import REPORT_COLUMNS, Bill, Progress, report_row
+from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, replacing
+
+Make = Callable[..., Journal]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """A batch of bills "1", "2", … of merchant M."""
+    opened: list[Journal] = []
+
+    def made(size: int = 3, *, invalid: int = 0, extra: tuple[Row, ...] = ()) -> Journal:
+        load = Load(tmp_path)
+        load.fill([Row(number + 1, str(number), "M", None, None) for number in range(1, size + 1)])
+        load.fill(extra)
+        path = tmp_path / f"{BATCH.id}.db"
+        load.keep(path, batch=BATCH.id, source="f.csv", digest="d", invalid=invalid, now=NOON)
+        opened.append(Journal(path))
+        return opened[-1]
+
+    yield made
+    for journal in opened:
+        journal.close()
+
+
+def reopened(journal: Journal) -> Journal:
+    return Journal(journal.path, read_only=True)
+
+
+def test_bill_that_comes_again_is_counted_not_kept(make: Make) -> None:
+    """A bill twice goes once, as it came first; the same bill of another merchant is another bill."""
+
+    extra = (Row(9, "1", "M", "later", None), Row(10, "1", "M", None, None), Row(11, "1", "N", None, None))
+
+    journal = make(2, invalid=4, extra=extra)
+
+    assert journal.unsent(0, 10) == [
+        Bill(1, "1", "M", None, None), Bill(2, "2", "M", None, None), Bill(3, "1", "N", None, None)
+    ]  # fmt: skip
+    tally = journal.tally()
+    assert (tally.bills, tally.duplicates, tally.invalid, tally.rows) == (3, 2, 4, 9)
+    assert journal.facts.batch.size == 3
+
+
+def test_progress_survives_the_process(make: Make) -> None:
+    """What was noted is there for the next one, watermark and inbox and outcomes."""
+
+    journal = make(3)
+    journal.has_inbox()
+    journal.published(2)
+    journal.record([told(bill="3")])
+    journal.close()
+
+    after = reopened(journal)
+
+    assert (after.facts.published, after.facts.inbox, after.facts.direct) == (2, True, False)
+    tally = after.tally()
+    assert (tally.waiting, tally.unsent, tally.told) == (2, 0, {("expired", "success"): 1})
+    assert after.unsent(2, 10) == []
+    after.close()
+
+
+def test_outcomes_change_the_sum_once(make: Make) -> None:
+    """A duplicate changes nothing, a better one takes the place of the first, a stranger's is none of ours."""
+
+    journal = make(2)
+    foreign = told(bill="1")._replace(command_id="somebody-else")
+
+    first = journal.record([told(Reason.RETRIES_EXHAUSTED, bill="1"), told(bill="1", merchant="N"), foreign])
+    again = journal.record([told(Reason.RETRIES_EXHAUSTED, bill="1")])
+    better = journal.record([told(Reason.SUCCESS, bill="1"), told(Reason.CREDENTIALS, NOON + 9, bill="1")])
+
+    assert first.changes == {("unresolved", "retries_exhausted"): 1}
+    assert again.changes == {}
+    assert better.changes == {("unresolved", "retries_exhausted"): -1, ("expired", "success"): 1}
+    assert journal.tally().told == {("expired", "success"): 1}
+
+
+def test_report_has_a_line_for_each_bill(make: Make) -> None:
+    """In the order of the input, told or not."""
+
+    journal = make(3)
+    journal.published(2)
+    journal.record([told(Reason.PAID, bill="1")])
+
+    lines = [dict(zip(REPORT_COLUMNS, report_row(BATCH.id, row, 2), strict=True)) for row in journal.rows()]
+
+    assert [(line["line"], line["billnumber"], line["status"], line["reason"]) for line in lines] == [
+        (2, "1", "rejected", "paid"),
+        (3, "2", "waiting", None),
+        (4, "3", "unsent", None),
+    ]
+    assert lines[0]["commandId"] == told(bill="1").command_id
+    assert lines[0]["effectUnknown"] == "false"
+
+
+def test_republishing_leaves_out_what_has_an_outcome(make: Make) -> None:
+    """The others go again, and again under the same numbers."""
+
+    journal = make(3)
+    journal.published(3)
+    journal.record([told(bill="2")])
+
+    journal.publish_again()
+
+    assert [bill.number for bill in journal.unsent(0, 10)] == [1, 3]
+
+
+# --- without a broker
+
+
+def test_taken_bill_is_begun_before_anybody_sends_it(make: Make) -> None:
+    """A process that dies leaves it as maybe sent; the next one takes it again and knows that."""
+
+    journal = make(3)
+    assert [(job.bill.bill, job.begun) for job in journal.take(0, 2)] == [("1", False), ("2", False)]
+    journal.close()
+
+    after = Journal(journal.path)
+
+    assert [(job.bill.bill, job.begun) for job in after.take(0, 9)] == [("1", True), ("2", True), ("3", False)]
+    after.close()
+
+
+def test_bill_that_was_never_sent_is_as_new(make: Make) -> None:
+    """Put back without an attempt it is not maybe sent; with one it keeps what is known of it."""
+
+    journal = make(2)
+    journal.take(0, 2)
+    known = Progress(1, 3, ("77",), True, NOON, "5009300")
+
+    journal.put_back([(1, Progress(), None), (2, known, None)])
+
+    first, second = journal.take(0, 2)
+    assert (first.begun, first.progress) == (False, Progress())
+    assert (second.begun, second.progress) == (False, known)
+
+
+def test_doubt_survives_being_put_back(make: Make) -> None:
+    """One that may have been sent by a dead process stays in doubt, even if this one never sent it."""
+
+    journal = make(1)
+    journal.take(0, 1)
+    journal.put_back([(1, Progress(effect_unknown=True), None)])
+
+    (job,) = journal.take(0, 1)
+
+    assert job.progress.effect_unknown
+
+
+def test_delayed_bill_comes_when_it_is_due(make: Make) -> None:
+    """Not before, and not by the way of those that were never sent."""
+
+    journal = make(2)
+    journal.take(0, 1)
+    journal.put_back([(1, Progress(1, 4), NOON + 30)])
+
+    assert journal.next_due() == NOON + 30
+    assert [job.bill.bill for job in journal.take(0, 9)] == ["2"]
+    assert journal.take_due(NOON + 29, 9) == []
+    assert [job.progress.round for job in journal.take_due(NOON + 30, 9)] == [1]
+    assert journal.next_due() is None
+
+
+def test_bill_that_the_broker_has_is_in_doubt_without_it(make: Make) -> None:
+    """What was published before the broker went may have been sent by a worker."""
+
+    journal = make(3)
+    journal.published(1)
+
+    journal.direct(maybe_published=2)
+
+    assert [job.begun for job in journal.take(0, 9)] == [True, True, False]
+
+
+# --- files
+
+
+def test_second_process_is_told_who_has_the_batch(make: Make) -> None:
+    """Two at once would publish side by side; the lock goes with its holder, however it ends."""
+
+    path = make(1).path
+    script = (
+        f"from pathlib import Path; from worker.shells import journal\nwith journal.lock(Path({str(path)!r})): pass"
+    )
+
+    def other() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+
+    with lock(path):
+        refused = other()
+
+    assert f"is in the hands of process {os.getpid()}" in refused.stderr
+    assert other().returncode == 0
+
+
+def test_load_that_is_not_kept_leaves_nothing(tmp_path: Path) -> None:
+    """Nobody finds half a batch; what a killed process left goes a day later."""
+
+    load = Load(tmp_path)
+    load.fill([Row(2, "1", "M", None, None)])
+    assert journals(tmp_path) == []
+    load.discard()
+    assert list(tmp_path.iterdir()) == []
+
+    old, new = tmp_path / ".loading-1.db", tmp_path / ".loading-2.db"
+    old.touch()
+    new.touch()
+    os.utime(old, (1.0, 1.0))
+    clean(tmp_path)
+
+    assert list(tmp_path.iterdir()) == [new]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all, whatever its name says" * 100])
+def test_file_that_is_no_journal_is_named(tmp_path: Path, content: bytes) -> None:
+    """One line with the path."""
+
+    path = tmp_path / "b.db"
+    path.write_bytes(content)
+
+    with pytest.raises(JournalError, match=str(path)):
+        Journal(path)
+
+
+def test_report_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Whoever breaks off leaves the old one, and no rest."""
+
+    path = tmp_path / "out.csv"
+    path.write_text("old")
+    with suppress(KeyboardInterrupt), replacing(path) as file:
+        file.write("half")
+        raise KeyboardInterrupt
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]
+
+    with replacing(path) as file:
+        file.write("new")
+    assert path.read_text() == "new"
+
+
+def test_reader_may_look_while_it_is_written(make: Make) -> None:
+    """`status` neither waits nor disturbs."""
+
+    journal = make(3)
+    reader = reopened(journal)
+
+    journal.record([told(bill="1")])
+
+    assert reader.tally().answered == 1
+    reader.close()

@@ -1,0 +1,87 @@
+"""What pika's exceptions about a connection mean, in a few words for people and without the password that some hold."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from typing import Final
+
+from pika.adapters.utils.connection_workflow import AMQPConnectorStackTimeout
+from pika.exceptions import (
+    AMQPHeartbeatTimeout,
+    AuthenticationError,
+    ConnectionClosedByBroker,
+    IncompatibleProtocolError,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+    StreamLostError,
+)
+
+ACCESS_REFUSED: Final = 403
+NOT_ALLOWED: Final = 530  # also a virtual host that does not exist
+
+_CLOSED = re.compile(r"ConnectionClosedByBroker: \((\d+)\) (['\"])(.*)\2", re.DOTALL)
+_CAUSE = re.compile(r"Error\((?:\d+, )?(['\"])(.*)\1\)")
+
+
+def refusal(error: BaseException) -> int | None:
+    """The reply code with which the broker refused our login (403) or virtual host (530); None if it did not.
+
+    pika calls every connection that ends during the login a probable refusal, one that the network broke, too. The
+    broker's own close says so, and pika keeps no more than its text.
+    """
+    code, _ = _closed(error) or (0, "")
+    if code in (ACCESS_REFUSED, NOT_ALLOWED):
+        return code
+    return ACCESS_REFUSED if isinstance(error, AuthenticationError) else None
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause: pika wraps the system's errors several times."""
+    closed = _closed(error)
+    if refusal(error) == ACCESS_REFUSED:
+        return "the broker refuses our login"
+    if refusal(error) == NOT_ALLOWED and closed is not None:
+        return f"the broker refuses us this vhost: {closed[1]}"
+    if closed is not None:
+        return f"closed by the broker: {closed[0]} {closed[1]}"
+    for cause in (getattr(error, "exception", None), *reversed(getattr(error, "exceptions", ())), *error.args):
+        if isinstance(cause, BaseException):
+            return reason(cause)
+    match error:
+        case ProbableAuthenticationError() | ProbableAccessDeniedError():
+            return f"the connection was lost during the login ({_cause(error)})"
+        case IncompatibleProtocolError():
+            return f"our greeting was not answered: no AMQP port, or a broker that is not up ({_cause(error)})"
+        case AMQPConnectorStackTimeout():
+            return "something listens, but does not talk AMQP in time"
+        case AMQPHeartbeatTimeout():
+            return "the connection was lost (no heartbeat from the broker)"
+        case StreamLostError():
+            return f"the connection was lost ({_cause(error)})"
+        case ssl.SSLCertVerificationError():
+            return f"TLS: the certificate is not trusted ({error.verify_message})"
+        case ssl.SSLError(reason=str(said)):
+            return f"TLS: {said.lower().replace('_', ' ')}"
+        case OSError(strerror=str(strerror)):
+            return strerror
+    return f"{type(error).__name__} {' '.join(map(str, error.args))}".replace("\n", " ").rstrip()[:200]
+
+
+def _closed(error: BaseException) -> tuple[int, str] | None:
+    """Reply code and text of the close that the broker sent, if it sent one."""
+    if isinstance(error, ConnectionClosedByBroker):
+        return error.reply_code, error.reply_text
+    if isinstance(error, (ProbableAuthenticationError, ProbableAccessDeniedError)):
+        found = _CLOSED.search(str(error))
+        return (int(found[1]), found[3]) if found else None
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The system's words inside a text of pika's."""
+    text = " ".join(map(str, error.args))
+    found = _CAUSE.search(text)
+    if found is not None:
+        return found[2]
+    return "it hung up" if "EOF" in text else text[:200]

@@ -33,14 +33,16 @@ CALLS_KEPT = 100_000
 class Load(threading.Thread):
     """One producer of one lane: each command is published until it is confirmed, whatever happens to the broker.
 
-    `urls` are the nodes of a cluster; when one is lost, the next is tried.
+    `urls` are the nodes of a cluster; when one is lost, the next is tried. A confirm is waited for without end, see
+    `hang_up`.
     """
 
     def __init__(
         self, urls: Sequence[str], producer: Producer, lane: str, name: str, per_second: float = PER_SECOND
     ) -> None:
         super().__init__(name=f"load-{lane}", daemon=True)
-        self._urls = cycle(urls)
+        self._ways = [FaultProxy(*address(url)) for url in urls]
+        self._urls = cycle(by_way_of(way.port, url) for way, url in zip(self._ways, urls, strict=True))
         self._names = Names(producer.names.prefix)
         self._published = producer.published
         self._lane = lane
@@ -50,6 +52,11 @@ class Load(threading.Thread):
         self.failure: BaseException | None = None
         self.bills: list[str] = []
         """Those that the broker has confirmed."""
+
+    def hang_up(self) -> None:
+        """Connect again and publish once more what has no confirm: after a lost quorum, it may never come."""
+        for way in self._ways:
+            way.reset_all()
 
     def abandon(self) -> None:
         """Stop without waiting or complaining: the test is over."""
@@ -73,6 +80,8 @@ class Load(threading.Thread):
         finally:
             if rabbit is not None:
                 rabbit.close()
+            for way in self._ways:
+                way.stop()
 
     def _publish(self, bill: str, rabbit: Rabbit | None) -> Rabbit:
         body, identity = command_body(bill), f"id-{bill}"
@@ -84,7 +93,8 @@ class Load(threading.Thread):
             except (pika.exceptions.AMQPError, OSError) as error:
                 if time.monotonic() > deadline:
                     raise
-                if not isinstance(error, (pika.exceptions.UnroutableError, pika.exceptions.NackError)):
+                # After a nack, too: such a channel may be nacked for as long as a node is away, and a new one is not.
+                if not isinstance(error, pika.exceptions.UnroutableError):
                     with suppress(Exception):
                         if rabbit is not None:
                             rabbit.close()
@@ -301,7 +311,7 @@ class Scene:
 
     def longest_silence(self) -> float:
         """Seconds of the longest pause between two calls at the gateway since the test began."""
-        times = [call.at for call in self.gateway.report(bills=False).calls[self._called :]]
+        times = [call.at for call in self.gateway.report(bills=False).calls[max(0, self._called - 1) :]]
         return max((later - one for one, later in pairwise(times)), default=0.0)
 
 
@@ -317,7 +327,7 @@ def under_load(
     urls: Sequence[str] = (),
     **settings: str | None,
 ) -> Iterator[Scene]:
-    """A worker on a prefix of its own, through a `FaultProxy`; `worker_url` makes its AMQP_URL from the proxy's.
+    """A worker on a prefix of its own, through a `FaultProxy`; `worker_url` changes its AMQP_URL.
 
     `urls` of all nodes if `url` belongs to a cluster: then the inbox is replicated, and nothing goes through the proxy.
     """
@@ -326,7 +336,7 @@ def under_load(
         network = stack.enter_context(FaultProxy(*address(url)))
         gateway = stack.enter_context(Simulator(script or Script(latency=0.01), keep_calls=CALLS_KEPT))
         stack.callback(_forget, url, prefix)
-        through = ",".join(urls) or worker_url(by_way_of(network.port, url))
+        through = worker_url(",".join(urls) or by_way_of(network.port, url))
         worker = stack.enter_context(WorkerProcess(through, prefix, gateway, directory, **settings))
         worker.wait_ready()
         producer = stack.enter_context(Producer(url, prefix))

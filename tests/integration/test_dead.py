@@ -464,7 +464,7 @@ def test_redrive_interrupted(desk: Desk) -> None:
 
     assert (second.returncode, second.stdout) == (1, "")
     assert f"(process {process.pid}, since " in second.stderr
-    assert "of 300 looked at" in second.stderr
+    assert "of 300 redriven" in second.stderr
     moved = desk.depth(desk.names.queue("sweep"))
     assert (process.returncode, audit(err)["redriven"], audit(err)["result"]) == (130, moved, "stopped")
     assert desk.ids() == names(300)[moved:]
@@ -618,3 +618,16 @@ def test_redrive_of_10_000_killed(desk: Desk) -> None:
     assert sorted(counts) == names(10_000)
     assert sum(counts.values()) - 10_000 <= 501
     assert desk.depth() == 0
+
+
+def test_nobody_reads_to_the_end(desk: Desk) -> None:
+    """`dead export | head` is no failure."""
+    desk.park(names(2000))
+    process = desk.start("export")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+
+    assert (process.wait(20), process.stderr.read()) == (0, "")
+    process.stderr.close()

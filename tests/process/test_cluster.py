@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.load import Scene, confirm_seconds, under_load
-from tests.waiting import wait_until
 from worker.core.lanes import CANCELLATION
 from worker.sandbox.broker import PrivateBroker, PrivateCluster
+from worker.sandbox.simulator import Script
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -66,19 +66,30 @@ def test_each_node_restarted_in_turn(cluster: PrivateCluster, tmp_path: Path) ->
 def test_a_lost_quorum(cluster: PrivateCluster, tmp_path: Path) -> None:
     """Two of three nodes killed: no confirm comes, calls stop; with the nodes back, all goes on and nothing is lost."""
 
-    patience = confirm_seconds(tmp_path, 5)
-    with under_load(cluster.urls[0], tmp_path, urls=cluster.urls, PYTHONPATH=patience) as scene:
+    with under_load(
+        cluster.urls[0],
+        tmp_path,
+        script=Script(latency=0.5),
+        per_second=5,
+        urls=cluster.urls,
+        worker_url=lambda _: cluster.urls[0],
+        PYTHONPATH=confirm_seconds(tmp_path, 5),
+    ) as scene:
         scene.begin()
+        scene.wait_metric(lambda metrics: metrics("in_flight") >= 2)
         for node in cluster.nodes[1:]:
             node.kill()
-        scene.wait_unready(timeout=60)
-        wait_until(lambda: scene.worker.metrics()("in_flight") == 0, 60, "calls stop")
+        scene.wait_said("broker.bounce", "no confirm for 5 s")
+        scene.wait_unready("publisher", "no confirm for 5 s")
+        scene.wait_metric(lambda metrics: metrics("in_flight") == 0)
         calls = scene.calls()
         for node in cluster.nodes[1:]:
             node.launch()
         for node in cluster.nodes[1:]:
             node.wait_ready()
         print(f"quorum lost: {scene.calls() - calls} calls meanwhile, {len(scene.lines('broker.bounce'))} bounces")
+        for load in scene.loads.values():
+            load.hang_up()
         scene.more_calls(timeout=90)
         scene.wait_ready(60)
         told(scene, "quorum lost, with the start of two nodes")

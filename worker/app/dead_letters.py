@@ -31,6 +31,7 @@ AHEAD: Final = 200
 SAMPLE: Final = 20
 """Outcomes before a percentage means anything."""
 SHOW_EVERY: Final = 1000
+LATENESS: Final = 0.1
 SLICE: Final = 0.2  # seconds between two looks at the clock and at the signals
 
 
@@ -93,8 +94,8 @@ class Parked(Protocol):
 Stop = Callable[[], int]
 """How often people asked to stop."""
 
-Show = Callable[[int, int], None]
-"""Progress: so many of those that were there are looked at, and so many are done."""
+Show = Callable[[int, int, int], None]
+"""Progress: so many of those that were there are looked at, so many of those that are wanted are done."""
 
 
 # -- looking --------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def _hold_all(parked: Parked, each: Callable[[Held], None], show: Show) -> int:
         each(held)
         seen += 1
         if seen % SHOW_EVERY == 0:
-            show(seen, seen)
+            show(seen, 0, 0)
 
     if there:
         parked.hold(there, one)
@@ -291,7 +292,7 @@ class Redrive:
         if self._first_pass:
             self.report.seen += 1
             if self.report.seen % SHOW_EVERY == 0:
-                self._show(self.report.seen, 0)
+                self._show(self.report.seen, 0, 0)
             if matches:
                 self.report.matching += 1
                 self.report.homeless += letter.lane is None
@@ -313,7 +314,7 @@ class Redrive:
                 self._waiting[letter.command_id] += 1
         self._parked.settle(0)
         self._note_refusal()
-        self._show(self.report.seen, self._parked.moved)
+        self._show_progress()
 
     # -- how carefully
 
@@ -321,7 +322,7 @@ class Redrive:
         """Waits for the rate, and for outcomes if they are watched. False: no more."""
         self._parked.settle(WINDOW)
         self._note_refusal()
-        self._show(self.report.seen, self._parked.moved)
+        self._show_progress()
         if self._order.rate:
             self._pace()
         if self._order.stop_at_failures is not None and self._watching:
@@ -331,8 +332,9 @@ class Redrive:
     def _pace(self) -> None:
         while self._going and (wait := self._free_at - self._clock.monotonic()) > 0:
             self._parked.turn(min(SLICE, wait))
-            self._show(self.report.seen, self._parked.moved)
-        self._free_at = max(self._free_at, self._clock.monotonic()) + 1 / self._order.rate
+            self._show_progress()
+        # A turn of the loop may come a little late; what that costs is made up for, and no more.
+        self._free_at = max(self._free_at, self._clock.monotonic() - LATENESS) + 1 / self._order.rate
 
     def _watch(self) -> None:
         self._listen()
@@ -355,7 +357,7 @@ class Redrive:
         deadline = self._clock.monotonic() + self._order.patience
         while self._going and len(self._waiting) > most:
             self._parked.turn(SLICE)
-            self._show(self.report.seen, self._parked.moved)
+            self._show_progress()
             if self._listen():
                 deadline = self._clock.monotonic() + self._order.patience
             elif self._clock.monotonic() > deadline:
@@ -372,6 +374,11 @@ class Redrive:
             if not self._waiting[told.command_id]:
                 del self._waiting[told.command_id]
         return heard
+
+    def _show_progress(self) -> None:
+        report = self.report
+        wanted = report.matching - report.homeless
+        self._show(report.seen, self._parked.moved, min(wanted, self._order.limit or wanted))
 
     def _note_refusal(self) -> None:
         if self._parked.refused and self.report.ended is Ended.DONE:

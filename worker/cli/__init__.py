@@ -51,16 +51,28 @@ class Trouble(Exception):
         super().__init__("\n".join(lines))
 
 
+def _add_settings(ctx: Any, formatter: Any) -> None:
+    """Typer prints its part of a help itself; what the formatter holds comes after it."""
+    prefixes = COMMANDS.get(ctx.command_path.split()[1], ())  # of a group's command, the group's
+    if prefixes:
+        with formatter.section("Settings (environment, or a .env file)"):
+            formatter.write_dl(_settings(prefixes))
+
+
 class _Command(TyperCommand):
     """A command whose help ends with its settings."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Typer prints its part itself; what the formatter holds comes after it."""
         super().format_help(ctx, formatter)
-        prefixes = COMMANDS.get(ctx.command_path.split()[1], ())  # of a group's command, the group's
-        if prefixes:
-            with formatter.section("Settings (environment, or a .env file)"):
-                formatter.write_dl(_settings(prefixes))
+        _add_settings(ctx, formatter)
+
+
+class _Group(TyperGroup):
+    """The same of a command with commands of its own."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _add_settings(ctx, formatter)
 
 
 class _Commands(TyperGroup):
@@ -86,6 +98,7 @@ def _group(name: str, commands: typer.Typer) -> Any:
         command.help = _reflowed((command.callback and command.callback.__doc__) or "")
         command.context_settings = _CONTEXT
     commands.info.name = name
+    commands.info.cls = _Group
     commands.info.context_settings = _CONTEXT
     return typer.main.get_group(commands)
 

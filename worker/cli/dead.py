@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final, NoReturn, Self
 
 import typer
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from worker.shells.amqp.parked import ParkedLetters
 
 LINE_EVERY: Final = 5.0  # seconds between two lines of progress where there is no terminal
+DRAW_EVERY: Final = 0.1
 PIPE_WIDTH: Final = 200  # a pipe has no width, and lines that are searched must not be folded
 WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
 MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
@@ -55,7 +56,6 @@ class Lane(StrEnum):
 
 dead = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     help="Dead letters: list, show, redrive, export, purge. Looking removes nothing and keeps their order.",
 )
 
@@ -375,7 +375,7 @@ def _sink(output: Path | None) -> Iterator[IO[str]]:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except BrokenPipeError:
-        raise
+        _nobody_reads()
     except OSError as error:
         raise Trouble(f"{output or 'standard output'}: {error.strerror}; give a file that can be written") from None
 
@@ -389,7 +389,8 @@ class _Progress:
     def __init__(self, parked: ParkedLetters, verb: str) -> None:
         self._parked = parked
         self._verb = verb
-        self._began = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._moving_since = 0.0
         self._there = 0
         self._bar: Any = None
         self._task: Any = None
@@ -419,18 +420,22 @@ class _Progress:
             self._bar.stop()
             self._bar = None
 
-    def show(self, seen: int, done: int) -> None:
+    def show(self, seen: int, done: int, wanted: int) -> None:
         """See `Show`."""
         now = time.monotonic()
-        rate = done / max(now - self._began, 0.001)
-        text = f"{seen:,} of {self._there:,} looked at"
-        if self._verb == "redriving":
-            text += f", {done:,} redriven, {rate:,.0f}/s"
+        if done and not self._moving_since:
+            self._moving_since = now
+        completed, total, text = seen, self._there, f"{seen:,} of {self._there:,} looked at"
+        if wanted:
+            rate = done / max(now - (self._moving_since or now), 0.1)
+            completed, total, text = done, wanted, f"{done:,} of {wanted:,} redriven, {rate:,.0f}/s"
         self._parked.say(text)
+        if now - self._shown < (DRAW_EVERY if self._bar is not None else LINE_EVERY):
+            return
+        self._shown = now
         if self._bar is not None:
-            self._bar.update(self._task, completed=seen, text=text, refresh=True)
-        elif now - self._shown >= LINE_EVERY:
-            self._shown = now
+            self._bar.update(self._task, completed=completed, total=total, text=text, refresh=True)
+        else:
             _note(text)
 
 
@@ -552,10 +557,20 @@ def _hint(chosen: Filter, census: Census, there: Census) -> None:
         _note(f"none matches; the reasons that are there: {found}")
 
 
+def _nobody_reads() -> NoReturn:
+    """`… | head`: no failure, though Typer and rich would exit with 1, and the interpreter complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit
+
+
 def _console() -> Any:
     from rich.console import Console
 
-    console = Console(file=sys.stdout, highlight=False)
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            _nobody_reads()
+
+    console = Output(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console
@@ -596,16 +611,17 @@ def _counts(census: Census) -> Any:
 
 def _rows(letters: list[DeadLetter], now: float, *, wide: bool) -> Any:
     table = _table()
-    table.add_column("message id", overflow="fold", no_wrap=not wide)
+    table.add_column("message id", overflow="fold", no_wrap=True)
     table.add_column("bill", overflow="fold")
-    table.add_column("reason", overflow="fold")
+    table.add_column("reason", overflow="fold", no_wrap=wide)
     table.add_column("age", justify="right", no_wrap=True)
     if wide:
         table.add_column("lane", no_wrap=True)
         table.add_column("calls", justify="right")
         table.add_column("code")
         table.add_column("batch", overflow="fold")
-        table.add_column("detail", overflow="ellipsis", no_wrap=True)
+        table.add_column("detail", overflow="ellipsis", no_wrap=True, ratio=1)
+        table.expand = True  # the detail takes what is left
     for letter in letters:
         cells = [
             _cell(letter.command_id),

@@ -111,8 +111,8 @@ class Pacer:
     """At most ``rate`` calls in any second, evenly spaced: a partner's limit counts bursts too. 0: no limit.
 
     A caller takes a slot, waits for it, then waits for its departure. The second step is for a process that was stopped
-    for a moment (CPU throttling, a migrated machine): all its callers wake up at once, and would make up for it at once.
-    They go `CATCH_UP` times as fast as the limit instead.
+    for a moment (CPU throttling, a migrated machine): all its callers wake up at once, and would all call at once. They
+    go `CATCH_UP` times as fast as the limit instead.
     """
 
     rate: float

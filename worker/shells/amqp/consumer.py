@@ -28,6 +28,7 @@ class _Lane:
         self.channel = channel
         self.acks = Acks()
         self.consumer_tag: str | None = None
+        self.consuming = False
 
 
 class Consumer:
@@ -61,9 +62,10 @@ class Consumer:
         return len(self._lanes) == len(self._queues) and all(lane.channel.is_open for lane in self._lanes.values())
 
     @property
-    def consuming(self) -> bool:
-        """Whether every lane is being consumed."""
-        return self.up and all(lane.consumer_tag for lane in self._lanes.values())
+    def ready(self) -> bool:
+        """Whether every lane is being consumed, or could be if it were not paused. A channel alone is not enough: a
+        queue that has lost its quorum does not answer when it is to be consumed."""
+        return self.up and (self.paused or all(lane.consuming for lane in self._lanes.values()))
 
     def open(self, connection: Any, link: Link) -> None:
         """Opens the lanes' channels on a new connection and, unless paused, consumes."""
@@ -83,10 +85,11 @@ class Consumer:
         self.paused = True
         for lane in self._lanes.values():
             tag, lane.consumer_tag = lane.consumer_tag, None
+            lane.consuming = False
             if tag is not None and lane.channel.is_open:
                 lane.channel.basic_cancel(tag, callback=self._guard(lambda _: None))
                 # pika 1.4 would reject what comes before the broker's answer: each a redelivery that counts up to the
-                # delivery limit, and a gap that our acks cannot be joined over. Its mark is private; a test guards this.
+                # delivery limit, and a gap that acks cannot be joined over. Its mark is private; a test guards this.
                 lane.channel._cancelled.discard(tag)
 
     def resume(self) -> None:
@@ -140,10 +143,11 @@ class Consumer:
 
     def _consume(self, lane: _Lane) -> None:
         def proven(_: Any) -> None:
+            lane.consuming = lane.consumer_tag == tag
             if self._link is not None:
                 self._link.proven()
 
-        lane.consumer_tag = lane.channel.basic_consume(
+        tag = lane.consumer_tag = lane.channel.basic_consume(
             lane.queue,
             self._guard(
                 lambda _, method, properties, body: self._on_delivery(
@@ -182,6 +186,7 @@ class Consumer:
         # The queue was deleted, or the broker took the consumer away. pika never answers such a cancel, and some
         # brokers keep the consumer suspended until its channel goes: only a new connection is certain to work.
         lane.consumer_tag = None
+        lane.consuming = False
         if self._link is not None:
             self._link.bounce(f"the broker cancelled the consumer of {lane.queue}")
 

@@ -46,8 +46,12 @@ from worker.shells.pool import Pool
 TICK: Final = 0.1
 CLOSE_SECONDS: Final = 3.0
 LONGEST_HOLD: Final = 600.0
-"""Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh message.
-The broker closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the command."""
+"""Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh
+message. The broker closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the
+command."""
+PAUSE_AFTER: Final = 1.0
+"""Seconds between the breaker's opening and the end of consumption; until then, full prefetch windows end it as well. A
+quorum queue takes back what is on its way to a consumer that is cancelled, and counts that against the commands."""
 LOOK_AGAIN: Final = 1.0  # seconds between two looks for a command to probe with, when there was none
 REMEMBERED_CALLS: Final = 2000  # more than a process can have in hand when its connection goes
 REQUEUE_AFTER: Final = 1.0  # a command that crashes senders must not do so as fast as the broker redelivers it
@@ -153,6 +157,7 @@ class Engine:
         self._was_held = False
         self._ramp = False
         self._breaker = State.CLOSED
+        self._broken_at: float | None = None
         self._probes = 0
         self._look_at = 0.0
         self._connected_once = False
@@ -224,7 +229,7 @@ class Engine:
         )
         if self._publish_link.blocked:
             publisher = "blocked by the broker (memory or disk alarm)"
-        consumer = "" if self._consumer.up else self._consume_link.trouble or "opening"
+        consumer = "" if self._consumer.ready else self._consume_link.trouble or "opening"
         return {
             "consumer": consumer or "ok",
             "publisher": publisher or "ok",
@@ -275,6 +280,8 @@ class Engine:
         self._ticked = now
         self._look()
         self._publisher.tick(now)
+        self._publish_link.expect(self._publisher.ready, now)
+        self._consume_link.expect(self._consumer.ready, now)
         self._consumer.flush()
         if self._gate.draining:
             self._drain()
@@ -437,7 +444,7 @@ class Engine:
         holds = self._gate.holds()
         self._tell(holds)
         broker = not self._publisher.ready
-        pausing = holds.breaker is not State.CLOSED or self._gate.draining
+        pausing = self._gate.draining or self._broken_for(holds) > PAUSE_AFTER
         if pausing != self._consumer.paused:
             self._consumer.pause() if pausing else self._consumer.resume()
         held = holds.any or broker or not self._begun or self._gate.draining
@@ -458,6 +465,15 @@ class Engine:
         if holds.any and self._publisher.ready:
             self._return_long_held()
 
+    def _broken_for(self, holds: Holds) -> float:
+        """Seconds since the breaker opened."""
+        if holds.breaker is State.CLOSED:
+            self._broken_at = None
+            return 0.0
+        if self._broken_at is None:
+            self._broken_at = time.monotonic()
+        return time.monotonic() - self._broken_at
+
     def _tell(self, holds: Holds) -> None:
         watch = self._watch
         watch.breaker(int(holds.breaker))
@@ -465,7 +481,7 @@ class Engine:
         watch.paused("throttled", holds.throttled)
         watch.paused("broker_blocked", self._publish_link.blocked)
         watch.paused("draining", self._gate.draining)
-        connected = self._publisher.ready and self._consumer.up
+        connected = self._publisher.ready and self._consumer.ready
         if connected and not self._connected:
             if self._connected_once:
                 watch.broker_reconnected()
@@ -502,8 +518,8 @@ class Engine:
             self._send_probe(min(ours, key=lambda d: d.probed))
 
     def _ours(self) -> list[Delivery]:
-        """What waits, but for what the broker took back when its connection went: that may be in other hands by now, and
-        probing with it, one after the other, would test nothing."""
+        """What waits, but for what the broker took back when its connection went: that may be in other hands by now,
+        and probing with it, one after the other, would test nothing."""
         assert self._pool is not None
         return [d for d in self._pool.waiting() if d.entry is not None and not d.entry.orphaned]
 

@@ -20,6 +20,10 @@ LONGEST_WAIT: Final = 10.0
 
 HANG_UP_SECONDS: Final = 3.0  # for the broker's answer to a close
 
+ANSWER_SECONDS: Final = 60.0
+"""The longest a broker may leave unanswered what makes a connection useful. A queue without its quorum answers nothing,
+while heartbeats go on; another host may be on the better side."""
+
 Parameters = Callable[[], Sequence[Any]]
 Guard = Callable[..., Callable[..., None]]
 
@@ -61,7 +65,7 @@ class Link:
         self._turn = rng.randrange(1 << 16)  # processes begin at different hosts
         self._failures = 0
         self._closing = False
-        self._proven_once = False
+        self._asked_at: float | None = None
 
     @property
     def up(self) -> bool:
@@ -105,6 +109,16 @@ class Link:
         """The connection does its work: the first consume-ok or confirm. Merely connecting proves nothing: a worker
         that is thrown out right after connecting would otherwise reconnect as fast as it can."""
         self._failures = 0
+
+    def expect(self, answered: bool, now: float) -> None:
+        """Told now and then whether the broker has answered all that was asked on this connection."""
+        if answered or not self.up or self.blocked:
+            self._asked_at = None
+        elif self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > ANSWER_SECONDS:
+            self._asked_at = None
+            self.bounce(f"no answer from the broker for {ANSWER_SECONDS:.0f} s")
 
     def bounce(self, reason: str) -> None:
         """Drops the connection; a new one follows."""

@@ -49,6 +49,7 @@ ANSWER_SECONDS: Final = 30.0  # for one answer of the broker; a confirm of a los
 SILENCE_SECONDS: Final = 60.0
 """Without a delivery: a quorum queue reads all that it gives a consumer before it gives the first."""
 RETURN_SECONDS: Final = 15.0  # for what was given back to be there again; a classic queue takes seconds
+ACK_SECONDS: Final = 0.1
 HOLDER_SECONDS: Final = 1.5  # for the holder of the lock to say who it is
 CLOSE_SECONDS: Final = 3.0
 SLICE: Final = 0.2
@@ -193,6 +194,9 @@ class ParkedLetters:
         if channel is None:
             return
         self._flush_acks()
+        # A channel may keep acks for the queue back for a moment, and then they would die with it (seen on connections
+        # that were closed at once): what they were for would be here and there.
+        self._until_then(ACK_SECONDS)
         channel.close()
         self._until(lambda: channel.is_closed, "close a channel")
         self._acks = Acks()

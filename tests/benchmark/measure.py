@@ -1,0 +1,179 @@
+"""One run of one contender: so many commands queued, then it is started and watched until all have an outcome."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from tests.benchmark import machine
+from tests.benchmark.contenders import BenchmarkError, Contender, Process
+from tests.benchmark.gateway import Gateway, serving
+from tests.benchmark.site import SILENCE, Site
+from worker.core.lanes import SWEEP
+from worker.sandbox.broker import free_port
+
+LOOK: Final = 0.05  # seconds between two looks at the inbox: a fraction of a per cent of a run
+PACED: Final = 100  # commands whose latency is measured, one at a time
+PER_SECOND: Final = 40.0
+WARM: Final = 10  # the first of them open connections, and do not count
+
+
+class Mark(NamedTuple):
+    """What was done at a moment: outcomes, and CPU seconds of the contender."""
+
+    at: float
+    done: int
+    cpu: float
+
+
+class Latency(NamedTuple):
+    """Seconds from publish to outcome."""
+
+    p50: float
+    p95: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Latency":
+        """Of at least two samples."""
+        cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+        return cls(cuts[9], cuts[18])
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a run is to be. `latency` is the gateway's, in seconds; `share` the sweep's of the senders."""
+
+    contender: Contender
+    commands: int
+    latency: float = 0.0
+    concurrency: int | None = None
+    processes: int = 1
+    # Only the sweep lane is loaded, so it may hold all senders.
+    share: str = "1"
+    paced: int = PACED
+
+    @property
+    def senders(self) -> int:
+        """Requests in flight of each process, at most."""
+        return self.concurrency or self.contender.concurrency
+
+    def settings(self) -> dict[str, str]:
+        """All else is at its default: validation, metrics, log, breaker and deduplication are on."""
+        return {
+            "WORKER_CONCURRENCY": str(self.senders),
+            "WORKER_SWEEP_SHARE": self.share,
+            "WORKER_PROCESSES": str(self.processes),
+        }
+
+
+class Run(NamedTuple):
+    """What came of one. Rate and CPU lie between 10 % and 90 % of the outcomes.
+
+    Shares of the machine: `others` used it before the run, `busy` was all of it during the run, `stolen` by its host.
+    """
+
+    setup: Setup
+    rate: float
+    """Outcomes per second."""
+    cpu: float
+    """Milliseconds of user and system time for each command."""
+    cores: float
+    """Cores that the contender used on average."""
+    peak: float
+    """MiB resident, at the highest."""
+    latency: Latency | None
+    missing: int
+    duplicates: int
+    others: float
+    busy: float
+    stolen: float
+
+
+@contextmanager
+def scene(url: str, directory: Path, latency: float) -> Iterator[tuple[Site, Gateway]]:
+    """Broker objects and gateway for one run."""
+    with ExitStack() as stack:
+        site = stack.enter_context(Site(url))
+        yield site, stack.enter_context(serving(latency, directory))
+
+
+def contending(setup: Setup, site: Site, gateway: Gateway, directory: Path, **settings: str) -> Process:
+    """The contender, not started yet; further settings win."""
+    environment = {
+        **gateway.settings,
+        **setup.settings(),
+        "AMQP_URL": site.url,
+        "AMQP_PREFIX": site.prefix,
+        "METRICS_HOST": "127.0.0.1",
+        "METRICS_PORT": str(free_port()),
+        "LOG_FORMAT": "json",
+        **settings,
+    }
+    return Process(setup.contender.name, setup.contender.argv(), environment, directory)
+
+
+def run(url: str, directory: Path, setup: Setup, patience: machine.Patience) -> Run:
+    """One run, from empty queues to empty queues."""
+    with scene(url, directory, setup.latency) as (site, gateway):
+        site.load(setup.commands)
+        others = patience.wait()
+        with contending(setup, site, gateway, directory) as process:
+            before = machine.Times.now()
+            marks = list(watch(site, process, setup.commands))
+            busy, stolen = before.shares(machine.Times.now())
+            peak = machine.resident(process.pid, peak=True)
+            latency = _latency(site, process, setup.paced) if setup.paced else None
+        missing, duplicates = site.books()
+        gateway.check()
+    first, last = middle(marks, setup.commands)
+    done, seconds, cpu = last.done - first.done, last.at - first.at, last.cpu - first.cpu
+    return Run(
+        setup=setup,
+        rate=done / seconds,
+        cpu=cpu * 1000 / done,
+        cores=cpu / seconds,
+        peak=peak,
+        latency=latency,
+        missing=missing,
+        duplicates=duplicates,
+        others=others,
+        busy=busy,
+        stolen=stolen,
+    )
+
+
+def watch(site: Site, process: Process, until: int) -> Iterator[Mark]:
+    """Marks until so many outcomes are there. BenchmarkError when it ends, or when nothing comes any more."""
+    heard, last = time.monotonic(), 0
+    while True:
+        mark = Mark(time.monotonic(), site.outcomes(), machine.cpu_seconds(process.pid))
+        yield mark
+        if mark.done >= until:
+            return
+        if mark.done > last:
+            heard, last = mark.at, mark.done
+        process.check()
+        if mark.at - heard > SILENCE:
+            raise BenchmarkError(f"no outcome for {SILENCE:g} s after {last} of {until}: {process.last_words()}")
+        time.sleep(LOOK)
+
+
+def middle(marks: Sequence[Mark], commands: int) -> tuple[Mark, Mark]:
+    """The marks between which as much is in flight at both ends: start and end bias neither rate nor CPU.
+
+    A run that is too short for that counts whole, from the last mark before its first outcome.
+    """
+    inside = [mark for mark in marks if 0.1 * commands <= mark.done <= 0.9 * commands]
+    if len(inside) >= 3 and inside[-1].done > inside[0].done:
+        return inside[0], inside[-1]
+    return [mark for mark in marks if not mark.done][-1], marks[-1]
+
+
+def _latency(site: Site, process: Process, number: int) -> Latency:
+    """At a low rate, in a phase of its own: how long one command takes when nobody is in its way."""
+    site.drain()
+    site.pace(SWEEP, WARM, PER_SECOND, process.check)
+    return Latency.of(site.pace(SWEEP, number, PER_SECOND, process.check))

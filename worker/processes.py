@@ -219,9 +219,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 class _Child:
     """One place in the family: the process that holds it now, if any, and what it counted."""
 
-    def __init__(
-        self, number: int, command: Sequence[str], environment: Mapping[str, str], path: Path
-    ) -> None:
+    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], path: Path) -> None:
         self.name = f"process-{number}"
         self.path = path
         self.process: subprocess.Popen[bytes] | None = None
@@ -527,9 +525,7 @@ def supervise(
         wait = stack.enter_context(_signals())
         directory = Path(tempfile.mkdtemp(prefix="qris-expire-"))  # only ours to read
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        children = [
-            _Child(number, command, environment, directory / f"{number}.sock") for number in range(processes)
-        ]
+        children = [_Child(number, command, environment, directory / f"{number}.sock") for number in range(processes)]
         # A scrape and both probes at the same time, without waiting for each other.
         pool = ThreadPoolExecutor(max_workers=3 * processes, thread_name_prefix="fetch")
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)

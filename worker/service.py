@@ -30,7 +30,7 @@ from worker.core.verdict import Kind
 from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
 from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
-from worker.shells.credentials import Credentials, CredentialsError
+from worker.shells.credentials import KEPT, Credentials, CredentialsError
 from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxies_for, timestamp
 from worker.shells.http import Health, HealthServer, ListenError
 from worker.shells.metrics import Metrics
@@ -68,7 +68,10 @@ class Calls:
         self.credentials = Credentials(gateway, _rereading(gateway))
         self.gate = _gate(settings, clock, rng)
         client = GatewayClient(
-            endpoint(gateway), telemetry, context=lambda: self.credentials.context, adapter=transport(gateway, os.environ)
+            endpoint(gateway),
+            telemetry,
+            context=lambda: self.credentials.context,
+            adapter=transport(gateway, os.environ),
         )
         self.tokens = TokenStore(
             fetcher(client, self.credentials, gateway, clock), telemetry, clock=clock, rng=rng, pause=self.gate.sleep
@@ -141,9 +144,7 @@ class Worker:
     def live(self) -> Health:
         """Whether the loops turn; never the broker or the gateway, or their outage would restart every process."""
         silent = self.engine.silent_for
-        return Health(
-            self.engine.running and silent < LOOP_SILENT, {"broker_loop": f"turned {silent:.1f} s ago"}
-        )
+        return Health(self.engine.running and silent < LOOP_SILENT, {"broker_loop": f"turned {silent:.1f} s ago"})
 
     def ready(self) -> Health:
         """Whether commands are being taken."""
@@ -175,7 +176,12 @@ def serve(settings: Settings) -> int:
         server.start()
     except ListenError as error:
         return _say(MISCONFIGURED, "metrics.not_served", str(error))
-    log.info("worker.starting", version=__version__, prefix=settings.amqp.prefix, concurrency=settings.worker.concurrency)
+    log.info(
+        "worker.starting",
+        version=__version__,
+        prefix=settings.amqp.prefix,
+        concurrency=settings.worker.concurrency,
+    )
     try:
         worker.pool.start()
         worker.engine.start(worker.pool)
@@ -208,7 +214,8 @@ def _trouble(worker: Worker) -> int | None:
     if engine.refused is not None:
         return _say(REFUSED, "broker.refused", engine.refused, "correct AMQP_URL: user, password, vhost, permissions")
     if engine.failure is not None or not engine.running:
-        return _say(FAILED, "worker.failed", f"the broker loop ended: {engine.failure!r}", "restart; report the traceback")
+        what = f"the broker loop ended: {engine.failure!r}"
+        return _say(FAILED, "worker.failed", what, "restart; report the traceback")
     held = worker.pool.longest()
     if held > _longest_round(worker.settings):
         return _say(FAILED, "worker.hung", f"a sender has held its command for {held:.0f} s", "restart")
@@ -261,7 +268,12 @@ def _check_credentials(worker: Worker) -> int | None:
 def _drain(worker: Worker) -> int:
     """Take nothing new, finish, settle, flush, close; a second signal or the deadline means now."""
     deadline = time.monotonic() + worker.settings.worker.drain_seconds
-    log.info("drain.started", signals=signals.names(), in_hand=worker.pool.in_hand(), unsettled=worker.engine.unsettled())
+    log.info(
+        "drain.started",
+        signals=signals.names(),
+        in_hand=worker.pool.in_hand(),
+        unsettled=worker.engine.unsettled(),
+    )
     worker.engine.drain()
     while not worker.engine.join(0.05):
         if signals.received() > 1 or time.monotonic() > deadline:
@@ -391,7 +403,7 @@ def _broker_parameters(amqp: AmqpSettings) -> Callable[[], Sequence[Any]]:
         try:
             good = parameters(amqp.reread(), "run")
         except (SettingsError, BrokerError) as error:
-            log.error("credentials.kept", reason=str(error), action="mend the mounted file; the old values stay in force")
+            log.error("credentials.kept", reason=str(error), action=KEPT)
         return good
 
     return now

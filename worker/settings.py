@@ -182,9 +182,7 @@ def _readable(value: Path) -> Path:
     except FileNotFoundError:
         raise ValueError("no such file; mount it, or correct the path") from None
     except OSError as error:
-        raise ValueError(
-            f"cannot be read ({error.strerror}); make it readable, or correct the path"
-        ) from None
+        raise ValueError(f"cannot be read ({error.strerror}); make it readable, or correct the path") from None
     return value
 
 
@@ -303,9 +301,7 @@ class GatewaySettings(Group):
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_")
 
-    allow_http: bool = Field(
-        default=False, description="`true` allows plain http to other hosts than this one."
-    )
+    allow_http: bool = Field(default=False, description="`true` allows plain http to other hosts than this one.")
     base_url: BaseUrl = Field(
         description="The gateway with its version, as `https://host/v1.0`; plain http only for loopback."
     )
@@ -327,9 +323,7 @@ class GatewaySettings(Group):
         default=None, description="Path of a mounted file that holds `GATEWAY_CLIENT_SECRET`."
     )
     private_key_file: ReadableFile = Field(description="PEM file of the RSA private key, PKCS#8 or PKCS#1.")
-    private_key_passphrase: SecretStr | None = Field(
-        default=None, description="Passphrase of that key, if it has one."
-    )
+    private_key_passphrase: SecretStr | None = Field(default=None, description="Passphrase of that key, if it has one.")
     private_key_passphrase_file: Path | None = Field(
         default=None, description="Path of a mounted file that holds `GATEWAY_PRIVATE_KEY_PASSPHRASE`."
     )
@@ -338,9 +332,7 @@ class GatewaySettings(Group):
         default=("CHANNEL-ID", "X-CHANNEL-ID"),
         description="Headers that carry the channel id, separated by commas.",
     )
-    merchant_id: Merchant | None = Field(
-        default=None, description="Merchant of the commands that carry none."
-    )
+    merchant_id: Merchant | None = Field(default=None, description="Merchant of the commands that carry none.")
     signature: Signature = Field(
         default="hmac-sha512",
         description="How an expire is signed: `hmac-sha512`, `rsa-sha256` or `rsa-sha256-no-token`.",
@@ -376,9 +368,7 @@ class GatewaySettings(Group):
     @classmethod
     def _encrypted(cls, value: str, info: ValidationInfo) -> str:
         parts = urlsplit(value)
-        allowed = info.data.get(
-            "allow_http", True
-        )  # missing where it is itself invalid: one complaint is enough
+        allowed = info.data.get("allow_http", True)  # missing where it is itself invalid: one complaint is enough
         if parts.scheme == "http" and not allowed and not is_loopback(parts.hostname or ""):
             raise ValueError("plain http is only for loopback; use https, or set GATEWAY_ALLOW_HTTP=true")
         return value
@@ -394,12 +384,8 @@ class RetrySettings(Group):
 
     model_config = SettingsConfigDict(env_prefix="RETRY_")
 
-    max_attempts: int = Field(
-        default=4, ge=1, le=100, description="Most calls in a round; all of them count."
-    )
-    initial_seconds: Seconds = Field(
-        default=0.5, le=60, description="First backoff; it doubles, with full jitter."
-    )
+    max_attempts: int = Field(default=4, ge=1, le=100, description="Most calls in a round; all of them count.")
+    initial_seconds: Seconds = Field(default=0.5, le=60, description="First backoff; it doubles, with full jitter.")
     max_seconds: Seconds = Field(default=8, le=300, description="Longest backoff between two calls.")
     # The broker takes a command back that is unacked for 30 minutes; a round must end long before.
     budget_seconds: Seconds = Field(default=20, le=900, description="Longest time that a round may take.")
@@ -424,12 +410,8 @@ class BreakerSettings(Group):
     failures: int = Field(
         default=10, ge=1, le=10_000, description="Failures in a row, over all commands, that open it."
     )
-    cooldown_seconds: Seconds = Field(
-        default=15, le=3_600, description="Pause before the first probe; it doubles."
-    )
-    max_cooldown_seconds: Seconds = Field(
-        default=300, le=86_400, description="Longest pause between two probes."
-    )
+    cooldown_seconds: Seconds = Field(default=15, le=3_600, description="Pause before the first probe; it doubles.")
+    max_cooldown_seconds: Seconds = Field(default=300, le=86_400, description="Longest pause between two probes.")
 
     @field_validator("max_cooldown_seconds")
     @classmethod
@@ -549,9 +531,7 @@ def read_secret_file(path: Path) -> SecretStr:
     except FileNotFoundError:
         raise ValueError("no such file; mount it, or correct the path") from None
     except OSError as error:
-        raise ValueError(
-            f"cannot be read ({error.strerror}); make it readable, or correct the path"
-        ) from None
+        raise ValueError(f"cannot be read ({error.strerror}); make it readable, or correct the path") from None
     if len(content) > MAX_SECRET_BYTES:
         raise ValueError(f"is larger than {MAX_SECRET_BYTES} bytes; it must hold nothing but the secret")
     if not _is_utf8(content):
@@ -637,9 +617,7 @@ def _given(group: type[Group], names: Iterable[str], source: Variables) -> dict[
     return {name: source[group.variable(name)] for name in names if group.variable(name) in source}
 
 
-def _read_mounted(
-    group: type[Group], name: str, path: Path, values: dict[str, Any], wrong: dict[str, str]
-) -> None:
+def _read_mounted(group: type[Group], name: str, path: Path, values: dict[str, Any], wrong: dict[str, str]) -> None:
     file_field = group.file_forms()[name]
     try:
         values |= {name: read_secret_file(path), file_field: path}

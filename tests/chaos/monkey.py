@@ -86,7 +86,7 @@ def run(seed: int, commands: int, say: Callable[[str], None] = print) -> Story:
         ]
         producer = Producer(broker.url, prefix)
         feed = stack.enter_context(_feeding(broker.url, prefix, commands))
-        events = _torment(rng, broker, simulator, workers, producer, feed, say)
+        events = _torment(rng, broker, simulator, workers, feed, say)
         _settle(broker, simulator, workers)
         _await_outcomes(producer, feed, workers)
         for worker in workers:
@@ -166,7 +166,6 @@ def _torment(
     broker: PrivateBroker,
     simulator: Simulator,
     workers: list[WorkerProcess],
-    producer: Producer,
     feed: Feed,
     say: Callable[[str], None],
 ) -> Counter[str]:
@@ -202,9 +201,8 @@ def _torment(
         _for_a_while(simulator, {"rates": [{"share": 1, "fault": rng.choice([page, error])}]}, rng.uniform(0.5, 2))
 
     def gateway_throttles() -> None:
-        _for_a_while(
-            simulator, {"rates": [{"share": 0.5, "fault": {"code": "4299300", "retry_after": "1"}}]}, rng.uniform(0.5, 2)
-        )
+        throttled = {"code": "4299300", "retry_after": "1"}
+        _for_a_while(simulator, {"rates": [{"share": 0.5, "fault": throttled}]}, rng.uniform(0.5, 2))
 
     misfortunes: list[tuple[int, Callable[[], None]]] = [
         (5, kill_worker),
@@ -254,8 +252,8 @@ def _await_outcomes(producer: Producer, feed: Feed, workers: list[WorkerProcess]
     deadline = time.monotonic() + LONGEST
     ended: set[str] = set()
     while len(ended) < feed.total:
-        assert time.monotonic() < deadline, (
-            f"{feed.total - len(ended)} commands without an outcome\n" + "\n".join(w.last_words() for w in workers)
+        assert time.monotonic() < deadline, f"{feed.total - len(ended)} commands without an outcome\n" + "\n".join(
+            w.last_words() for w in workers
         )
         try:
             for outcome in producer.collect(min(max(producer.rabbit.depth(producer.inbox), 1), 1000), 15):

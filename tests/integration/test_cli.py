@@ -167,9 +167,7 @@ def test_queue_of_another_type_is_named(cli: Cli, declared: dict[str, str]) -> N
 
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 8
-    assert f"queue {declared['AMQP_PREFIX']}.dead exists with x-queue-type quorum instead of classic" in (
-        done.stderr
-    )
+    assert f"queue {declared['AMQP_PREFIX']}.dead exists with x-queue-type quorum instead of classic" in (done.stderr)
 
 
 @pytest.mark.parametrize("queue_type", ["quorum", "classic"])
@@ -303,9 +301,7 @@ def test_invalid_command_is_not_published(cli: Cli, arguments: list[str]) -> Non
 
 
 @pytest.mark.parametrize("options", [[], ["--wait"]])
-def test_publish_without_topology_says_what_to_do(
-    cli: Cli, broker: dict[str, str], options: list[str]
-) -> None:
+def test_publish_without_topology_says_what_to_do(cli: Cli, broker: dict[str, str], options: list[str]) -> None:
     """Without the exchanges, the error names the command that declares them."""
 
     done = cli("publish", "1", *options, **broker)

@@ -53,9 +53,7 @@ def server(source: FakeSource) -> Iterator[HealthServer]:
     server.stop()
 
 
-def ask(
-    port: int, path: str, method: str = "GET", body: bytes | None = None
-) -> tuple[http.client.HTTPResponse, bytes]:
+def ask(port: int, path: str, method: str = "GET", body: bytes | None = None) -> tuple[http.client.HTTPResponse, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request(method, path, body)
@@ -87,9 +85,7 @@ def test_metrics_in_the_text_format(server: HealthServer, source: FakeSource) ->
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz"])
 @pytest.mark.parametrize(("ok", "code", "word"), [(True, 200, "ok"), (False, 503, "unavailable")])
-def test_health_as_json(
-    server: HealthServer, source: FakeSource, path: str, ok: bool, code: int, word: str
-) -> None:
+def test_health_as_json(server: HealthServer, source: FakeSource, path: str, ok: bool, code: int, word: str) -> None:
     """A probe answers 200 or 503 with each component."""
 
     source.health = Health(ok, {"consumer": "ok", "socket": Path("/x")})

@@ -151,9 +151,7 @@ class Partner:
             return base64.b64encode(hmac.new(b"demo-secret", message, hashlib.sha512).digest()).decode()
         return base64.b64encode(own_key().sign(message, padding.PKCS1v15(), hashes.SHA256())).decode()
 
-    def _post(
-        self, path: str, body: Any, headers: dict[str, str], replaced: dict[str, Any]
-    ) -> requests.Response:
+    def _post(self, path: str, body: Any, headers: dict[str, str], replaced: dict[str, Any]) -> requests.Response:
         timeout = replaced.pop("timeout", 5)
         content = replaced.pop("content", body if isinstance(body, bytes) else json.dumps(body).encode())
         for name in replaced.pop("without", ()):
@@ -203,9 +201,7 @@ def test_a_correct_token_call_gets_a_bearer_token(partner: Partner) -> None:
         ({"content": b"grantType=client_credentials"}, 400, "4007300"),
     ],
 )
-def test_a_wrong_token_call_is_refused(
-    partner: Partner, replaced: dict[str, Any], status: int, code: str
-) -> None:
+def test_a_wrong_token_call_is_refused(partner: Partner, replaced: dict[str, Any], status: int, code: str) -> None:
     """Client, signature, timestamp, headers and body are all checked."""
 
     answer = partner.ask_token(**replaced)
@@ -319,9 +315,7 @@ def test_a_published_rsa_signature_is_right() -> None:
 
     key = serialization.load_pem_public_key(RSA_KEY.encode())
     assert isinstance(key, rsa.RSAPublicKey)
-    message = string_to_sign(
-        "rsa-sha256-no-token", "/v1.0/debit/notify", "", RSA_BODY, "2024-03-05T10:37:16.196Z"
-    )
+    message = string_to_sign("rsa-sha256-no-token", "/v1.0/debit/notify", "", RSA_BODY, "2024-03-05T10:37:16.196Z")
 
     assert rsa_signed(key, message, RSA_SIGNATURE)
     assert not rsa_signed(key, message + b" ", RSA_SIGNATURE)
@@ -351,9 +345,7 @@ def test_a_published_rsa_signature_is_right() -> None:
         ({"headers": {"Content-Type": "text/plain"}}, 404, "4049301"),
     ],
 )
-def test_a_wrong_header_is_refused(
-    partner: Partner, replaced: dict[str, Any], status: int, code: str
-) -> None:
+def test_a_wrong_header_is_refused(partner: Partner, replaced: dict[str, Any], status: int, code: str) -> None:
     """Each header of an expire call is checked, in presence, form and value."""
 
     answer = partner.expire(**replaced)

@@ -176,8 +176,7 @@ def test_lines_of_several_threads_stay_whole() -> None:
         logs.configure("json", "info", stream)
         log = structlog.get_logger()
         writers = [
-            threading.Thread(target=lambda: [log.info("attempt", text="x" * 500) for _ in range(200)])
-            for _ in range(4)
+            threading.Thread(target=lambda: [log.info("attempt", text="x" * 500) for _ in range(200)]) for _ in range(4)
         ]
         for thread in writers:
             thread.start()

@@ -138,9 +138,7 @@ def test_no_series_appears_later(metrics: Metrics) -> None:
     after = series(metrics)
     assert set(after) == before
     untouched = {
-        name
-        for (name, labels), number in after.items()
-        if not number and not dict(labels).keys() & {"le", "status"}
+        name for (name, labels), number in after.items() if not number and not dict(labels).keys() & {"le", "status"}
     }
     assert untouched == set()
 
@@ -149,13 +147,9 @@ def test_a_status_has_only_its_own_reasons(metrics: Metrics) -> None:
     """outcomes_total holds the pairs of the contract's table, once per lane."""
 
     pairs = [
-        (dict(labels)["status"], dict(labels)["reason"])
-        for name, labels in series(metrics)
-        if name == "outcomes_total"
+        (dict(labels)["status"], dict(labels)["reason"]) for name, labels in series(metrics) if name == "outcomes_total"
     ]
-    assert sorted(pairs) == sorted(
-        2 * [(status, reason) for status, own in REASONS.items() for reason in own]
-    )
+    assert sorted(pairs) == sorted(2 * [(status, reason) for status, own in REASONS.items() for reason in own])
 
 
 def test_dead_letters_have_the_reasons_of_dead_lettered_statuses(metrics: Metrics) -> None:

@@ -94,10 +94,7 @@ def test_all_problems_at_once() -> None:
             "plain http only for loopback"
         ),
         "GATEWAY_CLIENT_ID: is not set; set it. The id given at onboarding",
-        (
-            "GATEWAY_CLIENT_SECRET: is not set; set it (or GATEWAY_CLIENT_SECRET_FILE). "
-            "The secret given at onboarding"
-        ),
+        ("GATEWAY_CLIENT_SECRET: is not set; set it (or GATEWAY_CLIENT_SECRET_FILE). The secret given at onboarding"),
         "GATEWAY_PRIVATE_KEY_FILE: is not set; set it. PEM file of the RSA private key, PKCS#8 or PKCS#1",
         "GATEWAY_CHANNEL_ID: is not set; set it. The merchant's channel id",
         "RETRY_MAX_ATTEMPTS: must be a whole number of at least 1 and at most 100",
@@ -189,9 +186,7 @@ def test_secret_from_a_mounted_file(required: dict[str, str], tmp_path: Path) ->
     mounted.write_text(" with blanks \n")
     del required["GATEWAY_CLIENT_SECRET"]
 
-    gateway = load(
-        GatewaySettings, environ=required | {"GATEWAY_CLIENT_SECRET_FILE": str(mounted)}, env_file=None
-    )
+    gateway = load(GatewaySettings, environ=required | {"GATEWAY_CLIENT_SECRET_FILE": str(mounted)}, env_file=None)
 
     assert gateway.client_secret.get_secret_value() == " with blanks "
     assert gateway.client_secret_file == mounted
@@ -434,9 +429,7 @@ def test_delays_that_are_refused(text: str) -> None:
 def test_bounds_that_depend_on_each_other() -> None:
     """A ceiling below its start is refused."""
 
-    assert "below RETRY_INITIAL_SECONDS" in problem(
-        RetrySettings, RETRY_INITIAL_SECONDS="9", RETRY_MAX_SECONDS="8"
-    )
+    assert "below RETRY_INITIAL_SECONDS" in problem(RetrySettings, RETRY_INITIAL_SECONDS="9", RETRY_MAX_SECONDS="8")
 
 
 def test_certificate_and_key_go_together(key_file: Path) -> None:
@@ -474,9 +467,7 @@ def test_log_settings_ignore_case() -> None:
 def test_bytes_that_are_no_text_are_refused() -> None:
     """A value of the environment that is no UTF-8 is refused instead of failing later."""
 
-    assert problem(AmqpSettings, AMQP_PREFIX="a\udcff") == (
-        "AMQP_PREFIX: is not UTF-8 text; correct its encoding"
-    )
+    assert problem(AmqpSettings, AMQP_PREFIX="a\udcff") == ("AMQP_PREFIX: is not UTF-8 text; correct its encoding")
 
 
 # --- secrets stay secret

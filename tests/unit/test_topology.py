@@ -40,9 +40,7 @@ def test_exchanges() -> None:
     }
     made = {exchange.name: exchange for exchange in topology("p", "quorum", ()).exchanges}
     assert made["p.commands"] == Exchange("p.commands", "direct")
-    assert made["p.outcomes"] == Exchange(
-        "p.outcomes", "topic", {"alternate-exchange": "p.outcomes.unrouted"}
-    )
+    assert made["p.outcomes"] == Exchange("p.outcomes", "topic", {"alternate-exchange": "p.outcomes.unrouted"})
     assert made["p.outcomes.unrouted"].type == made["p.dead"].type == "fanout"
 
 

@@ -29,7 +29,6 @@ from worker.core.retry import RetryPolicy, Round, retry_after
 from worker.core.signing import Sign
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 
-
 TOKEN_AT_HAND: Final = 0.1  # seconds: a token that took longer was fetched, and other senders waited for it too
 
 
@@ -309,7 +308,7 @@ class Expire:
 
 
 def _final_reason(job: _Job, verdict: Verdict) -> Reason:
-    """"Not found" after a call that may have taken effect may be that very effect: nobody knows."""
+    """ "Not found" after a call that may have taken effect may be that very effect: nobody knows."""
     assert verdict.reason is not None
     if verdict.reason is Reason.NOT_FOUND and job.delivery.progress.effect_unknown:
         return Reason.NOT_FOUND_AFTER_UNKNOWN_EFFECT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import traceback
@@ -131,6 +132,7 @@ def _all(
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; the exit code. Whatever goes wrong is told in one line on standard error."""
+    logging.getLogger("pika").setLevel(logging.CRITICAL)  # what it says of a broker's refusal, we say in a line
     try:
         code = typer.main.get_command(app).main(
             list(arguments) or ["--help"], prog_name="qris-expire", standalone_mode=False
@@ -148,7 +150,11 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `… | head`: nobody reads any more, which is no error of ours
         sys.stdout = None  # or the interpreter complains when it flushes at exit
         return 0
-    except Exception as error:
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the same, told by rich
+            return 0
+        raise
+    except Exception as error:  # noqa: BLE001  # the last door: a person reads one line, not a traceback
         _tell_unexpected(error, arguments)
         return 1
 

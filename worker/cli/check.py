@@ -157,7 +157,8 @@ def _token(gateway: GatewaySettings | None) -> str:
     except TokenUnavailable as failure:
         verdict = failure.verdict
         code = f" ({verdict.code})" if verdict.code else ""
-        raise _Failed(f"{verdict.message}{code}; see GATEWAY_BASE_URL, GATEWAY_CLIENT_ID, the key and the clock") from None
+        see = "GATEWAY_BASE_URL, GATEWAY_CLIENT_ID, the key and the clock"
+        raise _Failed(f"{verdict.message}{code}; see {see}") from None
     return f"good for {grant.lifetime:.0f} s; our clock is {skew.seconds:+.1f} s off the gateway's"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import sys
@@ -292,7 +291,6 @@ def _begin(
     except SettingsError as error:
         raise Trouble(*error.problems, code=INVALID) from None
     signals.install()
-    logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # what it says of the broker's refusals, we say in a line
     chosen = Filter(
         frozenset(reason or ()),
         frozenset(each.value for each in lane or ()),

@@ -22,7 +22,8 @@ def demo(
     """
     from rich.console import Console
 
-    from worker.sandbox import broker, demo as show
+    from worker.sandbox import broker
+    from worker.sandbox import demo as show
 
     try:
         show.run(commands, Console())

@@ -44,9 +44,7 @@ def publish(
     merchant_id: Annotated[
         str | None, typer.Option(help="Its merchant; else the worker's GATEWAY_MERCHANT_ID.")
     ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Echoed in the outcome; 128 characters at most.")
-    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Echoed in the outcome; 128 characters at most.")] = None,
     lane: Annotated[Lane, typer.Option(help="Real time, or with the bulk.")] = Lane.CANCELLATION,
     not_after: Annotated[
         str | None, typer.Option(help="No call starts after it, as 2026-11-22T23:59:59+07:00.")
@@ -85,9 +83,7 @@ def _body(bill: str, merchant_id: str | None, reference: str | None, not_after: 
         "reference": reference,
         "notAfter": not_after,
     }
-    text = json.dumps(
-        {name: value for name, value in fields.items() if value is not None}, separators=(",", ":")
-    )
+    text = json.dumps({name: value for name, value in fields.items() if value is not None}, separators=(",", ":"))
     body = text.encode()
     # The worker's own rule decides. Whether it has a merchant where none is given cannot be seen from here.
     command = parse(body, default_merchant="unknown")

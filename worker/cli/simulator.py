@@ -17,31 +17,21 @@ OWN_KEY_FILE = Path("simulator-key.pem")
 
 def simulator(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
-    ] = 8093,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8093,
     key_file: Annotated[
         Path | None,
-        typer.Option(
-            help="PEM with the client's key, public or private; else simulator-key.pem, made if missing."
-        ),
+        typer.Option(help="PEM with the client's key, public or private; else simulator-key.pem, made if missing."),
     ] = None,
     client_id: Annotated[str, typer.Option(help="The one client it knows.")] = "demo-client",
     client_secret: Annotated[str, typer.Option(help="The client's secret.")] = "demo-secret",
     channel_id: Annotated[str, typer.Option(help="The client's channel id.")] = "95051",
-    signature: Annotated[
-        str, typer.Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")
-    ] = "hmac-sha512",
-    sign_path: Annotated[
-        str, typer.Option(help="The path that expire calls sign.")
-    ] = "/qr/qr-mpm-expire-billnumber",
+    signature: Annotated[str, typer.Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")] = "hmac-sha512",
+    sign_path: Annotated[str, typer.Option(help="The path that expire calls sign.")] = "/qr/qr-mpm-expire-billnumber",
     script: Annotated[
         Path | None,
         typer.Option(help="JSON file: which calls fail, and how (see above)."),
     ] = None,
-    single_token: Annotated[
-        bool | None, typer.Option("--single-token", help="A new token kills the old one.")
-    ] = None,
+    single_token: Annotated[bool | None, typer.Option("--single-token", help="A new token kills the old one.")] = None,
     token_lifetime: Annotated[
         float | None, typer.Option(help="Seconds a token lives; 900 unless the script says so.", min=0)
     ] = None,
@@ -86,9 +76,7 @@ def simulator(
         )
         _serve(gateway, private_key_file)
     except OSError as error:
-        _refuse(
-            f"{error.filename}: {error.strerror}" if error.filename else f"{host}:{port}: {error.strerror}"
-        )
+        _refuse(f"{error.filename}: {error.strerror}" if error.filename else f"{host}:{port}: {error.strerror}")
     except ValueError as error:
         _refuse(str(error))
     _print_report(gateway.report(bills=False))
@@ -144,9 +132,7 @@ def _public(pem: bytes, path: Path) -> RSAPublicKey:
     try:
         key = load_pem_public_key(pem)
     except ValueError:
-        raise ValueError(
-            f"{path} is no readable key; give an RSA key, public or private, in PEM form"
-        ) from None
+        raise ValueError(f"{path} is no readable key; give an RSA key, public or private, in PEM form") from None
     if isinstance(key, RSAPublicKey):
         return key
     raise ValueError(f"{path} is no RSA key; the gateway knows RSA only")

@@ -88,9 +88,7 @@ def _print(amqp: AmqpSettings, wanted: Topology) -> None:
     for exchange in wanted.exchanges:
         table.add_row(exchange.name, exchange.type, "", _arguments(exchange.arguments))
     table.add_section()
-    bound = {
-        binding.queue: f"{binding.exchange} {binding.routing_key}".strip() for binding in wanted.bindings
-    }
+    bound = {binding.queue: f"{binding.exchange} {binding.routing_key}".strip() for binding in wanted.bindings}
     for queue in wanted.queues:
         arguments = dict(queue.arguments)
         kind = f"{arguments.pop('x-queue-type')} queue"

@@ -14,9 +14,7 @@ MAX_REFERENCE: Final = 128
 MAX_DETAIL: Final = 300  # error text travels in headers; a header frame is bounded (128 KiB by default)
 
 _IDENTIFIER = re.compile(r"[!-~]{1,64}\Z")
-_RFC3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:[0-5]\d)\Z", re.ASCII
-)
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:[0-5]\d)\Z", re.ASCII)
 _COMMAND_NAMESPACE = uuid.UUID("5a1a31a2-2f4e-5f0f-9a53-8d6f2a0c0c93")
 
 InvalidReason = Literal["malformed_json", "invalid_command", "too_large"]

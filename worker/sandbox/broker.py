@@ -525,9 +525,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def _spawn(
-    command: Sequence[str], environment: Mapping[str, str], directory: Path
-) -> subprocess.Popen[bytes]:
+def _spawn(command: Sequence[str], environment: Mapping[str, str], directory: Path) -> subprocess.Popen[bytes]:
     launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
 
     def spawn() -> subprocess.Popen[bytes]:

@@ -275,7 +275,7 @@ def _depth(channel: Any, queue: str) -> int:
 
 
 def _scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:  # noqa: S310
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         return str(answer.read().decode())
 
 
@@ -317,7 +317,8 @@ def _picture(tally: Tally, simulator: Simulator, depths: dict[str, int]) -> Tabl
     seen = simulator.report(bills=False)
     done = len(tally.outcomes)
     table = Table(title="qris-expire demo", title_justify="left", caption_justify="left", min_width=60)
-    table.caption = f"{done} of {tally.expected} outcomes, {seen.expire_calls} calls, {depths[SWEEP]} waiting in the sweep"
+    progress = f"{done} of {tally.expected} outcomes, {seen.expire_calls} calls"
+    table.caption = f"{progress}, {depths[SWEEP]} waiting in the sweep"
     for heading in ("status", "reason", "commands"):
         table.add_column(heading, justify="right" if heading == "commands" else "left")
     for (status, reason), count in sorted(tally.counts().items()):
@@ -325,9 +326,7 @@ def _picture(tally: Tally, simulator: Simulator, depths: dict[str, int]) -> Tabl
     return table
 
 
-def _report(
-    console: Console, tally: Tally, simulator: Simulator, took: float, metrics: str, dead: int
-) -> None:
+def _report(console: Console, tally: Tally, simulator: Simulator, took: float, metrics: str, dead: int) -> None:
     counts = tally.counts()
     table = Table(title="What became of them", title_justify="left")
     table.add_column("status")
@@ -340,7 +339,8 @@ def _report(
     console.print(table)
     seen = simulator.report(bills=False)
     answered = ", ".join(f"{code} ×{count}" for code, count in sorted(seen.by_code.items()))
-    console.print(f"gateway    {seen.expire_calls} expire calls, {seen.token_calls} token calls: {answered}", soft_wrap=True)
+    calls = f"{seen.expire_calls} expire calls, {seen.token_calls} token calls"
+    console.print(f"gateway    {calls}: {answered}", soft_wrap=True)
     cancelled = sorted(tally.seconds[CANCELLATION])
     console.print(
         f"speed      {took:.1f} s in all; half of the cancellations were dead within "

@@ -395,9 +395,7 @@ _SCRIPT_KEYS: Final[Mapping[str, _Reader]] = {
 }
 
 
-def _members(
-    raw: object, readers: Mapping[str, _Reader], where: str, *, required: bool = False
-) -> dict[str, Any]:
+def _members(raw: object, readers: Mapping[str, _Reader], where: str, *, required: bool = False) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise _wrong(raw, "an object", where)
     if unknown := [key for key in raw if key not in readers]:
@@ -506,9 +504,7 @@ def _moment(timestamp: str) -> float | None:
 
 
 def _is_json(content_type: str) -> bool:
-    return content_type == "application/json" or (
-        content_type.partition(";")[0].strip().lower() == "application/json"
-    )
+    return content_type == "application/json" or (content_type.partition(";")[0].strip().lower() == "application/json")
 
 
 def _header_refusal(headers: Mapping[str, str], rules: Rules, now: float, skew: float) -> Fault | None:
@@ -562,9 +558,7 @@ def claim_of(request: Request, rules: Rules, now: float, skew: float) -> Claim:
     token = token.strip() if kind.lower() == "bearer" else ""
     signed = False
     if refusal is None:
-        message = string_to_sign(
-            rules.signature, rules.sign_path, token, request.body, headers["x-timestamp"]
-        )
+        message = string_to_sign(rules.signature, rules.sign_path, token, request.body, headers["x-timestamp"])
         if rules.signature == "hmac-sha512":
             signed = hmac_signed(rules.client_secret, message, headers["x-signature"])
         else:
@@ -1211,7 +1205,7 @@ def private_pem(key: rsa.RSAPrivateKey) -> bytes:
 
 def write_private(path: Path, pem: bytes) -> None:
     """Write a key that only its owner may read."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(pem)
 

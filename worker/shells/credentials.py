@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from worker.settings import GatewaySettings
 
 log = structlog.get_logger()
+
+KEPT: Final = "mend the mounted file; the old values stay in force"
 
 _Stamp = tuple[tuple[int, int, int] | None, ...]
 
@@ -74,7 +75,7 @@ class Credentials:
         try:
             self._loaded = _load(self._reread())
         except Exception as error:  # noqa: BLE001  # SettingsError, CredentialsError, OSError: all mean "not usable"
-            log.error("credentials.kept", reason=str(error), action="mend the mounted file; the old values stay in force")
+            log.error("credentials.kept", reason=str(error), action=KEPT)
             return False
         log.info("credentials.reloaded")
         return True
@@ -98,7 +99,7 @@ def _stamp(files: Sequence[Path]) -> _Stamp:
 
     def one(path: Path) -> tuple[int, int, int] | None:
         try:
-            status = os.stat(path)
+            status = path.stat()
         except OSError:
             return None
         return status.st_ino, status.st_size, status.st_mtime_ns

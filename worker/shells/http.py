@@ -99,9 +99,7 @@ class HealthServer:
         if self._path is None:
             self._port = listener.getsockname()[1]
         self._server = _Server(listener, self._source)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.2,), name="health", daemon=True
-        )
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), name="health", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -201,9 +199,7 @@ class _Server(socketserver.BaseServer):
                 return
         with self._lock:
             self._open[request] = time.monotonic() + CONNECTION_SECONDS
-        threading.Thread(
-            target=self._serve, args=(request, client_address), name="health-request", daemon=True
-        ).start()
+        threading.Thread(target=self._serve, args=(request, client_address), name="health-request", daemon=True).start()
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         try:

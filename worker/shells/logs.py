@@ -114,7 +114,7 @@ class _Foreign(logging.Handler):
             if record.exc_info:
                 event["exc_info"] = record.exc_info
             self._lines.msg(self._render(record.levelname.lower(), event))
-        except Exception:
+        except Exception:  # noqa: BLE001  # logging must not end what it tells about
             self.handleError(record)
 
 
@@ -157,7 +157,7 @@ def _plain(value: object) -> object:
         return value
     try:
         return str(value)
-    except Exception as error:  # a foreign __str__ must not stop the worker
+    except Exception as error:  # noqa: BLE001  # a foreign __str__ must not stop the worker
         return f"<{type(value).__name__}: {type(error).__name__}>"
 
 

@@ -313,9 +313,7 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(PREFIX + name, text, tuple(labels), registry=self._registry)
 
-    def _counters(
-        self, name: str, text: str, labels: Iterable[str], values: Iterable[str]
-    ) -> dict[str, Counter]:
+    def _counters(self, name: str, text: str, labels: Iterable[str], values: Iterable[str]) -> dict[str, Counter]:
         counter = self._counter(name, text, labels)
         return {value: counter.labels(value) for value in values}
 

@@ -13,9 +13,7 @@ from worker.core.delivery import Delivery
 from worker.core.lanes import Lanes
 from worker.core.ports import Draining
 
-STACK_BYTES: Final = (
-    512 * 1024
-)  # the default of 8 MB is address space only, but 32 of them alarm memory limits
+STACK_BYTES: Final = 512 * 1024  # the default of 8 MB is address space only, but 32 of them alarm memory limits
 
 
 class _Ticket:
@@ -29,7 +27,7 @@ class _Stop:
 _TICKET, _STOP = _Ticket(), _Stop()
 
 Work = Callable[[Delivery, bool], bool]
-"""``work(delivery, probe)``: sends it and tells the result; True when it was given back (held) and stays in its lane."""
+"""``work(delivery, probe)``: sends it and tells the result; True when it was held back and stays in its lane."""
 
 
 class Pool:

@@ -61,7 +61,9 @@ class Telemetry:
         if abs(seconds) > SKEW_WARNING and now - self._skew_told > _SKEW_EVERY:
             self._skew_told = now
             self._log.warning(
-                "clock.skewed", seconds=round(seconds, 1), action="set this machine's clock (NTP); signatures carry its time"
+                "clock.skewed",
+                seconds=round(seconds, 1),
+                action="set this machine's clock (NTP); signatures carry its time",
             )
 
     def token_refresh(self, result: str) -> None:

@@ -14,7 +14,7 @@ from worker.shells.gateway import Grant
 REFRESH_FROM: Final = 0.8
 REFRESH_TO: Final = 0.9
 """A token is renewed at a random point of this share of its life, so that processes do not ask together."""
-RETRY_EARLY_REFRESH: Final = 5.0  # seconds before an early refresh that failed is tried again; the old token still serves
+RETRY_EARLY_REFRESH: Final = 5.0  # seconds after an early refresh that failed; the old token still serves
 REFUSALS_AT_ONCE: Final = 5
 REFUSALS_EVERY: Final = 10.0
 """So many refused tokens are replaced at once, and one more every ten seconds. Beyond that a refusal alone is not

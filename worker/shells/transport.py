@@ -169,7 +169,7 @@ class _Line:
             raise TimeoutError("timed out") from None
 
     def quiet(self) -> bool:
-        """Whether nothing has come since the last answer: neither its end nor a surplus answer to a request long over."""
+        """Whether nothing has come since the last answer: neither its end nor a surplus answer to an older request."""
         if not self._poll.poll(0):
             return True
         if not self._tls:

@@ -125,7 +125,7 @@ class Engine:
             self._loop,
             watch,
             on_confirmed=self._confirmed,
-            after_confirms=lambda: self._consumer.flush(),
+            after_confirms=lambda: self._consumer.flush(),  # noqa: PLW0108  # it is made below
             guard=self._guard,
         )
         self._consumer = Consumer(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pika.exceptions
+from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorException
 
 from tests.ledger import Ledger, take_stock
 from tests.proxy import FaultProxy
@@ -28,6 +29,9 @@ STAY_SECONDS = 60.0
 """The most a load waits for the broker to take the command in its hand."""
 
 CALLS_KEPT = 100_000
+
+LOST = (pika.exceptions.AMQPError, AMQPConnectorException, AMQPConnectionWorkflowFailed, OSError, ValueError)
+"""All that pika raises while it connects: a failed handshake is no AMQPError there, a reset at once a ValueError."""
 
 
 class Load(threading.Thread):
@@ -66,9 +70,13 @@ class Load(threading.Thread):
         """The command in hand is published still."""
         self._stopping.set()
         self.join(STAY_SECONDS + 5)
+        self.check()
+        assert not self.is_alive(), "the load hangs"
+
+    def check(self) -> None:
+        """Raises what ended it."""
         if self.failure is not None:
             raise self.failure
-        assert not self.is_alive(), "the load hangs"
 
     def run(self) -> None:
         rabbit: Rabbit | None = None
@@ -90,7 +98,7 @@ class Load(threading.Thread):
             try:
                 rabbit = rabbit or Rabbit(next(self._urls))
                 rabbit.publish(self._names.commands, self._lane, body, message_id=identity)
-            except (pika.exceptions.AMQPError, OSError) as error:
+            except LOST as error:
                 if time.monotonic() > deadline:
                     raise
                 # After a nack, too: such a channel may be nacked for as long as a node is away, and a new one is not.
@@ -203,6 +211,8 @@ class Scene:
         """Wait until commands published from now on were called for."""
 
         def called() -> bool:
+            for load, _ in marks:
+                load.check()
             calls = self.gateway.report().calls_by_bill
             return all(any(bill in calls for bill in load.bills[mark:]) for load, mark in marks)
 

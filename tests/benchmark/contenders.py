@@ -45,7 +45,7 @@ class Contender:
         return [sys.executable if self.ours else str(packages.python()), "-m", self.module, *self.arguments]
 
 
-WORKER: Final = Contender("worker", "this worker", "worker", ("run",), 16, 1300)
+WORKER: Final = Contender("worker", "this worker", "worker", ("run",), 32, 1300)
 TUTORIAL: Final = Contender(
     "tutorial", "tutorial worker: pika blocking, requests, prefetch 1", "tests.benchmark.peers.tutorial", (), 1, 120
 )

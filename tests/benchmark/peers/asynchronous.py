@@ -116,6 +116,7 @@ async def main() -> None:
             exchange=job.OUTCOMES,
             routing_key=result.key,
             properties=job.properties(Basic.Properties, asked, result),
+            wait=False,
             mandatory=True,
         )
         acks.done(message.delivery.delivery_tag)

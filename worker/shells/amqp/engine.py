@@ -162,6 +162,7 @@ class Engine:
         self._look_at = 0.0
         self._connected_once = False
         self._connected = False
+        self._lost = False
         self._closed_at: float | None = None
         self.refused: str | None = None
         """Set when the broker refused our login before it ever took it."""
@@ -309,10 +310,12 @@ class Engine:
 
     def _publish_down(self, _reason: str) -> None:
         self._publisher.down()
+        self._lost = True
         self._look()
 
     def _consume_down(self, _reason: str) -> None:
         self._consumer.down()
+        self._lost = True
         self._look()
 
     def _up(self) -> None:
@@ -483,9 +486,11 @@ class Engine:
         watch.paused("draining", self._gate.draining)
         connected = self._publisher.ready and self._consumer.ready
         if connected and not self._connected:
-            if self._connected_once:
+            if self._connected_once and self._lost:  # else a pause is over: the broker answers the consumers again
                 watch.broker_reconnected()
-            self._log.info("broker.connected", again=self._connected_once)
+            if self._lost or not self._connected_once:
+                self._log.info("broker.connected", again=self._connected_once)
+            self._lost = False
             self._connected_once = True
             self.refused = None  # by another host of the list, or before somebody mended it
         self._connected = connected

@@ -136,7 +136,7 @@ TROUBLES = {
 
 
 MAY_TAKE_EFFECT = {"connections reset", "general errors", "a page that says 200"}
-RARE = {"connections reset", "a page that says 200", "bad request"}
+RARE = {"connections reset", "a page that says 200", "bad request", "token service refuses"}
 
 
 @pytest.mark.parametrize("trouble", [pytest.param(it, marks=pytest.mark.slow) if it in RARE else it for it in TROUBLES])
@@ -347,7 +347,9 @@ def test_the_next_good_command_closes_what_a_bad_bill_alone_has_opened(till: Sho
 # -- the breaker and the broker
 
 
-@pytest.mark.parametrize(("kind", "pause_after"), [("quorum", 1.0), ("classic", 0.0)])
+@pytest.mark.parametrize(
+    ("kind", "pause_after"), [pytest.param("quorum", 1.0, marks=pytest.mark.slow), ("classic", 0.0)]
+)
 def test_what_is_on_its_way_when_it_opens_is_kept(
     amqp_url: str, prefix: str, tmp_path: Path, kind: str, pause_after: float
 ) -> None:
@@ -648,7 +650,7 @@ def test_a_rotated_broker_password_is_taken_over(fresh: PrivateBroker, tmp_path:
 # -- throttling and the rate limit
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
+@pytest.mark.parametrize("form", ["seconds", pytest.param("date", marks=pytest.mark.slow)])
 def test_a_throttled_answer_holds_every_sender(shop: Shop, form: str) -> None:
     """No call arrives before Retry-After is over, in seconds or as a date; then all expire, by one call each."""
 

@@ -94,6 +94,7 @@ def test_under_load_with_a_stalled_broker_it_is_forced(amqp_url: str, prefix: st
         assert sum(calls.values()) - 200 <= 4 * CONCURRENCY
 
 
+@pytest.mark.slow
 def test_a_stall_that_ends_lets_the_drain_finish(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """SIGTERM while the broker stalls for a moment: exit 0 once the confirms come, and nothing was called twice."""
 

@@ -43,8 +43,7 @@ def real_scrape(commands: int = 0, *, age: float = 0.25, now: float = 0.0) -> st
 
 def values(text: str) -> dict[str, float]:
     return {
-        sample.name
-        + "".join(f",{name}={value}" for name, value in sorted(sample.labels.items())): sample.value
+        sample.name + "".join(f",{name}={value}" for name, value in sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }

@@ -1,0 +1,35 @@
+"""The benchmark measures; what it measures is no test's business."""
+
+import pytest
+
+from tests.benchmark.__main__ import main
+from tests.benchmark.measure import Mark, middle
+
+
+def test_it_measures_this_worker(
+    amqp_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fifty commands of this worker alone become a row of the README's table, none lost and none twice."""
+    monkeypatch.setenv("AMQP_URL", amqp_url)
+    said = ["--contenders", "worker", "--rounds", "1", "--commands", "50", "--patience", "0", "--markdown"]
+
+    assert main(said) == 0
+
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| this worker |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[-1] == "0, 0"
+    assert all(float(cell.replace(",", "")) > 0 for cell in (cells[2], cells[4], *cells[7:10]))
+
+
+def test_the_middle_of_a_run_leaves_out_start_and_end() -> None:
+    """Rate and CPU are taken between 10 % and 90 % of the outcomes."""
+    marks = [Mark(float(at), done, 0.0) for at, done in enumerate((0, 5, 20, 50, 80, 95, 100))]
+
+    assert middle(marks, 100) == (marks[2], marks[4])
+
+
+def test_a_run_too_short_to_have_a_middle_counts_whole() -> None:
+    """From the last look before its first outcome to the end."""
+    marks = [Mark(0.0, 0, 0.0), Mark(1.0, 0, 0.0), Mark(2.0, 50, 0.0)]
+
+    assert middle(marks, 50) == (marks[1], marks[2])

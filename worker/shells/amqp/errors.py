@@ -65,6 +65,8 @@ def reason(error: BaseException) -> str:
             return f"TLS: {said.lower().replace('_', ' ')}"
         case OSError(strerror=str(strerror)):
             return strerror
+        case ValueError() if "getpeername" in str(error):
+            return _cause(error)
     return f"{type(error).__name__} {' '.join(map(str, error.args))}".replace("\n", " ").rstrip()[:200]
 
 

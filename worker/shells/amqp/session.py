@@ -45,8 +45,9 @@ HANDSHAKE_TIMEOUT: Final = 10
 BLOCKED_TIMEOUT: Final = 15
 """Seconds that a tool waits for a broker that blocks its publishers."""
 
-CONNECT_ERRORS: Final = (AMQPError, AMQPConnectorException, AMQPConnectionWorkflowFailed, OSError)
-"""All that pika 1.4 raises while it connects: a failed handshake is no AMQPError there."""
+CONNECT_ERRORS: Final = (AMQPError, AMQPConnectorException, AMQPConnectionWorkflowFailed, OSError, ValueError)
+"""All that pika 1.4 raises while it connects: a failed handshake is no AMQPError there, a peer that resets at once
+is a ValueError."""
 
 C = TypeVar("C")
 

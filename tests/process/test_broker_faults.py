@@ -229,6 +229,7 @@ def test_confirms_that_never_come(broker: PrivateBroker, tmp_path: Path, impatie
         scene.settle()
 
 
+@pytest.mark.slow
 def test_a_silent_publish_path(broker: PrivateBroker, tmp_path: Path, impatient: str) -> None:
     """Everything reaches the broker and nothing comes back, not even the answer to a close: the worker hangs up."""
 
@@ -257,6 +258,8 @@ def test_a_silent_publish_path(broker: PrivateBroker, tmp_path: Path, impatient:
 def test_a_consumer_timeout(scene: Scene, broker: PrivateBroker) -> None:
     """A call that outlasts the broker's patience: the channel is closed under it, and it is settled once."""
 
+    # So that a reconnect takes long enough to be seen.
+    scene.network.latency(0.03)
     with broker_setting(broker, consumer_timeout=2000, channel_tick_interval=500):
         # Read when a channel opens.
         scene.network.reset_all()
@@ -264,6 +267,7 @@ def test_a_consumer_timeout(scene: Scene, broker: PrivateBroker) -> None:
         scene.wait_ready()
         slow = scene.producer.publish("slow-1")
         scene.wait_said("broker.bounce", "timed out")
+        scene.wait_unready("consumer", "timed out")
         scene.wait_ready()
         scene.wait_said("delivery.joined", slow.id)
         books = scene.settle()
@@ -357,6 +361,7 @@ def test_several_hosts(broker: PrivateBroker, tmp_path: Path) -> None:
 
     nowhere = free_port()
     with under_load(broker.url, tmp_path, worker_url=lambda url: f"{by_way_of(nowhere, url)},{url}") as scene:
+        scene.network.latency(0.03)
         scene.network.reset_all()
         scene.wait_unready()
         scene.wait_ready()
@@ -443,6 +448,7 @@ def test_a_half_open_connection(broker: PrivateBroker, tmp_path: Path) -> None:
     """The broker has forgotten us and nobody said so: heartbeats notice, and the worker connects again."""
 
     with under_load(broker.url, tmp_path, worker_url=lambda url: f"{url}?heartbeat=2") as scene:
+        scene.network.latency(0.03)
         scene.network.half_open()
         scene.wait_said("broker.waiting", "heartbeat", timeout=30)
         scene.wait_unready()

@@ -13,10 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import builders
-from tests.builders import NOON
+from tests.builders import NOON, delivery
 from worker.core import delivery as module
 from worker.core.delivery import (
     EFFECT_UNKNOWN,
+    MAX_BATCH_ID,
     MAX_EXTERNAL_IDS,
     PROGRESS_HEADERS,
     Delivery,
@@ -375,3 +376,9 @@ def test_foreign_headers_are_bounded() -> None:
 
     assert "note" not in headers
     assert headers["batch-id"] == "b-1"
+
+
+def test_a_batch_id_is_cut() -> None:
+    """A batch id stands in every outcome and log line of the batch, so a huge one is cut."""
+
+    assert len(delivery(headers={"batch-id": "b" * 100_000}).batch_id or "") == MAX_BATCH_ID

@@ -23,6 +23,8 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 MAX_PROPERTY_BYTES: Final = 255
 """The longest text property of AMQP. Publishing a longer one fails, and would fail again at every redelivery."""
 
+MAX_BATCH_ID: Final = 256  # it stands in every log line and outcome of the batch
+
 ROUND: Final = "qris-round"
 ATTEMPTS: Final = "qris-attempts"
 EXTERNAL_IDS: Final = "qris-external-ids"
@@ -107,7 +109,7 @@ class Delivery:
     def batch_id(self) -> str | None:
         """The sweep it belongs to."""
         value = self.headers.get(BATCH_ID)
-        return None if value is None else text(value)
+        return None if value is None else text(value)[:MAX_BATCH_ID]
 
 
 def receive(

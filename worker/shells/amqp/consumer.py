@@ -27,7 +27,6 @@ class _Lane:
         self.number = number
         self.channel = channel
         self.acks = Acks()
-        self.last = 0  # the latest delivery tag
         self.consumer_tag: str | None = None
         self.consuming = False
 
@@ -150,16 +149,13 @@ class Consumer:
 
         tag = lane.consumer_tag = lane.channel.basic_consume(
             lane.queue,
-            self._guard(lambda _, method, properties, body: self._arrived(lane, method, properties, body)),
+            self._guard(
+                lambda _, method, properties, body: self._on_delivery(
+                    lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body
+                )
+            ),
             callback=self._guard(proven),
         )
-
-    def _arrived(self, lane: _Lane, method: Any, properties: Any, body: bytes) -> None:
-        # pika gives back by itself what arrives between our cancel and its answer: a gap that no ack will ever fill.
-        for returned in range(lane.last + 1, method.delivery_tag):
-            lane.acks.skip(returned)
-        lane.last = method.delivery_tag
-        self._on_delivery(lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body)
 
     def _fetch_from(self, lanes: list[_Lane]) -> None:
         if not lanes:
@@ -172,7 +168,8 @@ class Consumer:
             return
 
         def got(_: Any, method: Any, properties: Any, body: bytes) -> None:
-            self._arrived(lane, method, properties, body)
+            tag = Tag(lane.number, method.delivery_tag)
+            self._on_delivery(lane.lane, tag, method.redelivered, properties, body)
             self._fetched(True)
 
         lane.channel.basic_get(lane.queue, self._guard(got))

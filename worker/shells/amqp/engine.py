@@ -121,6 +121,7 @@ class Engine:
         self._called: OrderedDict[str, Progress] = OrderedDict()
         """What is known of calls for commands that the broker took back, by `Delivery.key`."""
         self._wake_pending = False
+        self._attention = True
         self._publisher: Publisher[Result] = Publisher(
             self._loop,
             watch,
@@ -183,7 +184,7 @@ class Engine:
     def begin(self) -> None:
         """Senders may start."""
         self._begun = True
-        self.wake()
+        self._attend()
 
     def finish(self, delivery: Delivery, result: Result) -> None:
         """A sender is done with a delivery."""
@@ -196,12 +197,16 @@ class Engine:
             self._wake_pending = True
             self._loop.add_callback_threadsafe(self._guard(self._look))
 
+    def _attend(self) -> None:
+        self._attention = True
+        self.wake()
+
     def drain(self) -> None:
         """Takes nothing new, finishes what senders hold, settles, closes; then the thread ends."""
         self._gate.drain()
         if self._pool is not None:
             self._pool.hold()
-        self.wake()
+        self._attend()
 
     def halt(self) -> None:
         """Ends the loop now; what is unacked goes back to its queue."""
@@ -271,14 +276,18 @@ class Engine:
         self._loop.stop()
 
     def _look(self) -> None:
+        """What a wake asks for. Most only bring results, so the rest is looked at when something has changed."""
         self._wake_pending = False
         self._take_results()
-        self._regulate()
+        if self._attention:
+            self._attention = False
+            self._regulate()
 
     def _tick(self) -> None:
         self._loop.call_later(TICK, self._guard(self._tick))
         now = time.monotonic()
         self._ticked = now
+        self._attention = True
         self._look()
         self._publisher.tick(now)
         self._publish_link.expect(self._publisher.ready, now)
@@ -291,7 +300,7 @@ class Engine:
 
     def _publish_up(self, connection: Any) -> None:
         self._prepare(
-            connection, self._publish_link, lambda: self._publisher.open(connection, self._publish_link, self._up)
+            connection, self._publish_link, lambda: self._publisher.open(connection, self._publish_link, self._changed)
         )
 
     def _consume_up(self, connection: Any) -> None:
@@ -311,14 +320,15 @@ class Engine:
     def _publish_down(self, _reason: str) -> None:
         self._publisher.down()
         self._lost = True
-        self._look()
+        self._changed()
 
     def _consume_down(self, _reason: str) -> None:
         self._consumer.down()
         self._lost = True
-        self._look()
+        self._changed()
 
-    def _up(self) -> None:
+    def _changed(self) -> None:
+        self._attention = True
         self._look()
 
     def _refused(self, reason: str) -> None:
@@ -440,7 +450,7 @@ class Engine:
         """From the sender whose answer began a hold."""
         if self._pool is not None:
             self._pool.hold()
-        self.wake()
+        self._attend()
 
     def _regulate(self) -> None:
         """Makes pool and consumers follow what holds senders, and says so."""

@@ -56,7 +56,8 @@ class Story:
     seed: int
     ledger: Ledger
     events: Counter[str]
-    repeated_calls: int
+    uncounted: int
+    """Bills with more calls than `attempts` says: calls that a killed worker made and told nobody about."""
     seconds: float
     statuses: Counter[str] = field(default_factory=Counter)
 
@@ -66,7 +67,7 @@ class Story:
         return (
             f"seed {self.seed}: {self.seconds:.0f} s, {self.events.total()} events ({happened})\n"
             f"{self.ledger.table()}\n"
-            f"bills called again after their success: {self.repeated_calls}"
+            f"bills with a call that their outcome does not count: {self.uncounted}"
         )
 
 
@@ -100,8 +101,8 @@ def run(seed: int, commands: int, say: Callable[[str], None] = print) -> Story:
             attempts[outcome.fields["billnumber"]] = max(
                 attempts.get(outcome.fields["billnumber"], 0), outcome.fields["attempts"]
             )
-        repeated = sum(number > attempts.get(bill, 0) for bill, number in calls.items())
-        story = Story(seed, ledger, events, repeated, time.monotonic() - began, seen)
+        uncounted = sum(number > attempts.get(bill, 0) for bill, number in calls.items())
+        story = Story(seed, ledger, events, uncounted, time.monotonic() - began, seen)
         producer.rabbit.close()
     ledger.check(all_ended=True)
     return story

@@ -35,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with tempfile.TemporaryDirectory(prefix="qris-expire-benchmark-") as directory, _broker() as url:
-            if any(not one.ours for one in asked.contenders):
-                packages.python()
             for scenario in _scenarios(asked, _plan(asked, url, Path(directory))):
                 table = scenario()
                 print(f"\n{table.markdown() if asked.markdown else table.text()}\n", flush=True)

@@ -72,6 +72,8 @@ class Plan:
 
     def rounds_of(self, setups: Sequence[Setup]) -> list[list[Run]]:
         """The runs of each setup. Interleaved, and each round in the other order, so that a slow minute hits all."""
+        for setup in setups:
+            setup.contender.argv()  # now, since it may install the peers' packages
         runs: list[list[Run]] = [[] for _ in setups]
         for turn in range(1, self.rounds + 1):
             order = list(enumerate(setups))
@@ -240,29 +242,27 @@ def cancellations(plan: Plan) -> Table:
 
 
 def memory(plan: Plan) -> Table:
-    """Resident memory of one process at the defaults, early and late in one sweep."""
-    small, large = plan.size(10_000), plan.size(200_000)
-    setup = Setup(WORKER, large, 0.0, plan.concurrency or DEFAULT_CONCURRENCY, share=DEFAULT_SHARE)
+    """Resident memory of one process at the defaults, in the course of one sweep."""
+    steps = [plan.size(commands) for commands in (10_000, 50_000, 100_000, 200_000)]
+    setup = Setup(WORKER, steps[-1], 0.0, plan.concurrency or DEFAULT_CONCURRENCY, share=DEFAULT_SHARE)
     with scene(plan.url, plan.directory, setup.latency) as (site, gateway):
-        site.load(large)
+        site.load(setup.commands)
         with contending(setup, site, gateway, plan.directory) as process:
             sizes = []
-            for commands in (small, large):
+            for commands in steps:
                 _reach(watch(site, process, commands))
                 sizes.append(machine.resident(process.pid))
                 plan.say(f"{commands:,} commands: {sizes[-1]:.1f} MiB")
             peak = machine.resident(process.pid, peak=True)
         missing, duplicates = site.books()
     rows = [
-        [f"{small:,}", f"{sizes[0]:.1f}", ""],
-        [f"{large:,}", f"{sizes[1]:.1f}", f"{sizes[1] - sizes[0]:+.1f}"],
-        ["at the highest", f"{peak:.1f}", ""],
+        [f"{commands:,}", f"{size:.1f}", f"{size - sizes[0]:+.1f}"] for commands, size in zip(steps, sizes, strict=True)
     ]
     return Table(
         f"Resident memory of one process, {setup.senders} in flight",
         ("after commands", "MiB", "growth"),
         rows,
-        (f"{missing} lost, {duplicates} twice.",),
+        (f"At the highest {peak:.1f} MiB. {missing} lost, {duplicates} twice.",),
     )
 
 

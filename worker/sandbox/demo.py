@@ -32,6 +32,7 @@ from worker.sandbox.simulator import Script, Simulator
 from worker.settings import AmqpSettings
 from worker.shells.amqp.session import apply, connect
 
+HOME: Final = Path(__file__).parents[2]
 DELAYS: Final = (1,)
 LATENCY: Final = 0.1  # seconds the simulated gateway takes: enough to see the lanes at work
 LONGEST: Final = 45.0  # seconds from the first command to the last outcome; more means that something is wrong
@@ -139,13 +140,18 @@ def run(size: int, console: Console) -> None:
             "AMQP_URL": url,
             "AMQP_PREFIX": amqp.prefix,
             "METRICS_PORT": str(port),
+            # From a checkout that is not installed, the worker's process would not find its own package.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
         }
         worker = stack.enter_context(_worker(environment, directory))
-        console.print(f"worker     process {worker.pid}, metrics at http://127.0.0.1:{port}/metrics")
+        console.print(f"worker     process {worker.pid} on {amqp.prefix}, metrics at http://127.0.0.1:{port}/metrics")
         tally = Tally(size)
         started = time.monotonic()
         orders = batch(size)
-        _watch(channel, inbox, amqp.names, orders, tally, simulator, worker, console)
+        try:
+            _watch(channel, inbox, amqp.names, orders, tally, simulator, worker, console)
+        except DemoError as error:
+            raise DemoError(f"{error}; its last line: {_last_line(directory)}") from None
         took = time.monotonic() - started
         metrics = _scrape(port)
         _stop(worker, directory)
@@ -286,8 +292,11 @@ def _stop(worker: subprocess.Popen[bytes], directory: Path) -> None:
     except subprocess.TimeoutExpired:
         raise DemoError("the worker did not drain within 30 s") from None
     if code != 0:
-        last = (directory / "worker.log").read_text().splitlines()[-1:]
-        raise DemoError(f"the worker ended with exit code {code}: {' '.join(last)}")
+        raise DemoError(f"the worker ended with exit code {code}; its last line: {_last_line(directory)}")
+
+
+def _last_line(directory: Path) -> str:
+    return "".join((directory / "worker.log").read_text().splitlines()[-1:])
 
 
 # -- what a person sees ---------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""The first thing that a stranger runs."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.rabbit import Rabbit
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(120)
+def test_the_demo_adds_up_and_leaves_nothing(amqp_url: str, tmp_path: Path) -> None:
+    """From a checkout that is not installed, the demo ends by itself with as many outcomes as commands."""
+
+    # The interpreter below this environment's, and its packages by path: an editable install is not seen that way.
+    environment = {"PATH": os.environ["PATH"], "AMQP_URL": amqp_url, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    done = subprocess.run(
+        [Path(sys.base_prefix) / "bin" / "python3", "-m", "worker", "demo", "--commands", "60"],
+        cwd=ROOT,
+        env={**environment, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "60 commands, 60 outcomes" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    with Rabbit(amqp_url) as rabbit:
+        prefix = next(word for word in done.stdout.split() if word.startswith("demo.")).rstrip(",")
+        assert not rabbit.has_queue(f"{prefix}.sweep")

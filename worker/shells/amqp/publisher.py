@@ -20,7 +20,6 @@ CONFIRM_SECONDS: Final = 30.0
 """A confirm that does not come for this long (a lost quorum gives no answer at all) bounces the connection to the
 next host, and everything unconfirmed is published again."""
 REOPEN_AFTER: Final = 0.25  # seconds between a nack and the new channel
-LOST_QUEUE: Final = 3  # tries after which a queue is taken to be gone
 RETRY_FIRST: Final = 1.0
 RETRY_LONGEST: Final = 30.0
 
@@ -175,6 +174,9 @@ class Publisher(Generic[R]):
             self._later(publication)
         if again and not isinstance(method, pika.spec.Basic.Ack):
             self._reopen()
+        elif again and self._link is not None:
+            # Unroutable: a queue or binding is gone. A new connection declares it again, or says what is missing.
+            self._link.bounce(self.trouble)
         self._watch.unconfirmed(len(self))
 
     def _returned(self, channel: Any, method: Any, properties: Any, _body: bytes) -> None:
@@ -205,8 +207,6 @@ class Publisher(Generic[R]):
             tries=publication.tries,
             retry_in=wait,
         )
-        if publication.tries >= LOST_QUEUE and self._link is not None:
-            self._link.bounce(self.trouble)  # a new connection declares the topology again, or says what is missing
         self._delayed += 1
         self._loop.call_later(wait, self._guard(lambda: self._again(publication)))
 

@@ -31,6 +31,8 @@ from worker.core.lanes import CANCELLATION
 
 SECONDS: Final = 6  # what a run at 0 ms takes, roughly
 FITTING: Final = 1280  # commands per second that the concurrency must carry when the gateway is slow
+TURNS: Final = 60
+"""What each sender does at least in a run with a slow gateway: opening 256 connections takes as long as some turns."""
 DEFAULT_CONCURRENCY: Final = 32
 DEFAULT_SHARE: Final = "0.75"
 
@@ -58,7 +60,7 @@ class Plan:
         own = self.concurrency if contender.ours else None
         senders = own or fitting(contender, latency)
         pace = min(contender.pace * processes, senders * processes / latency if latency else contender.pace * processes)
-        commands = self.commands or self.size(pace * SECONDS)
+        commands = self.commands or self.size(max(pace * SECONDS, TURNS * senders if latency else 0))
         return Setup(contender, commands, latency, senders, processes)
 
     def run(self, setup: Setup, turn: int) -> Run:

@@ -68,7 +68,7 @@ def counted(worker: WorkerProcess, facts: dict[str, float]) -> None:
 
 def pid_of(worker: WorkerProcess) -> int:
     assert worker._process is not None
-    return worker._process.pid
+    return worker.pid
 
 
 # -- the breaker: whatever is wrong, it pauses and nothing burns

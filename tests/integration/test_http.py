@@ -4,8 +4,7 @@ import http.client
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
+from tests.waiting import wait_until
 from worker.shells import http as endpoint
 from worker.shells.http import Health, HealthServer, ListenError
 
@@ -61,13 +61,6 @@ def ask(port: int, path: str, method: str = "GET", body: bytes | None = None) ->
         return response, response.read()
     finally:
         connection.close()
-
-
-def eventually(fact: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def handler_threads() -> int:
@@ -159,7 +152,7 @@ def test_slow_clients_neither_pile_up_threads_nor_keep_a_probe_waiting(server: H
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
         assert ask(server.port, "/livez")[0].status == 200
         assert handler_threads() <= endpoint.HANDLERS
-    eventually(lambda: handler_threads() == 0)
+    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
 
 
 def test_a_dripping_client_is_cut_off(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +170,8 @@ def test_a_dripping_client_is_cut_off(server: HealthServer, monkeypatch: pytest.
             except OSError:
                 return True
 
-        eventually(is_cut)
-    eventually(lambda: handler_threads() == 0)
+        wait_until(is_cut, 10, "the slow connection is cut")
+    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
 
 
 def test_a_source_that_hangs_turns_newcomers_away(
@@ -192,12 +185,12 @@ def test_a_source_that_hangs_turns_newcomers_away(
         for _ in range(endpoint.HANDLERS):
             client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-        eventually(lambda: handler_threads() == endpoint.HANDLERS)
+        wait_until(lambda: handler_threads() == endpoint.HANDLERS, 10, "all handlers busy")
         with pytest.raises((OSError, http.client.HTTPException)):
             ask(server.port, "/livez")
         source.held.set()
         source.held = None
-    eventually(lambda: handler_threads() == 0)
+    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
     assert ask(server.port, "/livez")[0].status == 200
 
 

@@ -66,11 +66,6 @@ def counted(worker: WorkerProcess, facts: dict[str, float]) -> None:
     assert spent(worker) == facts
 
 
-def pid_of(worker: WorkerProcess) -> int:
-    assert worker._process is not None
-    return worker.pid
-
-
 # -- the breaker: whatever is wrong, it pauses and nothing burns
 
 SENDERS = 4
@@ -750,12 +745,12 @@ def test_a_stalled_process_does_not_make_up_for_lost_time_at_once(amqp_url: str,
     with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **limit) as (worker, producer):
         producer.publish_many(bills("b", 100))
         producer.collect(20, 10)
-        os.killpg(pid_of(worker), signal.SIGSTOP)
+        os.killpg(worker.pid, signal.SIGSTOP)
         seen = gateway.report().expire_calls
         began = time.monotonic()
         wait_until(lambda: time.monotonic() - began > 1, 5, "a second passes")
         assert gateway.report().expire_calls <= seen + 1
-        os.killpg(pid_of(worker), signal.SIGCONT)
+        os.killpg(worker.pid, signal.SIGCONT)
         producer.collect_all(20)
         at = sorted(map(signed_at, gateway.report().calls))
         for number, first in enumerate(at):

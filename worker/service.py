@@ -7,9 +7,9 @@ import os
 import random
 import secrets
 import ssl
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any, Final
 
 import structlog
@@ -28,9 +28,11 @@ from worker.core.retry import RetryPolicy
 from worker.core.topology import Names, topology
 from worker.core.verdict import Kind
 from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
+from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
 from worker.shells.credentials import KEPT, Credentials, CredentialsError
+from worker.shells.fibers import Event, Fibers, Lock, Offloaded
 from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxies_for, timestamp
 from worker.shells.http import Health, HealthServer, ListenError
 from worker.shells.metrics import Metrics
@@ -38,7 +40,7 @@ from worker.shells.pool import Pool
 from worker.shells.stock import StockAdapter
 from worker.shells.telemetry import Telemetry
 from worker.shells.tokens import TokenStore
-from worker.shells.transport import BoundedAdapter
+from worker.shells.transport import BLOCKING, BoundedAdapter
 
 DRAINED, FORCED, MISCONFIGURED, REFUSED = 0, 1, 2, 3
 FAILED: Final = 1
@@ -61,20 +63,27 @@ class SystemClock:
 
 
 class Calls:
-    """What calls the gateway, wired in one place: for the worker, and for a sweep that goes without a broker."""
+    """What calls the gateway, wired in one place: for the worker, and for a sweep that goes without a broker. All of it
+    runs in fibers."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry, clock: SystemClock, rng: random.Random) -> None:
         gateway = settings.gateway
+        self.fibers = fibers = Fibers(new_loop())
         self.credentials = Credentials(gateway, _rereading(gateway))
-        self.gate = _gate(settings, clock, rng)
+        self.gate = _gate(settings, clock, rng, fibers)
         client = GatewayClient(
             endpoint(gateway),
             telemetry,
             context=lambda: self.credentials.context,
-            adapter=transport(gateway, os.environ),
+            adapter=transport(gateway, os.environ, fibers),
         )
         self.tokens = TokenStore(
-            fetcher(client, self.credentials, gateway, clock), telemetry, clock=clock, rng=rng, pause=self.gate.sleep
+            fetcher(client, self.credentials, gateway, clock),
+            telemetry,
+            clock=clock,
+            rng=rng,
+            pause=self.gate.sleep,
+            flight=Lock(fibers),
         )
         self.expire = Expire(
             gateway=client,
@@ -105,17 +114,18 @@ class Worker:
         self.metrics = _metrics()
         calls = Calls(settings, Telemetry(self.metrics), clock, rng)
         self.credentials, self.gate = calls.credentials, calls.gate
-        self.tokens, self.expire = calls.tokens, calls.expire
+        self.tokens, self.expire, self.fibers = calls.tokens, calls.expire, calls.fibers
         self.engine = Engine(
             _plan(settings, settings.retry.delays_seconds),
             _broker_parameters(settings.amqp),
+            fibers=self.fibers,
             gate=self.gate,
             watch=self.metrics,
             clock=clock,
             rng=rng,
         )
         lanes: Lanes[Delivery] = Lanes(settings.worker.concurrency, settings.worker.sweep_share)
-        self.pool = Pool(lanes, self.gate, self.work)
+        self.pool = Pool(lanes, self.gate, self.work, self.fibers)
 
     def work(self, delivery: Delivery, probe: bool) -> bool:
         """One command in one sender's hands. True when it stays in its lane."""
@@ -236,23 +246,14 @@ def _longest_round(settings: Settings) -> float:
 def _check_credentials(worker: Worker) -> int | None:
     """Fetches the first token: a refusal ends the process, a token service that is not there is waited for.
 
-    In a thread of its own, which a signal does not wait for: a service that accepts and stays silent takes the whole
-    GATEWAY_READ_TIMEOUT_SECONDS.
+    A signal does not wait for it: a service that accepts and stays silent takes the whole GATEWAY_READ_TIMEOUT_SECONDS.
     """
-    failures: list[TokenUnavailable] = []
-
-    def ask() -> None:
-        try:
-            worker.tokens.get()
-        except TokenUnavailable as failure:
-            failures.append(failure)
-
-    asking = threading.Thread(target=ask, name="first-token", daemon=True)
-    asking.start()
-    while asking.is_alive() and not signals.received():
-        asking.join(0.02)
-    if failures:
-        verdict = failures[0].verdict
+    asking = worker.fibers.ask(worker.tokens.get)
+    while not asking.done() and not signals.received():
+        wait([asking], 0.02)
+    failure = asking.exception() if asking.done() else None
+    if isinstance(failure, TokenUnavailable):
+        verdict = failure.verdict
         if verdict.kind is Kind.SYSTEMIC:
             worker.engine.halt()
             return _say(
@@ -262,6 +263,8 @@ def _check_credentials(worker: Worker) -> int | None:
                 "correct GATEWAY_CLIENT_ID, GATEWAY_PRIVATE_KEY_FILE or this machine's clock",
             )
         log.warning("gateway.waiting", reason=verdict.message)
+    elif failure is not None:
+        raise failure
     return None
 
 
@@ -313,13 +316,13 @@ def _metrics() -> Metrics:
     return Metrics(LANES, reasons=reasons, version=__version__)
 
 
-def _gate(settings: Settings, clock: SystemClock, rng: random.Random) -> SendersGate:
+def _gate(settings: Settings, clock: SystemClock, rng: random.Random, fibers: Fibers) -> SendersGate:
     breaker = Breaker(
         settings.breaker.failures, settings.breaker.cooldown_seconds, settings.breaker.max_cooldown_seconds
     )
     throttle = Throttle(settings.retry.initial_seconds, settings.retry.max_seconds)
     pacer = Pacer(settings.gateway.max_requests_per_second)
-    return SendersGate(breaker, throttle, pacer, clock=clock, rng=rng)
+    return SendersGate(breaker, throttle, pacer, clock=clock, rng=rng, draining=Event(fibers))
 
 
 def _policy(settings: Settings) -> RetryPolicy:
@@ -339,15 +342,20 @@ def endpoint(gateway: GatewaySettings) -> Endpoint:
     )
 
 
-def transport(gateway: GatewaySettings, environ: Mapping[str, str]) -> Callable[[ssl.SSLContext | None], BaseAdapter]:
-    """The adapter for the gateway, proxies resolved once. Raises `CredentialsError` for a proxy that cannot be used."""
+def transport(
+    gateway: GatewaySettings, environ: Mapping[str, str], fibers: Fibers | None = None
+) -> Callable[[ssl.SSLContext | None], BaseAdapter]:
+    """The adapter for the gateway, proxies resolved once; without ``fibers`` its calls block their thread. Raises
+    `CredentialsError` for a proxy that cannot be used."""
     try:
         proxies = proxies_for(gateway.base_url, environ)
     except ValueError as error:
         raise CredentialsError(str(error)) from None
-    if proxies or gateway.transport == "requests":
+    if not proxies and gateway.transport == "bounded":
+        return lambda context: BoundedAdapter(context, fibers or BLOCKING)
+    if fibers is None:
         return lambda context: StockAdapter(context, proxies)
-    return BoundedAdapter
+    return lambda context: Offloaded(fibers, StockAdapter(context, proxies))
 
 
 def _partner(gateway: GatewaySettings) -> Partner:

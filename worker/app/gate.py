@@ -6,11 +6,20 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from worker.core.breaker import Breaker, Pacer, State, Throttle
 from worker.core.ports import Clock, Draining, Held
 from worker.core.retry import retry_after
 from worker.core.verdict import Kind, Verdict
+
+
+class Event(Protocol):
+    """What senders sleep on: a ``threading.Event``, or a fiber's."""
+
+    def is_set(self) -> bool: ...
+    def set(self) -> None: ...
+    def wait(self, timeout: float) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,7 @@ class SendersGate:
         clock: Clock,
         rng: random.Random,
         on_hold: Callable[[], None] = lambda: None,
+        draining: Event | None = None,
     ) -> None:
         self._breaker = breaker
         self._throttle = throttle
@@ -49,7 +59,7 @@ class SendersGate:
         self._clock = clock
         self._rng = rng
         self._lock = threading.Lock()
-        self._draining = threading.Event()
+        self._draining = draining or threading.Event()
         self.on_hold = on_hold
 
     # -- senders ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import csv
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -469,7 +470,9 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
     if before.answered < before.bills:
         try:
             made = calls(settings)
-            made.tokens.get()
+            over = threading.Event()
+            threading.Thread(target=made.fibers.run, args=(over.is_set,), name="senders", daemon=True).start()
+            made.fibers.ask(made.tokens.get).result()
         except CredentialsError as error:
             raise Trouble(str(error), code=INVALID) from None
         except TokenUnavailable as failure:
@@ -490,10 +493,10 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
                 screen=meter,
                 clock=SystemClock(),
             )
-            pool = Pool(Lanes(settings.worker.concurrency, 1.0), made.gate, engine.work)
+            pool = Pool(Lanes(settings.worker.concurrency, 1.0), made.gate, engine.work, made.fibers)
             pool.start()
             ended = engine.run(pool)
-            pool.stop()
+            over.set()
         if engine.crashes:
             print(
                 f"qris-expire: {len(engine.crashes)} bills failed unexpectedly: {engine.crashes[0]!r}", file=sys.stderr

@@ -63,6 +63,12 @@ class Lanes(Generic[T]):
         self._in_hand[lane] += 1
         return self._waiting[lane].popleft()
 
+    def takable(self) -> int:
+        """How many could be taken now."""
+        free = self.limit - self._in_hand[CANCELLATION] - self._in_hand[SWEEP]
+        sweep = min(len(self._waiting[SWEEP]), self._cap - self._in_hand[SWEEP])
+        return max(0, min(free, len(self._waiting[CANCELLATION]) + max(0, sweep)))
+
     def take_this(self, item: T) -> bool:
         """Takes one particular waiting command, whatever the limit: a probe. False when it is gone."""
         try:

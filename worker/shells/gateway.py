@@ -1,11 +1,10 @@
-"""The gateway over HTTP: one session per thread, no retries of its own, every failure translated at this one door."""
+"""The gateway over HTTP: a session per call under way, no retries, every failure translated at this one door."""
 
 from __future__ import annotations
 
 import json
 import math
 import ssl
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class GatewayClient:
         self._probe = probe
         self._context = context
         self._adapter = adapter
-        self._local = threading.local()
+        self._free: list[tuple[requests.Session, ssl.SSLContext | None]] = []
         self._skew_read_at = float("-inf")
 
     def send(self, request: SignedRequest) -> Reply | NoReply:
@@ -103,32 +102,34 @@ class GatewayClient:
         prepared.headers = headers  # type: ignore[assignment]  # a plain dict does, and costs a tenth
         timeout = (self._endpoint.connect_timeout, self._endpoint.read_timeout)
         started = time.monotonic()
+        session, context = self._session()
         try:
-            response = self._adapter_of_thread().send(prepared, timeout=timeout)
+            # The adapter directly: `Session.send` would add hooks, cookies, redirects and a clock of its own.
+            response = session.get_adapter(url).send(prepared, timeout=timeout)
         except NotSent as error:
             return NoReply(False, printable(str(error)))
         except requests.RequestException as error:
             return NoReply(True, printable(str(error)))
+        finally:
+            self._free.append((session, context))
         fields = response.headers
         self._read_skew(fields.get("date"), started)
         return Reply(response.status_code, response.content, fields.get("retry-after"))
 
-    def _adapter_of_thread(self) -> BaseAdapter:
-        """The adapter of this thread's session; of a new session once the trust was rotated.
-
-        The adapter is called directly: `Session.send` would add hooks, cookies, redirects and a clock of its own.
-        """
-        context, local = self._context(), self._local
-        if getattr(local, "session", None) is None or local.context is not context:
-            if getattr(local, "session", None) is not None:
-                local.session.close()
-            local.session = requests.Session()
-            local.session.mount("https://", self._adapter(context))
-            local.session.mount("http://", local.session.get_adapter("https://"))
-            local.adapter = local.session.get_adapter("https://")
-            local.context = context
-        adapter: BaseAdapter = local.adapter
-        return adapter
+    def _session(self) -> tuple[requests.Session, ssl.SSLContext | None]:
+        """The session that was used last, so that as few connections as possible are kept alive; a new one when all are
+        in use, or trust was rotated."""
+        context = self._context()
+        while self._free:
+            session, made_with = self._free.pop()
+            if made_with is context:
+                return session, context
+            session.close()
+        session = requests.Session()
+        adapter = self._adapter(context)
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, adapter)
+        return session, context
 
     def _read_skew(self, date: str | None, started: float) -> None:
         """How far our clock is ahead of the gateway's, in seconds: to half a second, since Date has whole ones."""

@@ -1,79 +1,60 @@
-"""The senders: plain threads that take commands from the lanes. They never touch the broker."""
+"""The senders: fibers that take commands from the lanes. They never touch the broker."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
-from typing import Final
 
 from worker.app.gate import SendersGate
 from worker.core.delivery import Delivery
 from worker.core.lanes import Lanes
 from worker.core.ports import Draining
-
-STACK_BYTES: Final = 512 * 1024  # the default of 8 MB is address space only, but 32 of them alarm memory limits
-
-
-class _Ticket:
-    """One more command may be waiting."""
-
-
-class _Stop:
-    """The thread ends."""
-
-
-_TICKET, _STOP = _Ticket(), _Stop()
+from worker.shells.fibers import Fibers
 
 Work = Callable[[Delivery, bool], bool]
 """``work(delivery, probe)``: sends it and tells the result; True when it was held back and stays in its lane."""
 
 
 class Pool:
-    """Threads, tickets and the lanes' lock.
+    """As many senders as the concurrency; each takes, sends, takes, and parks when there is nothing that it may take.
 
-    A ticket in the queue wakes one thread (a C-level wait, 0.3 µs); which command it takes is decided only then, so a
-    cancellation overtakes every sweep command that waits. A ticket that finds nothing takable is owed, and issued
-    again when a sender is free or the limit rises.
+    Which command a sender takes is decided when it is free, not when it is woken, so a cancellation overtakes every
+    sweep command that waits. Offering, holding and looking may be done from any thread.
     """
 
-    def __init__(self, lanes: Lanes[Delivery], gate: SendersGate, work: Work) -> None:
+    def __init__(self, lanes: Lanes[Delivery], gate: SendersGate, work: Work, fibers: Fibers) -> None:
         self._lanes = lanes
         self._gate = gate
         self._work = work
-        self._lock = threading.Lock()
-        self._tickets: SimpleQueue[_Ticket | _Stop | Delivery] = SimpleQueue()
-        self._owed = 0
-        self._since: dict[int, float] = {}  # thread → when it took the command that it holds
+        self._fibers = fibers
+        self._lock = threading.Lock()  # never held while a fiber waits
+        self._parked: deque[Callable[[], None]] = deque()
+        self._probes: deque[Delivery] = deque()
+        self._choosing = 0  # senders that wait for the rate limit's slot before they take
+        self._since: dict[Delivery, float] = {}  # when a sender took it
         self._held = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"sender-{number}", daemon=True)
-            for number in range(1, lanes.concurrency + 1)
-        ]
+        self._stopped = False
 
     def start(self) -> None:
         """Starts the senders."""
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            for thread in self._threads:
-                thread.start()
-        finally:
-            threading.stack_size(before)
+        for _ in range(self._lanes.concurrency):
+            self._fibers.spawn(self._run)
 
     def stop(self) -> None:
-        """Ends the threads when they are free; does not wait."""
-        for _ in self._threads:
-            self._tickets.put(_STOP)
+        """Ends the senders when they are free; does not wait."""
+        self._stopped = True
+        self._wake(self._lanes.concurrency)
 
     def offer(self, delivery: Delivery) -> None:
         """A new delivery."""
         with self._lock:
             self._lanes.put(delivery)
-        self._tickets.put(_TICKET)
+        self._wake(1)
 
     def hold(self) -> None:
-        """Hands out nothing more; what is in senders' hands goes on. Safe from any thread."""
+        """Hands out nothing more; what is in senders' hands goes on."""
         with self._lock:
             self._held = True
             self._lanes.limit = 0
@@ -82,16 +63,19 @@ class Pool:
         """Hands out again: with ``ramp`` one at first, one more after each answer, since a gateway that comes back
         must not meet all senders at once."""
         with self._lock:
-            if self._held:
-                self._held = False
-                self._raise_limit(1 if ramp else self._lanes.concurrency)
+            if not self._held:
+                return
+            self._held = False
+            self._lanes.limit = 1 if ramp else self._lanes.concurrency
+        self._wake(self._lanes.limit)
 
     def probe(self, delivery: Delivery) -> bool:
         """Sends one waiting command as a probe, whatever holds. False when it waits no more."""
         with self._lock:
             if not self._lanes.take_this(delivery):
                 return False
-        self._tickets.put(delivery)
+            self._probes.append(delivery)
+        self._wake(1)
         return True
 
     def remove(self, delivery: Delivery) -> bool:
@@ -115,49 +99,57 @@ class Pool:
             return time.monotonic() - min(self._since.values(), default=time.monotonic())
 
     def _run(self) -> None:
-        while True:
-            ticket = self._tickets.get()
-            if isinstance(ticket, _Stop):
-                return
-            if isinstance(ticket, Delivery):
-                self._send(ticket, probe=True)
-                continue
-            try:
-                self._gate.pace()  # before the choice, so that the slot goes to the most urgent command
-            except Draining:
-                continue
-            with self._lock:
-                delivery = self._lanes.take()
-                if delivery is None and next(self._lanes.waiting(), None) is not None:
-                    self._owed += 1
-            if delivery is not None:
-                self._send(delivery, probe=False)
+        while not self._stopped:
+            taken = self._take()
+            if taken is None:
+                self._fibers.park()
+            else:
+                self._send(*taken)
 
-    def _send(self, delivery: Delivery, *, probe: bool) -> None:
-        me = threading.get_ident()
-        self._since[me] = time.monotonic()
+    def _take(self) -> tuple[Delivery, bool] | None:
+        """The next command and whether it is a probe; None when there is nothing for this sender, which is then on the
+        list of those to wake: put there under the lock, or what is offered meanwhile would wake nobody."""
+        with self._lock:
+            if self._probes:
+                return self._since_now(self._probes.popleft()), True
+            if self._lanes.takable() <= self._choosing:
+                self._parked.append(self._fibers.resumption())
+                return None
+            self._choosing += 1
+        draining = False
+        try:
+            self._gate.pace()  # before the choice, so that the slot goes to the most urgent command
+        except Draining:
+            draining = True
+        with self._lock:
+            self._choosing -= 1
+            delivery = None if draining else self._lanes.take()
+            if delivery is None:
+                self._parked.append(self._fibers.resumption())
+                return None
+            return self._since_now(delivery), False
+
+    def _since_now(self, delivery: Delivery) -> Delivery:
+        self._since[delivery] = time.monotonic()
+        return delivery
+
+    def _send(self, delivery: Delivery, probe: bool) -> None:
         kept = self._work(delivery, probe)
         with self._lock:
-            del self._since[me]
+            del self._since[delivery]
             self._lanes.done(delivery)
             if kept:
                 self._lanes.put_back(delivery)
-                self._owed += 1
-            more = 1
-            if not self._held and self._lanes.limit < self._lanes.concurrency:
+            ramping = not self._held and self._lanes.limit < self._lanes.concurrency
+            if ramping:
                 self._lanes.limit += 1
-                more = 2
-            self._issue(more)
+        if ramping:
+            self._wake(1)  # beside this one, which is free as well
 
-    def _raise_limit(self, limit: int) -> None:
-        self._lanes.limit = limit
-        self._issue(limit)
-
-    def _issue(self, tickets: int) -> None:
-        """Owed tickets for ``tickets`` more takings; the lock is held."""
-        if not self._owed or self._held:
-            return
-        count = min(tickets, self._owed)
-        self._owed -= count
-        for _ in range(count):
-            self._tickets.put(_TICKET)
+    def _wake(self, senders: int) -> None:
+        """So many of those that are parked look again."""
+        for _ in range(min(senders, len(self._parked))):
+            try:
+                self._parked.popleft()()
+            except IndexError:  # another thread was faster
+                return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from worker.core.ports import Clock, Token, TokenUnavailable
 from worker.core.verdict import Kind
@@ -33,6 +33,15 @@ class Watch(Protocol):
     def token_expiry(self, timestamp: float) -> None: ...
 
 
+class Flight(Protocol):
+    """What senders queue on for a token: a ``threading.Lock``, or a fiber's."""
+
+    def acquire(self, blocking: bool = ...) -> bool: ...
+    def release(self) -> None: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *_: Any) -> None: ...
+
+
 class TokenStore:
     """The `Tokens` of the core's ports. ``fetch`` makes one token request; ``pause`` waits (and raises on a drain)."""
 
@@ -44,6 +53,7 @@ class TokenStore:
         clock: Clock,
         rng: random.Random,
         pause: Callable[[float], None],
+        flight: Flight | None = None,
     ) -> None:
         self._fetch = fetch
         self._watch = watch
@@ -51,7 +61,7 @@ class TokenStore:
         self._rng = rng
         self._pause = pause
         self._lock = threading.Lock()
-        self._flight = threading.Lock()
+        self._flight = flight or threading.Lock()
         self._flights = 0
         self._failure: TokenUnavailable | None = None
         self._token: Token | None = None

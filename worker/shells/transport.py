@@ -2,19 +2,22 @@
 
 ``requests`` stays the interface: prepared requests go in, responses come out. The stock adapter can bound only
 single socket operations, and costs twice the CPU of everything else the worker does for a command. Parsing is
-httptools' (llhttp, the parser of Node.js); this module moves bytes and keeps the clock.
+httptools' (llhttp, the parser of Node.js); this module moves bytes and keeps the clock. Sockets never block: who waits
+for them, a thread or a fiber, is the caller's choice (`Waiting`).
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 import ssl
-import struct
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httptools
@@ -27,10 +30,47 @@ from requests.structures import CaseInsensitiveDict
 MAX_BODY_BYTES: Final = 64 * 1024  # an answer is a hundred bytes; more is a firewall's page or a mistake
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_ANSWER_BYTES: Final = 512 * 1024  # all of it: what surrounds chunks and follows them has no end of its own
-SLACK: Final = 0.1  # seconds by which the bound of a whole answer may be missed
+_READ_BYTES: Final = 16 * 1024
 IDLE_SECONDS: Final = 15.0
 """A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing one is a call
 of which nobody knows whether it took effect."""
+
+
+T = TypeVar("T")
+
+
+class Waiting(Protocol):
+    """How the caller waits."""
+
+    def watch(self, connection: socket.socket) -> None:
+        """A new connection, before it is waited for."""
+
+    def wait(self, connection: socket.socket, events: int, deadline: float) -> None:
+        """Until it is worth trying again (``events``: POLLIN or POLLOUT). Raises TimeoutError after ``deadline``."""
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Carries out what blocks."""
+
+
+class Blocking:
+    """The thread itself waits."""
+
+    def watch(self, connection: socket.socket) -> None:
+        """See `Waiting`."""
+
+    def wait(self, connection: socket.socket, events: int, deadline: float) -> None:
+        """See `Waiting`."""
+        poll = select.poll()  # select() cannot watch a descriptor above 1023
+        poll.register(connection, events)
+        if not poll.poll(max(_left(deadline), 0.001) * 1000):
+            raise TimeoutError("timed out")
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """See `Waiting`."""
+        return function(*arguments)
+
+
+BLOCKING: Final = Blocking()
 
 
 class NotSent(exceptions.ConnectionError):
@@ -42,15 +82,16 @@ class Lost(exceptions.ConnectionError):
 
 
 class BoundedAdapter(BaseAdapter):
-    """One keep-alive connection to one origin. Not thread-safe: one adapter (and session) per thread.
+    """One keep-alive connection to one origin, for one call at a time.
 
     ``send(timeout=(connect, total))``: seconds for connecting (TLS included), then for everything else, body included.
     Raises `NotSent` or `Lost`; redirects, cookies, proxies and content codings are not its business.
     """
 
-    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None, waiting: Waiting = BLOCKING) -> None:
         super().__init__()
         self._context = context
+        self._waiting = waiting
         self._line: _Line | None = None
         self._origin: tuple[str, str, int] | None = None
         self._idle_since = 0.0
@@ -105,7 +146,7 @@ class BoundedAdapter(BaseAdapter):
             self.close()
             line = None
         if line is None:
-            line = self._line = _Line(self._open(origin, timeout))
+            line = self._line = _Line(self._open(origin, timeout), self._waiting)
             self._origin = origin
         return line
 
@@ -113,37 +154,38 @@ class BoundedAdapter(BaseAdapter):
         scheme, host, port = origin
         deadline = time.monotonic() + timeout
         try:
-            raw = dial(host, port, deadline)
+            raw = dial(host, port, deadline, self._waiting)
         except (OSError, UnicodeError) as error:
             raise NotSent(f"no connection to {host}:{port}: {describe(error)}") from None
         if scheme == "http":
             return raw
         try:
-            raw.settimeout(_left(deadline))  # bounds the whole handshake, not each of its reads
-            context = self._context or ssl.create_default_context()
-            return context.wrap_socket(raw, server_hostname=host.rstrip("."))
+            return self._secured(raw, host.rstrip("."), deadline)
         except (OSError, ValueError) as error:
             raw.close()
             raise NotSent(f"no TLS with {host}:{port}: {describe(error)}") from None
 
+    def _secured(self, raw: socket.socket, host: str, deadline: float) -> ssl.SSLSocket:
+        context = self._context or ssl.create_default_context()
+        secured = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
+        try:
+            _until_done(self._waiting, secured, deadline, select.POLLIN, secured.do_handshake)
+        except BaseException:
+            secured.close()
+            raise
+        return secured
+
 
 class _Line:
-    """A connected socket with one deadline for everything until the next `begin`.
+    """A connected socket with one deadline for everything until the next `begin`."""
 
-    Every system call lets another thread take the interpreter lock, and getting it back costs more than the call. So
-    the time-out of single operations is changed only when the time that is left differs from it by more than `SLACK`:
-    for a usual exchange never. Plain sockets keep it in the kernel, which also saves Python's poll before each
-    operation; TLS has to have it from Python.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, waiting: Waiting) -> None:
         self._socket = connection
+        self._waiting = waiting
         self._tls = isinstance(connection, ssl.SSLSocket)
-        if not self._tls:
-            connection.settimeout(None)
-        self._limit = -1.0
         self._deadline = 0.0
-        self._poll = select.poll()  # select() cannot watch a descriptor above 1023
+        self._early = False
+        self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
     def begin(self, total: float) -> None:
@@ -152,21 +194,20 @@ class _Line:
 
     def send(self, data: bytes) -> None:
         """All of it. Raises OSError."""
-        rest = memoryview(data)
-        try:
-            while rest:
-                self._bound()
-                rest = rest[self._socket.send(rest) :]
-        except BlockingIOError:
-            raise TimeoutError("timed out") from None
+        rest = data
+        while rest:
+            sent = _until_done(self._waiting, self._socket, self._deadline, select.POLLOUT, self._socket.send, rest)
+            rest = rest[sent:]
+        self._early = not self._tls  # TLS may hold bytes already that the socket no longer tells of
 
     def receive(self) -> bytes:
         """Some of what comes, empty at the end of the connection. Raises OSError."""
-        self._bound()
-        try:
-            return self._socket.recv(16 * 1024)
-        except BlockingIOError:
-            raise TimeoutError("timed out") from None
+        if self._early:
+            # No answer can be there yet: a try would be a system call for nothing.
+            self._early = False
+            self._waiting.wait(self._socket, select.POLLIN, self._deadline)
+        _left(self._deadline)
+        return _until_done(self._waiting, self._socket, self._deadline, select.POLLIN, self._socket.recv, _READ_BYTES)
 
     def quiet(self) -> bool:
         """Whether nothing has come since the last answer: neither its end nor a surplus answer to an older request."""
@@ -175,7 +216,6 @@ class _Line:
         if not self._tls:
             return False
         try:
-            self._set(0.0)
             self._socket.recv(1)
         except ssl.SSLWantReadError:
             return True  # TLS talking to itself: a session ticket, say
@@ -187,19 +227,26 @@ class _Line:
         """Gives the descriptor back."""
         self._socket.close()
 
-    def _bound(self) -> None:
-        left = _left(self._deadline)
-        if abs(left - self._limit) > SLACK:
-            self._set(left)
 
-    def _set(self, seconds: float) -> None:
-        self._limit = seconds
-        if self._tls:
-            self._socket.settimeout(seconds)
-            return
-        whole, micro = divmod(max(int(seconds * 1_000_000), 1), 1_000_000)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, micro))
+def _until_done(
+    waiting: Waiting,
+    connection: socket.socket,
+    deadline: float,
+    events: int,
+    operation: Callable[..., T],
+    *arguments: Any,
+) -> T:
+    """The operation's result, waiting for the socket as often as it would block. Raises OSError."""
+    while True:
+        try:
+            return operation(*arguments)
+        except BlockingIOError:
+            awaited = events
+        except ssl.SSLWantReadError:
+            awaited = select.POLLIN
+        except ssl.SSLWantWriteError:
+            awaited = select.POLLOUT
+        waiting.wait(connection, awaited, deadline)
 
 
 class _Answer:
@@ -207,7 +254,7 @@ class _Answer:
 
     def __init__(self) -> None:
         self.parser = httptools.HttpResponseParser(self)
-        self.headers: dict[str, str] = {}
+        self.headers: dict[str, tuple[str, str]] = {}  # as CaseInsensitiveDict keeps them
         self.reason = ""
         self.body: list[bytes] = []
         self.size = 0
@@ -230,7 +277,7 @@ class _Answer:
         if self.surplus or self.headed:  # headed: trailers, which are no headers (RFC 9110 6.5.1)
             return
         key, text = name.decode("latin-1").lower(), value.decode("latin-1").rstrip(" \t")
-        self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
+        self.headers[key] = (key, f"{self.headers[key][1]}, {text}" if key in self.headers else text)
 
     def on_headers_complete(self) -> None:
         if self.surplus:
@@ -280,7 +327,7 @@ class _Answer:
         response = _Response()
         response.status_code = self.status
         response.reason = self.reason
-        response.headers = CaseInsensitiveDict(self.headers)
+        response.headers = _Headers(self.headers)
         response._content = b"".join(self.body)[:MAX_BODY_BYTES]
         response.url = request.url or ""
         response.request = request
@@ -305,6 +352,17 @@ class _Response(requests.Response):
     def cookies(self) -> RequestsCookieJar:  # type: ignore[override]
         """None are kept."""
         return RequestsCookieJar()
+
+
+class _Headers(CaseInsensitiveDict[str]):
+    """Takes over what its parent would copy entry by entry, through three frames of Python each."""
+
+    def __init__(self, store: dict[str, tuple[str, str]] | None = None) -> None:
+        self._store = store if store is not None else {}
+
+    def copy(self) -> CaseInsensitiveDict[str]:
+        """See the parent, whose constructor is another."""
+        return CaseInsensitiveDict(self.items())
 
 
 @lru_cache(maxsize=64)  # a worker calls two
@@ -351,28 +409,47 @@ def body_of(request: requests.PreparedRequest) -> bytes:
     return body
 
 
-def dial(host: str, port: int, deadline: float) -> socket.socket:
-    """A connected socket that waits for nothing before it sends. Raises OSError, or UnicodeError for what is no name.
+def dial(host: str, port: int, deadline: float, waiting: Waiting = BLOCKING) -> socket.socket:
+    """A connected socket that never blocks, nor waits before it sends. Raises OSError, or UnicodeError for what is no
+    name.
 
     Each address of a name gets an equal share of the time that is left, or one that swallows packets would keep the
     next from being tried. Looking up the name takes the time that the system's resolver takes.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = waiting.call(_look_up, host, port)
     failure: OSError = OSError("no address")
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         raw: socket.socket | None = None
         try:
             raw = socket.socket(family, kind, protocol)
-            raw.settimeout(_left(deadline) / (len(found) - tried))
-            raw.connect(address)
+            raw.setblocking(False)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _connect(raw, address, time.monotonic() + _left(deadline) / (len(found) - tried), waiting)
         except OSError as error:
             failure = error
             if raw is not None:
                 raw.close()
+        except BaseException:
+            if raw is not None:
+                raw.close()
+            raise
         else:
             return raw
     raise failure
+
+
+def _look_up(host: str, port: int) -> list[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+def _connect(raw: socket.socket, address: Any, deadline: float, waiting: Waiting) -> None:
+    number = raw.connect_ex(address)
+    waiting.watch(raw)
+    if number == errno.EINPROGRESS:
+        waiting.wait(raw, select.POLLOUT, deadline)
+        number = raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
 
 
 def _receive(line: _Line) -> _Answer:

@@ -14,6 +14,14 @@ from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.exceptions import StreamLostError
 
+from worker.shells.fibers import Loop
+
+
+def new_loop() -> Loop:
+    """pika's loop, for connections and fibers to share."""
+    loop: Loop = IOLoop()
+    return loop
+
 
 class Services(SelectorIOServicesAdapter):  # type: ignore[misc]
     """Reports a peer that has reset the connection by the time it is looked at; pika 1.4 lets the `ValueError` end the

@@ -1,7 +1,7 @@
 """The broker side of one process: one loop in one thread, one connection to consume and one to publish.
 
 Two connections, because a memory alarm stops the broker from reading one that publishes, acks included. Everything
-here runs on the loop's thread but `finish`, `begin`, `drain`, `halt`, `wake` and what only reads.
+here runs on the loop's thread, which is the senders' too, but `begin`, `drain`, `halt` and what only reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import structlog
-from pika.adapters.select_connection import IOLoop
 
 from worker.app.expire import Delay, Disposition, GiveBack, Hold, Report
 from worker.app.gate import Holds, SendersGate
@@ -41,6 +40,7 @@ from worker.shells.amqp.consumer import Consumer
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
+from worker.shells.fibers import Fibers
 from worker.shells.pool import Pool
 
 TICK: Final = 0.1
@@ -104,6 +104,7 @@ class Engine:
         plan: Plan,
         parameters: Parameters,
         *,
+        fibers: Fibers,
         gate: SendersGate,
         watch: Watch,
         clock: Clock,
@@ -115,18 +116,18 @@ class Engine:
         self._clock = clock
         self._log = structlog.get_logger()
         self._pool: Pool | None = None
-        self._loop = IOLoop()
+        self._fibers = fibers
+        self._loop = fibers.loop
+        self._stopped = False
         self._ledger = Ledger()
         self._results: deque[tuple[Delivery, Result]] = deque()
         self._called: OrderedDict[str, Progress] = OrderedDict()
         """What is known of calls for commands that the broker took back, by `Delivery.key`."""
-        self._wake_pending = False
         self._attention = True
         self._publisher: Publisher[Result] = Publisher(
             self._loop,
             watch,
             on_confirmed=self._confirmed,
-            after_confirms=lambda: self._consumer.flush(),  # noqa: PLW0108  # it is made below
             guard=self._guard,
         )
         self._consumer = Consumer(
@@ -187,19 +188,13 @@ class Engine:
         self._attend()
 
     def finish(self, delivery: Delivery, result: Result) -> None:
-        """A sender is done with a delivery."""
+        """A sender, on the loop's thread, is done with a delivery."""
         self._results.append((delivery, result))
-        self.wake()
-
-    def wake(self) -> None:
-        """Makes the loop look. Waking a sleeping loop costs 130 µs, so a wake that is on its way serves all."""
-        if not self._wake_pending:
-            self._wake_pending = True
-            self._loop.add_callback_threadsafe(self._guard(self._look))
 
     def _attend(self) -> None:
+        """Makes the loop look at what has changed; from any thread."""
         self._attention = True
-        self.wake()
+        self._fibers.soon(_nothing)
 
     def drain(self) -> None:
         """Takes nothing new, finishes what senders hold, settles, closes; then the thread ends."""
@@ -210,7 +205,7 @@ class Engine:
 
     def halt(self) -> None:
         """Ends the loop now; what is unacked goes back to its queue."""
-        self._loop.add_callback_threadsafe(self._loop.stop)
+        self._stop()
 
     def join(self, timeout: float) -> bool:
         """Whether the thread ended within ``timeout`` seconds."""
@@ -253,10 +248,13 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._fibers.start()
             self._publish_link.connect()
             self._consume_link.connect()
             self._tick()
-            self._loop.start()
+            while not self._stopped:
+                self._fibers.turn()
+                self._end_turn()
         except BaseException as error:  # noqa: BLE001  # a loop that dies in silence would leave a zombie
             self._fail(error)
 
@@ -273,12 +271,16 @@ class Engine:
         if self.failure is None:
             self.failure = error
             self._log.error("broker.loop_failed", exc_info=error)
-        self._loop.stop()
+        self._stop()
 
-    def _look(self) -> None:
-        """What a wake asks for. Most only bring results, so the rest is looked at when something has changed."""
-        self._wake_pending = False
+    def _stop(self) -> None:
+        self._stopped = True
+        self._fibers.soon(_nothing)
+
+    def _end_turn(self) -> None:
+        """What a turn of the loop has brought leaves together: outcomes in one write, acks in few frames."""
         self._take_results()
+        self._consumer.flush()
         if self._attention:
             self._attention = False
             self._regulate()
@@ -288,11 +290,9 @@ class Engine:
         now = time.monotonic()
         self._ticked = now
         self._attention = True
-        self._look()
         self._publisher.tick(now)
         self._publish_link.expect(self._publisher.ready, now)
         self._consume_link.expect(self._consumer.ready, now)
-        self._consumer.flush()
         if self._gate.draining:
             self._drain()
 
@@ -329,7 +329,6 @@ class Engine:
 
     def _changed(self) -> None:
         self._attention = True
-        self._look()
 
     def _refused(self, reason: str) -> None:
         if not self._connected_once:
@@ -566,7 +565,7 @@ class Engine:
             closed = self._publish_link.closed and self._consume_link.closed
             # Everything is confirmed and every ack written: a broker that does not answer the close is not waited for.
             if closed or time.monotonic() - self._closed_at > CLOSE_SECONDS:
-                self._loop.stop()
+                self._stop()
             return
         if self._pool.in_hand() or self._results or not self._publisher.idle:
             return
@@ -574,6 +573,10 @@ class Engine:
         self._consumer.flush()
         self._consume_link.close()
         self._publish_link.close()
+
+
+def _nothing() -> None:
+    """The loop turns."""
 
 
 def _hop() -> str:

@@ -55,7 +55,7 @@ class Publisher(Generic[R]):
         watch: Watch,
         *,
         on_confirmed: Callable[[Publication[R]], None],
-        after_confirms: Callable[[], None],
+        after_confirms: Callable[[], None] = lambda: None,
         guard: Guard,
     ) -> None:
         self._loop = loop

@@ -73,6 +73,7 @@ class _Job:
     round: Round
     probe: bool
     paced: bool = True  # whoever took it from its lane has waited for the rate limit already
+    first: Verdict | None = None  # what the first attempt came to, until tenacity has been told
 
 
 class Expire:
@@ -124,7 +125,10 @@ class Expire:
             return Report(self._invalid(delivery, command))
         job = _Job(delivery, command, self._round(delivery, probe), probe)
         try:
-            verdict = self._attempts(self._attempt, job)
+            verdict = self._attempt(job)
+            if not verdict.kind.final:  # asked here, since most need no second call, and tenacity costs 10 µs
+                job.first = verdict
+                verdict = self._attempts(self._first_or_next, job)
             return self._conclude(job, verdict)
         except _DeadlinePassed:
             return self._report(job, Reason.DEADLINE_PASSED, None, "notAfter has passed")
@@ -148,6 +152,10 @@ class Expire:
             job.round.interrupt(self._clock.monotonic())
             job.delivery.round = job.round
         return Hold()
+
+    def _first_or_next(self, job: _Job) -> Verdict:
+        first, job.first = job.first, None
+        return first or self._attempt(job)
 
     # -- one attempt ------------------------------------------------------------------------------------------------
 

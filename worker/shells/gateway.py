@@ -72,7 +72,7 @@ class GatewayClient:
         self._probe = probe
         self._context = context
         self._adapter = adapter
-        self._free: list[tuple[requests.Session, ssl.SSLContext | None]] = []
+        self._free: list[_Session] = []
         self._skew_read_at = float("-inf")
 
     def send(self, request: SignedRequest) -> Reply | NoReply:
@@ -102,34 +102,30 @@ class GatewayClient:
         prepared.headers = headers  # type: ignore[assignment]  # a plain dict does, and costs a tenth
         timeout = (self._endpoint.connect_timeout, self._endpoint.read_timeout)
         started = time.monotonic()
-        session, context = self._session()
+        session = self._session()
         try:
             # The adapter directly: `Session.send` would add hooks, cookies, redirects and a clock of its own.
-            response = session.get_adapter(url).send(prepared, timeout=timeout)
+            response = session.adapter.send(prepared, timeout=timeout)
         except NotSent as error:
             return NoReply(False, printable(str(error)))
         except requests.RequestException as error:
             return NoReply(True, printable(str(error)))
         finally:
-            self._free.append((session, context))
+            self._free.append(session)
         fields = response.headers
         self._read_skew(fields.get("date"), started)
         return Reply(response.status_code, response.content, fields.get("retry-after"))
 
-    def _session(self) -> tuple[requests.Session, ssl.SSLContext | None]:
-        """The session that was used last, so that as few connections as possible are kept alive; a new one when all are
-        in use, or trust was rotated."""
+    def _session(self) -> _Session:
+        """The one that was used last, so that as few connections as possible are kept alive; a new one when all are in
+        use, or trust was rotated."""
         context = self._context()
         while self._free:
-            session, made_with = self._free.pop()
-            if made_with is context:
-                return session, context
+            session = self._free.pop()
+            if session.context is context:
+                return session
             session.close()
-        session = requests.Session()
-        adapter = self._adapter(context)
-        for scheme in ("https://", "http://"):
-            session.mount(scheme, adapter)
-        return session, context
+        return _Session(context, self._adapter(context))
 
     def _read_skew(self, date: str | None, started: float) -> None:
         """How far our clock is ahead of the gateway's, in seconds: to half a second, since Date has whole ones."""
@@ -143,6 +139,17 @@ class GatewayClient:
         except (ValueError, TypeError, OverflowError, IndexError):
             return
         self._probe.clock_skew(time.time() - (now - started) / 2 - (theirs + 0.5))
+
+
+class _Session(requests.Session):
+    """requests' session with one adapter of ours, and the trust that this was made with."""
+
+    def __init__(self, context: ssl.SSLContext | None, adapter: BaseAdapter) -> None:
+        super().__init__()
+        self.context = context
+        self.adapter = adapter
+        for scheme in ("https://", "http://"):
+            self.mount(scheme, adapter)
 
 
 def judge_token(answer: Reply | NoReply) -> Verdict:

@@ -185,12 +185,14 @@ class _Line:
         self._tls = isinstance(connection, ssl.SSLSocket)
         self._deadline = 0.0
         self._early = False
+        self.answer = _Answer()
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
     def begin(self, total: float) -> None:
         """An exchange of at most ``total`` seconds begins."""
         self._deadline = time.monotonic() + total
+        self.answer.begin()
 
     def send(self, data: bytes) -> None:
         """All of it. Raises OSError."""
@@ -250,10 +252,18 @@ def _until_done(
 
 
 class _Answer:
-    """What the parser reports of one response; 1xx answers are passed over."""
+    """What the parser reports of one connection's answers, one after the other; 1xx answers are passed over.
+
+    One for all: a parser and its callbacks hold each other, so a new pair for every answer would be work for the
+    garbage collector, ten times the price of making it.
+    """
 
     def __init__(self) -> None:
         self.parser = httptools.HttpResponseParser(self)
+        self.begin()
+
+    def begin(self) -> None:
+        """The next answer may come."""
         self.headers: dict[str, tuple[str, str]] = {}  # as CaseInsensitiveDict keeps them
         self.reason = ""
         self.body: list[bytes] = []
@@ -453,7 +463,7 @@ def _connect(raw: socket.socket, address: Any, deadline: float, waiting: Waiting
 
 
 def _receive(line: _Line) -> _Answer:
-    answer = _Answer()
+    answer = line.answer
     received = 0
     while not answer.complete:
         data = line.receive()

@@ -129,10 +129,10 @@ class Publisher(Generic[R]):
         """Sends what waits."""
         while self._backlog and self.ready:
             self._send(self._backlog.popleft())
-        self._watch.unconfirmed(len(self))
 
     def tick(self, now: float) -> None:
-        """Notices confirms that do not come."""
+        """Counts what is unconfirmed, and notices confirms that do not come."""
+        self._watch.unconfirmed(len(self))
         oldest = next(iter(self._confirms), None)
         if oldest is None or self._link is None or self._link.blocked:
             return

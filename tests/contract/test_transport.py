@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import requests
 
+from tests.fibers import FiberAdapter, running_fibers
 from tests.servers import (
     Authority,
     Peer,
@@ -29,6 +31,7 @@ from tests.servers import (
     tunnelling,
 )
 from worker.shells import stock, transport
+from worker.shells.fibers import Fibers
 from worker.shells.stock import StockAdapter
 from worker.shells.transport import MAX_BODY_BYTES, BoundedAdapter, Lost, NotSent
 
@@ -48,13 +51,26 @@ class Adapter(Protocol):
 Make = Callable[..., Any]
 
 
-@pytest.fixture(params=[BoundedAdapter, StockAdapter], ids=["bounded", "stock"])
-def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+@pytest.fixture(scope="module")
+def fibers() -> Iterator[Fibers]:
+    """One loop for all adapters that wait in fibers."""
+    with running_fibers() as running:
+        yield running
+
+
+@pytest.fixture(params=["bounded", "fibers", "stock"])
+def make(request: pytest.FixtureRequest, fibers: Fibers) -> Iterator[Make]:
     """Makes adapters of one kind, and closes them afterwards."""
+    kinds: dict[str, Callable[..., Adapter]] = {
+        "bounded": BoundedAdapter,
+        "fibers": partial(FiberAdapter, fibers),
+        "stock": StockAdapter,
+    }
+    kind = kinds[request.param]
     made: list[Adapter] = []
 
     def build(context: ssl.SSLContext | None = None) -> Adapter:
-        made.append(request.param(context))
+        made.append(kind(context))
         return made[-1]
 
     yield build

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import ssl
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from requests.adapters import BaseAdapter
 
 from tests.builders import BILL
+from tests.fibers import FiberAdapter, running_fibers
 from tests.servers import (
     Authority,
     RecordingProbe,
@@ -29,6 +31,7 @@ from worker.core.outcome import Reason
 from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, Verdict, judge
 from worker.sandbox.simulator import Fault, Script, Simulator
+from worker.shells.fibers import Fibers
 from worker.shells.gateway import GatewayClient
 from worker.shells.stock import StockAdapter
 from worker.shells.transport import BoundedAdapter
@@ -151,13 +154,26 @@ ROWS: dict[str, tuple[Fault, Judgement]] = {
 }
 
 
-@pytest.fixture(params=[BoundedAdapter, StockAdapter], ids=["bounded", "stock"])
-def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
+@pytest.fixture(scope="module")
+def fibers() -> Iterator[Fibers]:
+    """One loop for all adapters that wait in fibers."""
+    with running_fibers() as running:
+        yield running
+
+
+@pytest.fixture(params=["bounded", "fibers", "stock"])
+def transport(request: pytest.FixtureRequest, fibers: Fibers) -> Iterator[Transport]:
     """Makes adapters of one kind, and closes them afterwards."""
+    kinds: dict[str, Callable[..., BaseAdapter]] = {
+        "bounded": BoundedAdapter,
+        "fibers": partial(FiberAdapter, fibers),
+        "stock": StockAdapter,
+    }
+    kind = kinds[request.param]
     made: list[BaseAdapter] = []
 
     def build(context: ssl.SSLContext | None) -> BaseAdapter:
-        made.append(request.param(context))
+        made.append(kind(context))
         return made[-1]
 
     yield build

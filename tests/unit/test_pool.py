@@ -1,4 +1,4 @@
-"""The senders: real threads that take commands from the lanes and lose none."""
+"""The senders: fibers that take commands from the lanes and lose none."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from tests import builders
 from tests.fakes import FakeClock
+from tests.fibers import Turnstile, running_fibers
 from tests.waiting import wait_until
 from worker.app.gate import SendersGate
 from worker.core.breaker import Breaker, Pacer, Throttle
 from worker.core.delivery import Delivery
 from worker.core.lanes import CANCELLATION, SWEEP, Lanes
+from worker.shells.fibers import Event, Fibers
 from worker.shells.pool import Pool
 
 SOON = 20.0  # seconds: far more than a loaded machine needs
@@ -24,18 +27,34 @@ SOON = 20.0  # seconds: far more than a loaded machine needs
 class Bench:
     """A pool whose work is scripted: with ``gated`` each command waits until it is let go."""
 
-    def __init__(self, concurrency: int = 4, share: float = 0.75, *, gated: bool = False, rate: float = 0.0) -> None:
+    def __init__(
+        self, fibers: Fibers, concurrency: int = 4, share: float = 0.75, *, gated: bool = False, rate: float = 0.0
+    ) -> None:
+        self.fibers = fibers
         self.gate = SendersGate(
-            Breaker(3, 15.0, 300.0), Throttle(0.5, 8.0), Pacer(rate), clock=FakeClock(), rng=random.Random(1)
+            Breaker(3, 15.0, 300.0),
+            Throttle(0.5, 8.0),
+            Pacer(rate),
+            clock=FakeClock(),
+            rng=random.Random(1),
+            draining=Event(fibers),
         )
-        self.pool = Pool(Lanes(concurrency, share), self.gate, self.work)
+        self.pool = Pool(Lanes(concurrency, share), self.gate, self.work, fibers)
         self.lock = threading.Lock()
         self.started: list[tuple[str, bool]] = []
         self.finished: list[str] = []
         self.in_hand = Counter[str]()
         self.most = Counter[str]()
         self.keep: Callable[[Delivery], bool] = lambda _: False
-        self.turnstile = threading.Semaphore(0 if gated else 1_000_000)
+        self.turnstile = Turnstile(fibers, 0 if gated else 1_000_000)
+        self.ended = 0
+        run = self.pool._run
+
+        def sender() -> None:
+            run()
+            self.ended += 1
+
+        self.pool._run = sender  # type: ignore[method-assign]
         self.pool.start()
 
     def work(self, delivery: Delivery, probe: bool) -> bool:
@@ -44,7 +63,7 @@ class Bench:
             for lane in (delivery.lane, "all"):
                 self.in_hand[lane] += 1
                 self.most[lane] = max(self.most[lane], self.in_hand[lane])
-        assert self.turnstile.acquire(timeout=60)
+        self.turnstile.acquire()
         with self.lock:
             for lane in (delivery.lane, "all"):
                 self.in_hand[lane] -= 1
@@ -71,18 +90,13 @@ class Bench:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Bench]]:
-    """Benches whose threads end with the test."""
-    benches: list[Bench] = []
+    """Benches whose loops end with the test."""
+    with ExitStack() as loops:
 
-    def made(*args: int, **kwargs: float | bool) -> Bench:
-        benches.append(Bench(*args, **kwargs))  # type: ignore[arg-type]
-        return benches[-1]
+        def made(*args: int, **kwargs: float | bool) -> Bench:
+            return Bench(loops.enter_context(running_fibers()), *args, **kwargs)  # type: ignore[arg-type]
 
-    yield made
-    for bench in benches:
-        bench.gate.drain()
-        bench.turnstile.release(1_000)
-        bench.pool.stop()
+        yield made
 
 
 def numbered(letter: str, count: int) -> list[str]:
@@ -253,7 +267,7 @@ def test_stop(make: Callable[..., Bench]) -> None:
     bench.turnstile.release()
     bench.until(1)
 
-    wait_until(lambda: not any(thread.is_alive() for thread in bench.pool._threads), SOON, "threads end")
+    wait_until(lambda: bench.ended == 4, SOON, "senders end")
 
 
 def test_rate_limit_comes_before_the_choice(make: Callable[..., Bench]) -> None:
@@ -280,7 +294,7 @@ def test_drain_ends_the_wait_for_a_slot(make: Callable[..., Bench]) -> None:
     bench.gate.drain()
     bench.pool.stop()
 
-    wait_until(lambda: not any(thread.is_alive() for thread in bench.pool._threads), SOON, "threads end")
+    wait_until(lambda: bench.ended == 1, SOON, "senders end")
     assert bench.names() == ["first"]
     assert [delivery.command_id for delivery in bench.pool.waiting()] == ["second"]
 

@@ -255,6 +255,7 @@ class Engine:
             while not self._stopped:
                 self._fibers.turn()
                 self._end_turn()
+            self._fibers.close()
         except BaseException as error:  # noqa: BLE001  # a loop that dies in silence would leave a zombie
             self._fail(error)
 

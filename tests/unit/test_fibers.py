@@ -1,0 +1,238 @@
+"""Fibers: many waits in one thread, each as if it were alone."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import pytest
+import requests
+from requests.adapters import BaseAdapter
+
+from tests.fibers import running_fibers
+from tests.waiting import wait_until
+from worker.shells.fibers import Event, Fibers, Lock, Offloaded
+
+SOON = 20.0  # seconds: far more than a loaded machine needs
+NEVER = 3600.0
+
+
+@pytest.fixture
+def fibers() -> Iterator[Fibers]:
+    """Those of a running loop."""
+    with running_fibers() as running:
+        yield running
+
+
+def together(fibers: Fibers, *work: Callable[[], object]) -> list[object]:
+    """What all of them return, run side by side."""
+    asked: list[Future[object]] = [fibers.ask(each) for each in work]
+    return [each.result(SOON) for each in asked]
+
+
+def test_all_share_the_loop_s_thread(fibers: Fibers) -> None:
+    """However many there are."""
+
+    assert len(set(together(fibers, *[threading.get_ident] * 50))) == 1
+
+
+def test_a_sleep_is_one_fiber_s(fibers: Fibers) -> None:
+    """The others go on meanwhile, in the order in which they wake."""
+    woken: list[float] = []
+
+    def sleeper(seconds: float) -> Callable[[], None]:
+        def sleep() -> None:
+            Event(fibers).wait(seconds)
+            woken.append(seconds)
+
+        return sleep
+
+    together(fibers, *map(sleeper, (0.3, 0.1, 0.2, 0.0)))
+
+    assert woken == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_what_a_fiber_raises_reaches_who_asked(fibers: Fibers) -> None:
+    """And the loop goes on."""
+    with pytest.raises(ZeroDivisionError):
+        fibers.ask(lambda: 1 / 0).result(SOON)
+
+    assert together(fibers, lambda: 7) == [7]
+
+
+def test_an_event_wakes_all_and_stays_set(fibers: Fibers) -> None:
+    """Set by any thread; who comes later does not wait."""
+    event = Event(fibers)
+    waiting = [fibers.ask(lambda: event.wait(NEVER)) for _ in range(5)]
+    wait_until(lambda: len(event._waiting) == 5, SOON, "all wait")
+    event.set()
+
+    assert [each.result(SOON) for each in waiting] == [True] * 5
+    assert together(fibers, lambda: event.wait(NEVER)) == [True]
+    assert event.is_set()
+
+
+def test_an_event_that_does_not_come(fibers: Fibers) -> None:
+    """The wait ends with its time, says so, and leaves nothing behind."""
+    event = Event(fibers)
+
+    assert together(fibers, lambda: event.wait(0.01)) == [False]
+    assert event._waiting == []
+
+
+def test_an_event_set_as_its_wait_ends_wakes_once(fibers: Fibers) -> None:
+    """Timer and event in one turn: the second must not wake the fiber out of its next wait."""
+    event = Event(fibers)
+    after = Event(fibers)
+
+    def work() -> bool:
+        fibers.loop.call_later(0.0, event.set)
+        event.wait(0.0)
+        return after.wait(0.2)
+
+    assert together(fibers, work) == [False]
+
+
+def test_a_lock_lets_one_in_at_a_time_in_order(fibers: Fibers) -> None:
+    """First come, first served; asking without waiting gets no for an answer."""
+    lock, inside, order = Lock(fibers), [0, 0], []
+
+    def work(number: int) -> Callable[[], None]:
+        def enter() -> None:
+            with lock:
+                inside[0] += 1
+                inside[1] = max(inside)
+                order.append(number)
+                assert not lock.acquire(blocking=False)
+                Event(fibers).wait(0.01)
+                inside[0] -= 1
+
+        return enter
+
+    together(fibers, *map(work, range(6)))
+
+    assert (order, inside) == ([0, 1, 2, 3, 4, 5], [0, 1])
+    assert lock.acquire(blocking=False)
+
+
+def test_a_call_that_blocks_stops_nobody(fibers: Fibers) -> None:
+    """It runs in a thread of its own; its answer or failure comes back to its fiber."""
+    release = threading.Event()
+    blocked = fibers.ask(lambda: fibers.call(release.wait, SOON))
+
+    assert together(fibers, lambda: "goes on") == ["goes on"]
+    release.set()
+    assert blocked.result(SOON) is True
+    with pytest.raises(ZeroDivisionError):
+        fibers.ask(lambda: fibers.call(lambda: 1 / 0)).result(SOON)
+
+
+def test_sockets_wake_who_waits_for_them(fibers: Fibers) -> None:
+    """Each fiber gets what came on its own connection."""
+    pairs = [socket.socketpair() for _ in range(20)]
+
+    def reader(ours: socket.socket) -> Callable[[], bytes]:
+        def read() -> bytes:
+            ours.setblocking(False)
+            fibers.watch(ours)
+            while True:
+                try:
+                    return ours.recv(100)
+                except BlockingIOError:
+                    fibers.wait(ours, select.POLLIN, time.monotonic() + SOON)
+
+        return read
+
+    asked = [fibers.ask(reader(ours)) for ours, _ in pairs]
+    wait_until(lambda: len(fibers._waiting) == len(pairs), SOON, "all wait")
+    for number, (_, theirs) in reversed(list(enumerate(pairs))):
+        theirs.send(b"%d" % number)
+
+    assert [each.result(SOON) for each in asked] == [b"%d" % number for number in range(len(pairs))]
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+def test_a_wait_for_a_socket_ends_at_its_deadline(fibers: Fibers) -> None:
+    """With a time-out, and whatever comes then wakes nobody."""
+    ours, theirs = socket.socketpair()
+
+    def read() -> str:
+        ours.setblocking(False)
+        fibers.watch(ours)
+        try:
+            while True:  # a new socket can be written to, which is news as well
+                fibers.wait(ours, select.POLLIN, time.monotonic() + 0.05)
+        except TimeoutError as error:
+            return str(error)
+
+    assert together(fibers, read) == ["timed out"]
+    theirs.send(b"late")
+    assert together(fibers, lambda: Event(fibers).wait(0.1)) == [False]
+    ours.close()
+    theirs.close()
+
+
+def test_only_a_fiber_can_wait(fibers: Fibers) -> None:
+    """Elsewhere it is a mistake that is told at once."""
+    with pytest.raises(AssertionError, match="only a fiber"):
+        fibers.park()
+
+
+def test_a_fiber_s_bug_ends_the_loop() -> None:
+    """Nothing that a fiber raises is swallowed: whoever turns the loop gets it."""
+    from worker.shells.amqp.connection import new_loop
+
+    alone = Fibers(new_loop())
+    alone.start()
+
+    def bug() -> None:
+        raise RuntimeError("bug")
+
+    alone.spawn(bug)
+    with pytest.raises(RuntimeError, match="bug"):
+        alone.turn()
+    alone.close()
+
+
+def test_a_busy_fiber_lets_the_loop_look(fibers: Fibers) -> None:
+    """Fibers that keep waking each other keep nobody else from being heard."""
+    over = Event(fibers)
+
+    def spin() -> None:
+        while not over.is_set():
+            resume = fibers.resumption()
+            resume()
+            fibers.park()
+
+    spinning = fibers.ask(spin)
+    fibers.loop.add_callback_threadsafe(over.set)
+
+    assert spinning.result(SOON) is None
+
+
+class Foreign(BaseAdapter):
+    """An adapter that blocks its thread."""
+
+    def send(self, request: requests.PreparedRequest, **_: object) -> requests.Response:  # type: ignore[override]
+        """The thread's name as an answer."""
+        response = requests.Response()
+        response.reason = threading.current_thread().name
+        return response
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def test_a_foreign_adapter_runs_in_a_helper(fibers: Fibers) -> None:
+    """So that its waits block nobody else."""
+    adapter = Offloaded(fibers, Foreign())
+
+    response = fibers.ask(lambda: adapter.send(requests.PreparedRequest(), timeout=(1, 1))).result(SOON)
+
+    assert response.reason.startswith("helper")

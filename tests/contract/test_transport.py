@@ -493,6 +493,17 @@ def test_several_addresses_share_the_connect_timeout(adapter: Any, monkeypatch: 
     assert took < TOTAL + SLACK
 
 
+def test_a_resolver_that_hangs(fibers: Fibers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender does not wait longer for a name than for a connection, and nothing was sent."""
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(GENEROUS) and [])
+    adapter = FiberAdapter(fibers)
+
+    with pytest.raises(NotSent, match=r"gateway\.example:80: timed out"):
+        post(adapter, "http://gateway.example/", connect=0.1)
+    answered.set()
+
+
 @pytest.mark.parametrize(
     "value", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\r\n folded", "a\0b"], ids=["crlf", "lf", "cr", "fold", "nul"]
 )

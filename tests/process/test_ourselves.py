@@ -191,19 +191,26 @@ def hang(self):
 e.Engine._take_results = hang
 """
 
-SENDER_HANGS = """
-import time, pathlib, worker.shells.gateway as g
+SENDER_WAITS = """
+import pathlib, worker.shells.gateway as g
+from greenlet import getcurrent
 send = g.GatewayClient.send
 def hang(self, request):
     if pathlib.Path("hang").exists():
-        time.sleep(600)
+        getcurrent().parent.switch()
     return send(self, request)
 g.GatewayClient.send = hang
 """
 
+SENDER_BLOCKS = SENDER_WAITS.replace("getcurrent().parent.switch()", "import time; time.sleep(600)")
 
-@pytest.mark.parametrize("code", [LOOP_HANGS, SENDER_HANGS], ids=["the broker's loop", "a sender"])
-def test_a_hang_ends_the_process(amqp_url: str, prefix: str, tmp_path: Path, code: str) -> None:
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [(LOOP_HANGS, "loop"), (SENDER_WAITS, "sender"), (SENDER_BLOCKS, "loop")],
+    ids=["the broker's loop", "a sender waits for ever", "a sender blocks the loop"],
+)
+def test_a_hang_ends_the_process(amqp_url: str, prefix: str, tmp_path: Path, code: str, what: str) -> None:
     """The watchdog says what hangs and ends the process with exit 1; another one carries on with its commands."""
 
     quick = {
@@ -217,7 +224,7 @@ def test_a_hang_ends_the_process(amqp_url: str, prefix: str, tmp_path: Path, cod
         producer.publish_many(bills(10))
         assert worker.wait(15) == 1
         (line,) = worker.events("worker.hung")
-        assert ("loop" if code is LOOP_HANGS else "sender") in line["reason"]
+        assert what in line["reason"]
         assert (line["exit_code"], line["action"]) == (1, "restart")
         (tmp_path / "hang").unlink()
         worker.start()

@@ -122,13 +122,29 @@ def test_a_lock_lets_one_in_at_a_time_in_order(fibers: Fibers) -> None:
 def test_a_call_that_blocks_stops_nobody(fibers: Fibers) -> None:
     """It runs in a thread of its own; its answer or failure comes back to its fiber."""
     release = threading.Event()
-    blocked = fibers.ask(lambda: fibers.call(release.wait, SOON))
+    blocked = fibers.ask(lambda: fibers.call(lambda: release.wait(SOON)))
 
     assert together(fibers, lambda: "goes on") == ["goes on"]
     release.set()
     assert blocked.result(SOON) is True
     with pytest.raises(ZeroDivisionError):
         fibers.ask(lambda: fibers.call(lambda: 1 / 0)).result(SOON)
+
+
+def test_a_call_that_blocks_for_too_long_is_left_alone(fibers: Fibers) -> None:
+    """Its fiber goes on at the deadline; that it ends later wakes nobody."""
+    release = threading.Event()
+
+    def work() -> str:
+        try:
+            fibers.call(release.wait, time.monotonic() + 0.05)
+        except TimeoutError as error:
+            release.set()
+            Event(fibers).wait(0.1)
+            return str(error)
+        return "it ended"
+
+    assert together(fibers, work) == ["timed out"]
 
 
 def test_sockets_wake_who_waits_for_them(fibers: Fibers) -> None:

@@ -9,6 +9,7 @@ price: whatever blocks without asking `Fibers` blocks everything, so names and f
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import threading
@@ -118,18 +119,28 @@ class Fibers:
 
         return resume
 
-    def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Runs what blocks in a thread, and returns or raises what it does. The thread is a new one: for the rare call
-        that comes here it is cheap enough, and as a daemon it keeps no process from ending."""
+    def call(self, function: Callable[[], T], deadline: float = math.inf) -> T:
+        """Runs what blocks in a thread, and returns or raises what it does; TimeoutError after ``deadline`` (monotonic).
+
+        The thread is a new one: cheap enough for the rare call that comes here, and as a daemon it keeps no process
+        from ending.
+        """
         answer: Future[T] = Future()
         resume = self.resumption()
 
         def work() -> None:
-            _answer(answer, partial(function, *arguments))
+            _answer(answer, function)
             resume()
 
+        timer = None
+        if deadline < math.inf:
+            timer = self.loop.call_later(max(0.0, deadline - time.monotonic()), resume)
         threading.Thread(target=work, name="helper", daemon=True).start()
         self.park()
+        if timer is not None:
+            self.loop.remove_timeout(timer)
+        if not answer.done():
+            raise TimeoutError("timed out")
         return answer.result()
 
     def watch(self, connection: socket.socket) -> None:

@@ -48,8 +48,8 @@ class Waiting(Protocol):
     def wait(self, connection: socket.socket, events: int, deadline: float) -> None:
         """Until it is worth trying again (``events``: POLLIN or POLLOUT). Raises TimeoutError after ``deadline``."""
 
-    def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Carries out what blocks."""
+    def call(self, function: Callable[[], T], deadline: float) -> T:
+        """Carries out what blocks. May raise TimeoutError after ``deadline``."""
 
 
 class Blocking:
@@ -65,9 +65,9 @@ class Blocking:
         if not poll.poll(max(_left(deadline), 0.001) * 1000):
             raise TimeoutError("timed out")
 
-    def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """See `Waiting`."""
-        return function(*arguments)
+    def call(self, function: Callable[[], T], deadline: float) -> T:
+        """See `Waiting`. Takes as long as it takes."""
+        return function()
 
 
 BLOCKING: Final = Blocking()
@@ -424,9 +424,9 @@ def dial(host: str, port: int, deadline: float, waiting: Waiting = BLOCKING) -> 
     name.
 
     Each address of a name gets an equal share of the time that is left, or one that swallows packets would keep the
-    next from being tried. Looking up the name takes the time that the system's resolver takes.
+    next from being tried. A thread that looks up the name takes the time that the system's resolver takes.
     """
-    found = waiting.call(_look_up, host, port)
+    found = waiting.call(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), deadline)
     failure: OSError = OSError("no address")
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         raw: socket.socket | None = None
@@ -446,10 +446,6 @@ def dial(host: str, port: int, deadline: float, waiting: Waiting = BLOCKING) -> 
         else:
             return raw
     raise failure
-
-
-def _look_up(host: str, port: int) -> list[Any]:
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 def _connect(raw: socket.socket, address: Any, deadline: float, waiting: Waiting) -> None:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from worker.cli.meter import Meter
     from worker.core.rows import BadRow, Row
     from worker.core.sweep import Tally
+    from worker.service import Calls
     from worker.settings import AmqpSettings, Settings
     from worker.shells.journal import Journal, Load
     from worker.shells.source import Source
@@ -471,7 +472,8 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
         try:
             made = calls(settings)
             over = threading.Event()
-            threading.Thread(target=made.fibers.run, args=(over.is_set,), name="senders", daemon=True).start()
+            loop = threading.Thread(target=made.fibers.run, args=(over.is_set,), name="senders", daemon=True)
+            loop.start()
             made.fibers.ask(made.tokens.get).result()
         except CredentialsError as error:
             raise Trouble(str(error), code=INVALID) from None
@@ -489,7 +491,7 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
                 concurrency=settings.worker.concurrency,
                 drain_seconds=settings.worker.drain_seconds,
                 stop=signals.received,
-                chores=_rereading(made),
+                chores=_chores(made, loop),
                 screen=meter,
                 clock=SystemClock(),
             )
@@ -508,12 +510,14 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
     return _conclude(journal, journal.tally())
 
 
-def _rereading(made: Any) -> Any:
-    """Takes over mounted secrets that change, as a worker does."""
+def _chores(made: Calls, loop: threading.Thread) -> Callable[[], None]:
+    """Takes over mounted secrets that change, as a worker does, and notices when nobody sends any more."""
     look_at = time.monotonic() + SECRETS_EVERY
 
     def chores() -> None:
         nonlocal look_at
+        if not loop.is_alive():
+            raise RuntimeError("the senders have ended, see the traceback above")
         if time.monotonic() >= look_at:
             look_at = time.monotonic() + SECRETS_EVERY
             if made.credentials.refresh():

@@ -45,12 +45,12 @@ class Contender:
         return [sys.executable if self.ours else str(packages.python()), "-m", self.module, *self.arguments]
 
 
-WORKER: Final = Contender("worker", "this worker", "worker", ("run",), 32, 1300)
+WORKER: Final = Contender("worker", "this worker", "worker", ("run",), 32, 2600)
 TUTORIAL: Final = Contender(
     "tutorial", "tutorial worker: pika blocking, requests, prefetch 1", "tests.benchmark.peers.tutorial", (), 1, 120
 )
 ASYNCHRONOUS: Final = Contender(
-    "asynchronous", "aiormq, aiohttp, uvloop, tuned by hand", "tests.benchmark.peers.asynchronous", (), 64, 900
+    "asynchronous", "aiormq, aiohttp, uvloop, tuned by hand", "tests.benchmark.peers.asynchronous", (), 64, 1500
 )
 CONTENDERS: Final = {one.name: one for one in (WORKER, TUTORIAL, ASYNCHRONOUS)}
 

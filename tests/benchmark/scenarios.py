@@ -30,10 +30,13 @@ from tests.benchmark.tables import Table
 from worker.core.lanes import CANCELLATION
 
 SECONDS: Final = 6  # what a run at 0 ms takes, roughly
-FITTING: Final = 1280  # commands per second that the concurrency must carry when the gateway is slow
+FITTING: Final = 2560  # commands per second that the concurrency must carry when the gateway is slow
 TURNS: Final = 60
 """What each sender does at least in a run with a slow gateway: opening 256 connections takes as long as some turns."""
 DEFAULT_CONCURRENCY: Final = 32
+WAITING: Final = 0.02
+WAITING_SENDERS: Final = 16
+"""A gateway (seconds) and a concurrency whose processes wait more than they work: 800 commands a second each."""
 DEFAULT_SHARE: Final = "0.75"
 
 
@@ -175,24 +178,40 @@ def latency(plan: Plan, milliseconds: Sequence[float]) -> Table:
 
 
 def processes(plan: Plan, numbers: Sequence[int]) -> Table:
-    """One worker as several processes."""
+    """One worker as several processes: where the processor is the limit, and where the gateway's time is."""
     setups = [replace(plan.setup(WORKER, 0.0, number), paced=0) for number in sorted(numbers)]
+    setups += [
+        replace(one, latency=WAITING, concurrency=WAITING_SENDERS, commands=plan.size(6_000 * one.processes))
+        for one in setups
+    ]
     runs = plan.rounds_of(setups)
     rows = [
         [
+            f"{some[0].setup.latency * 1000:g}",
+            str(some[0].setup.senders),
             str(some[0].setup.processes),
             f"{median(one.rate for one in some):,.0f}",
-            f"{_ratio(some, runs[0], lambda one: one.rate):.2f}",
+            f"{_ratio(some, runs[place // len(numbers) * len(numbers)], lambda one: one.rate):.2f}",
             f"{median(one.cpu for one in some):.2f}",
             f"{median(one.cores for one in some):.2f}",
             f"{median(one.busy for one in some):.0%}",
             f"{median(one.peak for one in some):.0f}",
         ]
-        for some in runs
+        for place, some in enumerate(runs)
     ]
     return Table(
-        f"WORKER_PROCESSES; gateway 0 ms, medians of {plan.rounds}",
-        ("processes", "per s", "ratio", "CPU ms", "cores used", "machine busy", "MiB of all"),
+        f"WORKER_PROCESSES, medians of {plan.rounds}",
+        (
+            "gateway ms",
+            "in flight of each",
+            "processes",
+            "per s",
+            "ratio",
+            "CPU ms",
+            "cores used",
+            "machine busy",
+            "MiB of all",
+        ),
         rows,
         (
             "Broker and gateway share the cores: with the machine busy, more processes cannot give more.",

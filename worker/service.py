@@ -32,6 +32,7 @@ from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
 from worker.shells.credentials import KEPT, Credentials, CredentialsError
+from worker.shells.fibers import SLOW as FIBERS_SLOW
 from worker.shells.fibers import Event, Fibers, Lock, Offloaded
 from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxies_for, timestamp
 from worker.shells.http import Health, HealthServer, ListenError
@@ -68,14 +69,14 @@ class Calls:
 
     def __init__(self, settings: Settings, telemetry: Telemetry, clock: SystemClock, rng: random.Random) -> None:
         gateway = settings.gateway
-        self.fibers = fibers = Fibers(new_loop())
+        self.fibers = Fibers(new_loop())
         self.credentials = Credentials(gateway, _rereading(gateway))
-        self.gate = _gate(settings, clock, rng, fibers)
+        self.gate = _gate(settings, clock, rng, self.fibers)
         client = GatewayClient(
             endpoint(gateway),
             telemetry,
             context=lambda: self.credentials.context,
-            adapter=transport(gateway, os.environ, fibers),
+            adapter=transport(gateway, os.environ, self.fibers),
         )
         self.tokens = TokenStore(
             fetcher(client, self.credentials, gateway, clock),
@@ -83,7 +84,7 @@ class Calls:
             clock=clock,
             rng=rng,
             pause=self.gate.sleep,
-            flight=Lock(fibers),
+            flight=Lock(self.fibers),
         )
         self.expire = Expire(
             gateway=client,
@@ -192,6 +193,8 @@ def serve(settings: Settings) -> int:
         prefix=settings.amqp.prefix,
         concurrency=settings.worker.concurrency,
     )
+    if FIBERS_SLOW is not None:
+        log.warning("fibers.slow", reason=FIBERS_SLOW, action="make greenlet loadable: libstdc++6, or a wheel for it")
     try:
         worker.pool.start()
         worker.engine.start(worker.pool)

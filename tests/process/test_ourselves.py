@@ -450,3 +450,14 @@ def test_acks_do_not_wait_for_a_tick(amqp_url: str, prefix: str, tmp_path: Path)
         # All were acked: nothing comes back when it dies.
         books = check_books(producer, all_ended=True, no_duplicates=True)
         assert len(books.outcomes) == 600
+
+
+def test_a_machine_without_greenlet(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """The worker says that it is slower there, and does the same."""
+    ours = altered(tmp_path, "import sys; sys.modules['greenlet'] = None\n")
+    with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **ours) as (worker, producer):
+        producer.publish_many(bills(200))
+        producer.collect_all(30)
+        (line,) = worker.events("fibers.slow")
+        assert "greenlet" in line["action"]
+        worker.stop()

@@ -15,10 +15,21 @@ from requests.adapters import BaseAdapter
 
 from tests.fibers import running_fibers
 from tests.waiting import wait_until
+from worker.shells import baton
+from worker.shells import fibers as fibers_module
 from worker.shells.fibers import Event, Fibers, Lock, Offloaded
 
 SOON = 20.0  # seconds: far more than a loaded machine needs
 NEVER = 3600.0
+
+
+@pytest.fixture(params=["greenlets", "threads with a baton"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What fibers are made of; all facts hold for both."""
+    if request.param != "greenlets":
+        monkeypatch.setattr(fibers_module, "greenlet", baton.greenlet)
+        monkeypatch.setattr(fibers_module, "getcurrent", baton.getcurrent)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -34,10 +45,29 @@ def together(fibers: Fibers, *work: Callable[[], object]) -> list[object]:
     return [each.result(SOON) for each in asked]
 
 
-def test_all_share_the_loop_s_thread(fibers: Fibers) -> None:
-    """However many there are."""
+def test_only_one_runs_at_a_time(fibers: Fibers) -> None:
+    """However many there are, between two waits each is alone."""
+    running, most = [0], [0]
 
-    assert len(set(together(fibers, *[threading.get_ident] * 50))) == 1
+    def work() -> None:
+        for _ in range(20):
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.monotonic()
+            running[0] -= 1
+            Event(fibers).wait(0.0)
+
+    together(fibers, *[work] * 50)
+
+    assert most == [1]
+
+
+def test_greenlets_share_the_loop_s_thread(fibers: Fibers, kind: str) -> None:
+    """Batons are passed between threads of their own."""
+
+    threads = set(together(fibers, *[threading.get_ident] * 50))
+
+    assert (threads == {fibers._thread}) is (kind == "greenlets")
 
 
 def test_a_sleep_is_one_fiber_s(fibers: Fibers) -> None:

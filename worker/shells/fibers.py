@@ -22,8 +22,16 @@ from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 import requests
-from greenlet import getcurrent, greenlet
 from requests.adapters import BaseAdapter
+
+SLOW: str | None = None
+"""Why fibers are threads here; None where they are greenlets."""
+try:
+    from greenlet import getcurrent, greenlet
+except ImportError as error:
+    from worker.shells.baton import getcurrent, greenlet
+
+    SLOW = str(error)
 
 TICK: Final = 0.1  # seconds between two looks for waits that are over: their deadlines are kept as exactly as that
 

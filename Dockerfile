@@ -1,8 +1,9 @@
 # The worker and its commands: `podman run IMAGE` is `qris-expire run`, `podman run IMAGE check` another command of it.
 #
-#   podman build --build-arg VERSION=0.1.0 --build-arg REVISION="$(git rev-parse HEAD)" --timestamp 0 --tag qris-expire-worker:0.1.0 .
+#   podman build --build-arg REVISION="$(git rev-parse HEAD)" --timestamp 0 --tag qris-expire-worker:0.1.0 .
 #
-# For a release give the base by digest: --build-arg PYTHON_IMAGE=python:3.11-slim@sha256:…
+# For a release give the base by digest, --build-arg PYTHON_IMAGE=python:3.11-slim@sha256:…, and --no-cache: older
+# buildahs take labels with last time's arguments from their cache.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 # -- what both stages below have in common: Python without what installs packages, compiled once

@@ -1,5 +1,6 @@
 """What a cluster, or a person at night, would object to and a schema does not see. A policy yields its complaints."""
 
+import base64
 import ipaddress
 import math
 import re
@@ -25,8 +26,6 @@ Policy = Callable[[Manifests], Complaints]
 
 CONFIRM_SECONDS: Final = 5.0
 """At least this much of a drain is for what comes after the last answer: confirms, acks, closing."""
-
-WITHOUT_BROKER_URL: Final = "amqp://guest:guest@localhost:5672/%2F"
 
 RESTRICTED_VOLUMES: Final = frozenset(
     {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
@@ -428,15 +427,10 @@ def scaling_respects_prefetch_and_partner(manifests: Manifests) -> Complaints:
 
 def broker_url(manifests: Manifests) -> str:
     """What the worker's Secret holds, rendered or in the example."""
-    import base64
-
-    for each in [*manifests.of("Secret"), *manifests.secrets]:
-        name = each["metadata"]["name"]
-        if name == "qris-expire-broker" or name.rpartition("-")[0] == "qris-expire-broker":
-            if "data" in each:
-                return base64.b64decode(each["data"]["amqp-url"]).decode()
-            return str(each["stringData"]["amqp-url"])
-    return WITHOUT_BROKER_URL
+    if manifests.of("Secret"):
+        return base64.b64decode(manifests.one("Secret", "qris-expire-broker")["data"]["amqp-url"]).decode()
+    (example,) = (each for each in manifests.secrets if each["metadata"]["name"] == "qris-expire-broker")
+    return str(example["stringData"]["amqp-url"])
 
 
 # -- jobs

@@ -1,6 +1,7 @@
 """The manifests as `kubectl kustomize` renders them, and ways to look at them."""
 
 import copy
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ SHARED_SCHEMAS: Final = ROOT.parent / "shared" / "schemas"
 EXAMPLE_SECRETS: Final = K8S / "secrets.example.yaml"
 
 Manifest = dict[str, Any]
+
+_SUFFIX = re.compile(r"(?<=.)-[24-9bcdfghkmt]{10}\Z")  # kustomize's hash, in its alphabet
 
 DELETE: Final = object()
 """Given to `Manifests.with_` instead of a value."""
@@ -52,12 +55,8 @@ class Manifests:
         return [each for each in self.documents if each["kind"] in kinds]
 
     def one(self, kind: str, name: str) -> Manifest:
-        """The only one of that name; generated names have a suffix, which is left out."""
-        (found,) = (
-            each
-            for each in self.of(kind)
-            if each["metadata"]["name"] == name or each["metadata"]["name"].rpartition("-")[0] == name
-        )
+        """The only one of that name; the suffix of generated names is left out."""
+        (found,) = (each for each in self.of(kind) if _SUFFIX.sub("", each["metadata"]["name"]) == name)
         return found
 
     def pods(self) -> list[Pod]:

@@ -1,7 +1,6 @@
 """The image, built from this checkout and run as the manifests run it: nobody, read-only, without capabilities."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,8 @@ from tests.image.containers import (
     CONFINED,
     UID,
     Container,
-    Unavailable,
     build,
     config_of,
-    find_base,
-    find_tools,
     run,
     size_of,
     succeeds,
@@ -28,24 +24,10 @@ from worker.sandbox.simulator import Script, Simulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-TAG = "localhost/qris-expire-worker:test"
 OWN_MEGABYTES = 80
 """What we may add to the base image: a package more than the worker needs would show."""
 
 SIGTERM_CAUGHT = 1 << (signal.SIGTERM - 1)
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[str]:
-    """Built once; skipped, loudly, where there is nothing to build it with."""
-    try:
-        find_tools()
-        find_base()
-    except Unavailable as reason:
-        pytest.skip(f"IMAGE NOT TESTED: {reason}")
-    build(TAG, "--build-arg", "REVISION=abc123", "--build-arg", "SOURCE=https://git.example/qris-expire")
-    yield TAG
-    succeeds("podman", "rmi", "--force", TAG)
 
 
 def inside(image: str, script: str) -> str:

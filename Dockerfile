@@ -44,6 +44,8 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     XDG_STATE_HOME=/var/lib
+# An image that cannot start is not built: a base image may lack a library (greenlet wants libstdc++6, which Debian has).
+RUN ["python", "-c", "import worker.service"]
 # A number, or Kubernetes cannot see that it is not root.
 USER 10001:10001
 WORKDIR /var/lib/qris-expire

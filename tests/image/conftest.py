@@ -4,19 +4,25 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.image.containers import Unavailable, build, find_base, find_tools, succeeds
+from tests.image.containers import COMPLETED, Unavailable, build, find_base, find_tools, succeeds
 
 TAG = "localhost/qris-expire-worker:test"
 
 
 @pytest.fixture(scope="session")
-def image() -> Iterator[str]:
-    """Built once; skipped, loudly, where there is nothing to build it with."""
+def base() -> Iterator[str]:
+    """The base image; skipped, loudly, where there is nothing to build with."""
     try:
         find_tools()
-        find_base()
+        yield find_base()
     except Unavailable as reason:
         pytest.skip(f"IMAGE NOT TESTED: {reason}")
-    build(TAG, "--build-arg", "REVISION=abc123", "--build-arg", "SOURCE=https://git.example/qris-expire")
+    succeeds("podman", "rmi", "--force", COMPLETED)
+
+
+@pytest.fixture(scope="session")
+def image(base: str) -> Iterator[str]:
+    """Ours."""
+    build(TAG, base, "--build-arg", "REVISION=abc123", "--build-arg", "SOURCE=https://git.example/qris-expire")
     yield TAG
     succeeds("podman", "rmi", "--force", TAG)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +19,9 @@ SHARED: Final = ROOT.parent / "shared" / "image"
 """Beside the checkout, if at all: a stand-in for the base image, and settings for odd machines."""
 
 BASE: Final = os.environ.get("PYTHON_IMAGE", "docker.io/library/python:3.11-slim")
+COMPLETED: Final = "localhost/qris-expire-python:completed"
+CXX: Final = "libstdc++.so.6"
+OFFLINE: Final = ("--isolation", "chroot", "--pull-never", "--no-cache", "--timestamp", "0")
 UID: Final = 10001
 CONFINED: Final = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--memory", "256m")
 """As the manifests confine it."""
@@ -42,22 +47,39 @@ def find_tools() -> None:
         raise Unavailable(f"{' and '.join(missing)} not here; install buildah, podman and runc")
 
 
-def find_base() -> None:
+def find_base() -> str:
     """The base image: already here, else the stand-in from beside the checkout, else pulled. Raises `Unavailable`."""
-    if succeeds("buildah", "inspect", "--type", "image", BASE):
-        return
     stand_in = SHARED / "base-image.sh"
-    if stand_in.exists():
+    if succeeds("buildah", "inspect", "--type", "image", BASE):
+        pass
+    elif stand_in.exists():
         run("bash", str(stand_in), BASE)
-        return
-    if not succeeds("podman", "pull", "--quiet", BASE, timeout=300):
+    elif not succeeds("podman", "pull", "--quiet", BASE, timeout=300):
         raise Unavailable(f"no base image {BASE} here, and it cannot be pulled; set PYTHON_IMAGE to one that is here")
+    return BASE if _has_cxx(BASE) else _completed()
 
 
-def build(tag: str, *arguments: str) -> None:
+def _has_cxx(image: str) -> bool:
+    load = f"import ctypes; ctypes.CDLL('{CXX}')"
+    return succeeds("podman", "run", "--rm", "--network", "none", "--entrypoint", "python3", image, "-c", load)
+
+
+def _completed() -> str:
+    """The stand-in with the C++ library of this machine: every Debian image has one, since apt wants it."""
+    found = re.search(rf"{re.escape(CXX)} \(libc6,x86-64\) => (\S+)", run("/sbin/ldconfig", "-p"))
+    if found is None:
+        raise Unavailable(f"neither the base image {BASE} nor this machine has {CXX}; install libstdc++6")
+    with tempfile.TemporaryDirectory() as context:
+        shutil.copy(found[1], Path(context) / CXX)
+        dockerfile = f"FROM {BASE}\nCOPY {CXX} /usr/local/lib/\nRUN /sbin/ldconfig\n"
+        (Path(context) / "Dockerfile").write_text(dockerfile)
+        run("buildah", "bud", *OFFLINE, "--tag", COMPLETED, context)
+    return COMPLETED
+
+
+def build(tag: str, base: str, *arguments: str) -> None:
     """This checkout, from nothing: buildah 1.28 takes labels with other build arguments from its cache."""
-    isolation = ("--isolation", "chroot", "--pull-never", "--no-cache", "--timestamp", "0")
-    run("buildah", "bud", *isolation, "--build-arg", f"PYTHON_IMAGE={BASE}", *arguments, "--tag", tag, str(ROOT))
+    run("buildah", "bud", *OFFLINE, "--build-arg", f"PYTHON_IMAGE={base}", *arguments, "--tag", tag, str(ROOT))
 
 
 def config_of(image: str) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class WorkerProcess:
         self._errors.append(self._directory / f"worker-{number}.err")
         with self._logs[-1].open("wb") as log, self._errors[-1].open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker", "run"],
+                self.command(),
                 env=self.environment(),
                 cwd=self._directory,
                 stdin=subprocess.DEVNULL,
@@ -137,6 +137,10 @@ class WorkerProcess:
                 start_new_session=True,
             )
         return self
+
+    def command(self) -> list[str]:
+        """How it is started."""
+        return [sys.executable, "-m", "worker", "run"]
 
     def environment(self) -> dict[str, str]:
         """What it is started with."""

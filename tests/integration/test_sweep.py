@@ -330,6 +330,19 @@ def test_topology_of_somebody_else_is_not_touched(desk: Desk, rabbit: Rabbit) ->
 # --- with a worker
 
 
+@pytest.mark.usefixtures("rabbit")
+def test_paid_bills_may_be_no_failure(desk: Desk) -> None:
+    """A bill that was paid makes the exit code 1, or 0 with --allow-rejected: there is no work in it for people."""
+
+    with Simulator(Script.parse({"bills": {"00000002": [PAID]}})) as gateway, worker(desk, gateway):
+        done = desk("sweep", desk.file(3), "--batch-id", "b", "--wait")
+        again = desk("sweep", "--follow", "b", "--allow-rejected")
+
+    assert done.returncode == 1, done.stderr
+    assert again.returncode == 0, again.stderr
+    assert rows_of(again.stdout)["rejected paid"] == 1
+
+
 def test_followed_sweep_adds_up(desk: Desk, rabbit: Rabbit) -> None:
     """Every row of the input is in the table, every bill in the report; dead letters that are redriven count then."""
 

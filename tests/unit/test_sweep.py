@@ -394,6 +394,16 @@ def test_sum_is_the_input() -> None:
     assert Tally(invalid=2, told={("expired", "success"): 1}).all_expired
 
 
+def test_what_the_gateway_refused_is_final() -> None:
+    """Expired and rejected bills are final; unresolved ones, and those without an outcome, are not."""
+
+    told = {("expired", "success"): 1, ("rejected", "paid"): 1}
+
+    assert Tally(told=told).all_final
+    assert not Tally(waiting=1, told=told).all_final
+    assert not Tally(told={**told, ("unresolved", "retries_exhausted"): 1}).all_final
+
+
 def test_speed_is_that_of_the_latest_seconds() -> None:
     """A slow start is forgotten; without movement nobody knows how long it takes."""
 

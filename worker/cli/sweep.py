@@ -51,6 +51,7 @@ class _Wish:
     dry_run: bool
     direct: bool
     republish: bool
+    allow_rejected: bool
     state_dir: Path | None
 
 
@@ -81,6 +82,12 @@ def sweep(
     republish: Annotated[
         bool, typer.Option("--republish", help="Publish again, under the same ids, what has no outcome.")
     ] = False,
+    allow_rejected: Annotated[
+        bool,
+        typer.Option(
+            "--allow-rejected", help="Exit with 0 also when the gateway refused bills for good, as paid ones."
+        ),
+    ] = False,
     state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
     """Sends a file of bills to the sweep lane, as fast as the broker confirms; with --wait follows their outcomes.
@@ -94,7 +101,20 @@ def sweep(
 
     Exit code 0: published; with --wait or --direct, all expired. 1: some not. 2: bad input or settings. 130: ctrl-C.
     """
-    wish = _Wish(file, batch_id, merchant_id, wait, follow, report, skip_invalid, dry_run, direct, republish, state_dir)
+    wish = _Wish(
+        file=file,
+        batch_id=batch_id,
+        merchant_id=merchant_id,
+        wait=wait,
+        follow=follow,
+        report=report,
+        skip_invalid=skip_invalid,
+        dry_run=dry_run,
+        direct=direct,
+        republish=republish,
+        allow_rejected=allow_rejected,
+        state_dir=state_dir,
+    )
     _check(wish)
     settings = _settings(wish)
     amqp = settings.amqp if wish.direct else settings
@@ -373,7 +393,7 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
         _say_published(amqp, journal, before, after)
         return 0
     _close_inbox(amqp, batch, after)
-    return _conclude(journal, after)
+    return _conclude(wish, journal, after)
 
 
 def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, tally: Tally) -> Any:
@@ -507,7 +527,7 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
             return _interrupted(wish, journal)
     if wish.report is not None:
         _write_report(journal, wish.report)
-    return _conclude(journal, journal.tally())
+    return _conclude(wish, journal, journal.tally())
 
 
 def _chores(made: Calls, loop: threading.Thread) -> Callable[[], None]:
@@ -529,7 +549,7 @@ def _chores(made: Calls, loop: threading.Thread) -> Callable[[], None]:
 # -- the end --------------------------------------------------------------------------------------------------------
 
 
-def _conclude(journal: Journal, tally: Tally) -> int:
+def _conclude(wish: _Wish, journal: Journal, tally: Tally) -> int:
     batch = journal.facts.batch.id
     print_tally(f"sweep {batch}", tally)
     if tally.unresolved and journal.facts.inbox:
@@ -538,7 +558,7 @@ def _conclude(journal: Journal, tally: Tally) -> int:
             f"`qris-expire sweep --follow {batch}` takes in their outcomes",
             file=sys.stderr,
         )
-    return 0 if tally.all_expired else 1
+    return 0 if tally.all_expired or (wish.allow_rejected and tally.all_final) else 1
 
 
 def _write_report(journal: Journal, path: Path) -> None:
@@ -565,6 +585,7 @@ def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
     again = ["qris-expire", "sweep", "--follow", batch]
     again += ["--wait"] if wish.wait and not journal.facts.inbox else []
     again += ["--direct"] if wish.direct else []
+    again += ["--allow-rejected"] if wish.allow_rejected else []
     again += ["--report", str(wish.report)] if wish.report is not None else []
     again += ["--state-dir", str(wish.state_dir)] if wish.state_dir is not None else []
     sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if wish.direct else 'published'}"

@@ -281,7 +281,7 @@ class Tally:
     @property
     def expired(self) -> int:
         """Bills that are dead, as they should be."""
-        return sum(count for (status, _), count in self.told.items() if status == Status.EXPIRED)
+        return self._told(Status.EXPIRED)
 
     @property
     def all_expired(self) -> bool:
@@ -289,9 +289,17 @@ class Tally:
         return self.expired == self.bills
 
     @property
+    def all_final(self) -> bool:
+        """Whether the gateway has answered for good about every bill: expired, or rejected, as a paid one is."""
+        return self._told(Status.EXPIRED, Status.REJECTED) == self.bills
+
+    @property
     def unresolved(self) -> int:
         """Bills whose outcome may still be bettered by a redrive."""
-        return sum(count for (status, _), count in self.told.items() if status in (Status.UNRESOLVED, Status.INVALID))
+        return self._told(Status.UNRESOLVED, Status.INVALID)
+
+    def _told(self, *statuses: Status) -> int:
+        return sum(count for (status, _), count in self.told.items() if status in statuses)
 
     def lines(self) -> Iterator[tuple[str, str, int]]:
         """(status, reason, rows), what people look for first; lines that are no outcome only where there are any."""

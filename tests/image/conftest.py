@@ -1,0 +1,28 @@
+"""The image, built once for all tests that run it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.image.containers import COMPLETED, Unavailable, build, find_base, find_tools, succeeds
+
+TAG = "localhost/qris-expire-worker:test"
+
+
+@pytest.fixture(scope="session")
+def base() -> Iterator[str]:
+    """The base image; skipped, loudly, where there is nothing to build with."""
+    try:
+        find_tools()
+        yield find_base()
+    except Unavailable as reason:
+        pytest.skip(f"IMAGE NOT TESTED: {reason}")
+    succeeds("podman", "rmi", "--force", COMPLETED)
+
+
+@pytest.fixture(scope="session")
+def image(base: str) -> Iterator[str]:
+    """Ours."""
+    build(TAG, base, "--build-arg", "REVISION=abc123", "--build-arg", "SOURCE=https://git.example/qris-expire")
+    yield TAG
+    succeeds("podman", "rmi", "--force", TAG)

@@ -1,0 +1,164 @@
+"""The systemd units: accepted by systemd, hardened, and of one mind with the worker."""
+
+import ctypes
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from tests.manifests.rendering import K8S
+from tests.worker_process import Producer, WorkerProcess
+from worker.cli import app
+from worker.processes import MARGIN_SECONDS
+from worker.sandbox.simulator import Simulator, own_key, private_pem
+from worker.service import DRAINED, FORCED, MISCONFIGURED, REFUSED
+from worker.settings import load
+
+UNITS = K8S / "systemd"
+SERVICES = ("qris-expire.service", "qris-expire-sweep.service")
+MOST_EXPOSED = 15
+"""Of 100, by `systemd-analyze security`; without hardening it says 96."""
+
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
+
+
+def unit(name: str) -> dict[str, list[str]]:
+    """Settings of all sections: name → values, in order."""
+    found: dict[str, list[str]] = {}
+    for key, value in re.findall(r"^([A-Z]\w+)=(.*)$", (UNITS / name).read_text(), re.MULTILINE):
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def analyze(directory: Path, *arguments: str, change: tuple[str, str] = ("", "")) -> subprocess.CompletedProcess[str]:
+    """`systemd-analyze` on the units as they would be installed: here the programs are not where they will be."""
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        pytest.skip("UNITS NOT VERIFIED: no systemd-analyze here; install systemd")
+    for path in UNITS.glob("qris-expire*.[st]*"):
+        text = re.sub(r"(?<=^Exec)(Start|StartPre)=\S+", r"\1=/bin/true", path.read_text(), flags=re.MULTILINE)
+        (directory / path.name).write_text(text.replace(*change) if change[0] else text)
+    return subprocess.run([tool, *arguments], cwd=directory, capture_output=True, text=True, timeout=60, check=False)
+
+
+def verify(directory: Path, change: tuple[str, str] = ("", "")) -> str:
+    """What systemd says of the units; nothing if it is content."""
+    units = (*SERVICES, "qris-expire-sweep.timer")
+    done = analyze(directory, "verify", "--man=no", *(f"./{name}" for name in units), change=change)
+    return done.stdout + done.stderr
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    """`systemd-analyze verify` has nothing to say, and has of a misspelt setting, value or time."""
+
+    assert verify(tmp_path) == ""
+    assert "Restartt" in verify(tmp_path, ("Restart=", "Restartt="))
+    assert "exce" in verify(tmp_path, ("Type=exec", "Type=exce"))
+    assert "Jakata" in verify(tmp_path, ("Asia/Jakarta", "Asia/Jakata"))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_units_are_hardened(name: str, tmp_path: Path) -> None:
+    """`systemd-analyze security` calls the exposure small, and would not without the empty capability set."""
+
+    ask = ("security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"./{name}")
+
+    assert analyze(tmp_path, *ask).returncode == 0
+    assert analyze(tmp_path, *ask, change=("CapabilityBoundingSet=\n", "")).returncode == 1
+
+
+def test_exit_codes_that_need_people_are_not_retried() -> None:
+    """Restarted after everything but a drain, wrong settings and refused credentials."""
+
+    worker = unit("qris-expire.service")
+
+    assert worker["Restart"] == ["on-failure"]
+    assert sorted(map(int, worker["RestartPreventExitStatus"][0].split())) == [MISCONFIGURED, REFUSED]
+    assert {DRAINED, FORCED}.isdisjoint({MISCONFIGURED, REFUSED})
+
+
+def test_a_drain_fits_the_stop(tmp_path: Path) -> None:
+    """systemd kills after the drain and the parent's margin, and the longest call fits the drain."""
+
+    settings = load(environ=environment(tmp_path), env_file=None)
+
+    stop, drain = float(unit("qris-expire.service")["TimeoutStopSec"][0]), settings.worker.drain_seconds
+    assert stop > drain + MARGIN_SECONDS
+    assert drain >= settings.gateway.connect_timeout_seconds + settings.gateway.read_timeout_seconds + 5
+
+
+def environment(credentials: Path) -> dict[str, str]:
+    """What the worker would find in its environment, credentials in this directory."""
+    worker = unit("qris-expire.service")
+    lines = [*(UNITS / "qris-expire.env").read_text().splitlines(), *worker["Environment"]]
+    pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
+    content = {"amqp-url": "amqps://user:secret@host/%2F", "private-key.pem": private_pem(own_key()).decode()}
+    for loaded in worker["LoadCredential"]:
+        name = loaded.partition(":")[0]
+        (credentials / name).write_text(content.get(name, "secret"))
+    found = {name: value.replace("%d", str(credentials)).replace("%S", "/var/lib") for name, _, value in pairs}
+    assert all(not value.startswith("%") for value in found.values())
+    return found
+
+
+def test_settings_load(tmp_path: Path) -> None:
+    """The worker takes the example's environment, and every secret comes as a credential."""
+
+    found = environment(tmp_path)
+    settings = load(environ=found, env_file=None)
+
+    assert settings.amqp.urls() == ["amqps://user:secret@host/%2F"]
+    secrets = {loaded.partition(":")[0] for loaded in unit("qris-expire.service")["LoadCredential"]}
+    assert {Path(value).name for name, value in found.items() if name.endswith("_FILE")} == secrets
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_command_lines_parse(name: str) -> None:
+    """The real command line takes what the unit calls."""
+
+    _, *arguments = shlex.split(unit(name)["ExecStart"][0])
+    group = typer.main.get_command(app)
+
+    with group.make_context("qris-expire", list(arguments)) as context:
+        command = group.get_command(context, arguments[0])  # type: ignore[attr-defined]
+        command.make_context(arguments[0], arguments[1:], parent=context).close()
+
+
+def test_both_services_are_confined_alike() -> None:
+    """What hardens the worker hardens the sweep."""
+
+    def hardening(name: str) -> list[str]:
+        text = (UNITS / name).read_text()
+        rest = text[text.index("DynamicUser=") :].partition("\n[Install]")[0]
+        return [line for line in rest.splitlines() if line and not line.startswith("#")]
+
+    assert hardening(SERVICES[0]) == hardening(SERVICES[1])
+
+
+class _Strict(WorkerProcess):
+    """A worker that never gets memory that is writable and executable, as MemoryDenyWriteExecute= has it."""
+
+    def command(self) -> list[str]:
+        strict = (
+            "import ctypes, os, sys\n"
+            f"assert ctypes.CDLL(None).prctl({PR_SET_MDWE}, {PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0) == 0\n"
+            "os.execv(sys.executable, [sys.executable, '-m', 'worker', 'run'])"
+        )
+        return [sys.executable, "-c", strict]
+
+
+def test_the_worker_lives_without_executable_memory(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """No library of ours makes code at run time: with MemoryDenyWriteExecute= it works."""
+
+    if ctypes.CDLL(None).prctl(PR_SET_MDWE + 1, 0, 0, 0, 0) < 0:
+        pytest.skip("NOT TRIED: this kernel cannot deny writable and executable memory (Linux 6.3 can)")
+    with Simulator() as gateway, _Strict(amqp_url, prefix, gateway, tmp_path) as worker:
+        worker.wait_ready()
+        with Producer(amqp_url, prefix) as producer:
+            assert producer.of(producer.publish("b-0")).fields["status"] == "expired"
+        worker.stop()

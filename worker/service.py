@@ -113,6 +113,7 @@ class Worker:
         clock, rng = SystemClock(), random.Random()
         self.settings = settings
         self.metrics = _metrics()
+        self.metrics.started(clock.epoch())
         calls = Calls(settings, Telemetry(self.metrics), clock, rng)
         self.credentials, self.gate = calls.credentials, calls.gate
         self.tokens, self.expire, self.fibers = calls.tokens, calls.expire, calls.fibers

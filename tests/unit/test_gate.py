@@ -74,6 +74,21 @@ def test_open_way() -> None:
     assert not gate.outage()
 
 
+def test_held_for() -> None:
+    """How long calls are held: until the probe, until Retry-After is over, until the later of both; None if not at all."""
+
+    gate = Gate()
+    assert gate.held_for() is None
+    gate.throttle("10")
+    assert gate.held_for() == pytest.approx(10.0)
+    gate.break_()
+    assert gate.held_for() == pytest.approx(15.0)
+    gate.throttle("30")
+    assert gate.held_for() == pytest.approx(30.0)
+    gate.clock.sleep(31.0)
+    assert gate.held_for() == 0.0
+
+
 def test_outage() -> None:
     """An open breaker holds everybody but a probe."""
 

@@ -52,6 +52,8 @@ CONTRACT = {
     "clock_skew_seconds": set(),
     "last_outcome_timestamp_seconds": set(),
     "build_info": {"version"},
+    "held_until_timestamp_seconds": set(),
+    "start_timestamp_seconds": set(),
 }
 
 
@@ -105,6 +107,8 @@ def every_call(metrics: Metrics) -> Iterator[None]:
     metrics.confirmed(0.01)
     metrics.unconfirmed(3)
     metrics.clock_skew(-4.5)
+    metrics.held_until(1_800_000_012.0)
+    metrics.started(1_800_000_000.0)
     yield
 
 

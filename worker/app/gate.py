@@ -132,6 +132,16 @@ class SendersGate:
         """Seconds between probes now, for people."""
         return self._breaker.cooldown
 
+    def held_for(self) -> float | None:
+        """Seconds until the next call may go out, a probe included; 0 once it may, None while nothing holds."""
+        now = self._clock.monotonic()
+        with self._lock:
+            holds = self._holds(now)
+            if not holds.any:
+                return None
+            until = self._throttle.until if holds.throttled else now
+            return (until if holds.breaker is State.CLOSED else max(until, self._breaker.probe_at)) - now
+
     def drain(self) -> None:
         """From now on no call begins and no sender sleeps."""
         self._draining.set()

@@ -78,6 +78,11 @@ class Metrics:
             "Always 1; the version is the label. Two versions for long: a rollout is stuck.",
             ("version",),
         ).labels(version).set(1)
+        self._started = self._gauge(
+            "start_timestamp_seconds",
+            "Unix time at which the process began; of several, the latest. Moves unexpectedly: look at the log of before "
+            "for why it ended.",
+        )
 
     def _commands_and_outcomes(self, lanes: Sequence[str], reasons: Mapping[str, Sequence[str]]) -> None:
         self._received = self._counters(
@@ -187,6 +192,11 @@ class Metrics:
             "0 closed, 1 half-open, 2 open. Open: the gateway fails for every command, none is lost; "
             "look at retries_total for why.",
         )
+        self._held_until = self._gauge(
+            "held_until_timestamp_seconds",
+            "Unix time at which the gateway is called again while breaker or throttle hold all calls: the next probe, "
+            "or the end of Retry-After. 0 while nothing holds.",
+        )
         self._clock_skew = self._gauge(
             "clock_skew_seconds",
             "Our clock against the gateway's Date header. Beyond 30 either way: signatures may be refused, "
@@ -222,6 +232,10 @@ class Metrics:
             "Messages published and not yet confirmed. Does not fall: the broker takes them but stores none, "
             "look at its alarms.",
         )
+
+    def started(self, timestamp: float) -> None:
+        """The process began at this unix time."""
+        self._started.set(timestamp)
 
     # -- what happens to a command
 
@@ -279,6 +293,10 @@ class Metrics:
     def breaker(self, state: int) -> None:
         """The breaker is closed (0), half-open (1) or open (2)."""
         self._breaker.set(state)
+
+    def held_until(self, timestamp: float | None) -> None:
+        """No call goes out before this unix time; None when nothing holds."""
+        self._held_until.set(timestamp or 0.0)
 
     def clock_skew(self, seconds: float) -> None:
         """The latest difference between our clock and the gateway's."""

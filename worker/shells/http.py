@@ -1,4 +1,4 @@
-"""The endpoint for scrapes and probes: `/metrics`, `/livez`, `/readyz`, over TCP or a Unix socket.
+"""The endpoint for scrapes, probes and people: `/metrics`, `/livez`, `/readyz`, `/`, over TCP or a Unix socket.
 
 Standard library only. One request per connection: an idle keep-alive connection would hold a thread, and a
 scrape every few seconds gains nothing from it.
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import structlog
+
+from worker.shells.page import HEADERS, HTML_TYPE, StatusPage
 
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 JSON_TYPE: Final = "application/json"
@@ -163,11 +165,19 @@ class _Server(socketserver.BaseServer):
         self._slots = threading.BoundedSemaphore(HANDLERS)
         self._open: dict[socket.socket, float] = {}  # until when, oldest first
         self._lock = threading.Lock()
+        self._source = source
+        self._page = StatusPage(source)
         self._answers: dict[str, Callable[[], tuple[int, str, bytes]]] = {
-            "/metrics": lambda: (HTTPStatus.OK, METRICS_TYPE, source.metrics()),
+            "/": lambda: (HTTPStatus.OK, HTML_TYPE, self._page.html()),
+            "/metrics": self._metrics,
             "/livez": lambda: _health(source.live()),
             "/readyz": lambda: _health(source.ready()),
         }
+
+    def _metrics(self) -> tuple[int, str, bytes]:
+        scrape = self._source.metrics()
+        self._page.scraped(scrape)
+        return HTTPStatus.OK, METRICS_TYPE, scrape
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """Status, content type and body for a GET of this path; never raises."""
@@ -265,6 +275,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
+        if content_type == HTML_TYPE:
+            for name, value in HEADERS.items():
+                self.send_header(name, value)
         if allow:
             self.send_header("Allow", allow)
         self.send_header("Connection", "close")

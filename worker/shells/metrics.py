@@ -5,7 +5,7 @@ from 0 to 1 and not a series that appears at 1 (which `increase()` does not see)
 dicts: `.labels()` costs four times what the increment itself costs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import (
@@ -16,6 +16,9 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.parser import text_string_to_metric_families
+
+from worker.core.reading import Sample
 
 PREFIX: Final = "qris_expire_"
 
@@ -50,6 +53,14 @@ REQUEST_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 CONFIRM_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0)
 
 
+def samples(scrape: bytes) -> Iterator[Sample]:
+    """The product's own samples of a scrape in text format 0.0.4, of one process or of several added up."""
+    for family in text_string_to_metric_families(scrape.decode()):
+        for sample in family.samples:
+            if sample.name.startswith(PREFIX):
+                yield Sample(sample.name.removeprefix(PREFIX), sample.labels, sample.value)
+
+
 class Metrics:
     """All that is measured, in a registry of its own; every method is thread-safe and costs microseconds.
 
@@ -80,8 +91,8 @@ class Metrics:
         ).labels(version).set(1)
         self._started = self._gauge(
             "start_timestamp_seconds",
-            "Unix time at which the process began; of several, the latest. Moves unexpectedly: look at the log of before "
-            "for why it ended.",
+            "Unix time at which the process began; of several, the latest. Moves unexpectedly: the log before it "
+            "says why.",
         )
 
     def _commands_and_outcomes(self, lanes: Sequence[str], reasons: Mapping[str, Sequence[str]]) -> None:

@@ -1,0 +1,430 @@
+"""Is it well; if not, what is wrong, and what is to be done: one sentence each, from what metrics and probes say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from worker.core.reading import Change, Reading
+from worker.core.verdict import Kind, Reply, judge
+from worker.core.words import duration, number, plural, quantile, rate, share
+
+NO_ANSWER: Final = "none"
+"""The response code under which calls without an answer, or with one that has no code, are counted."""
+
+STARTING_SECONDS: Final = 10.0
+"""A process that is younger and not connected yet is starting, not in trouble."""
+STUCK_SECONDS: Final = 120.0
+"""Commands in hand and no outcome for so long: more than a round with its budget and a last call takes."""
+CONFIRM_SECONDS: Final = 10.0
+"""A broker that confirms nothing for so long has a trouble; usual are milliseconds."""
+OLD_SECONDS: Final = 60.0
+"""A cancelled order's code that lives longer may be paid: nobody should wait so long in the real-time lane."""
+SKEW_SECONDS: Final = 30.0
+"""As the log warns: some providers refuse signatures that are two minutes off."""
+REPEATED_SHARE: Final = 0.05
+REPEATED_CALLS: Final = 5
+"""Beyond both, repeated calls are worth a word: a single one on a quiet night is not."""
+
+
+class Level(IntEnum):
+    """How bad it is."""
+
+    WELL = 0
+    CAUTION = 1  # it works, and somebody should look
+    WAITING = 2  # it does not work now, and goes on by itself
+    TROUBLE = 3  # it does not work, and somebody must act
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A worker process and its components as `/readyz` has them: "ok", or what is wrong; `detail` when it is silent."""
+
+    name: str
+    components: Mapping[str, str]
+
+    def wrong(self, component: str) -> str:
+        """What is wrong with this component, "" when nothing is."""
+        state = self.components.get(component, "ok")
+        return "" if state == "ok" else state
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All there is to judge by. `change` reaches some seconds back; None until there was an earlier look."""
+
+    now: Reading
+    change: Change | None
+    processes: Sequence[Process]
+
+    def wrong(self, component: str) -> tuple[str, str]:
+        """What is wrong with it in the first process that has it, and in how many of several: ("", "") when nothing."""
+        found = [what for process in self.processes if (what := process.wrong(component))]
+        return (found[0], self.of_all(len(found))) if found else ("", "")
+
+    def of_all(self, some: int) -> str:
+        """ " (1 of 3 processes)", or nothing where that says nothing."""
+        total = len(self.processes)
+        return f" ({some} of {total} processes)" if some < total else ""
+
+    def gained(self, name: str, **labels: str) -> float:
+        """What a counter gained lately."""
+        return self.change.value(name, **labels) if self.change else 0.0
+
+    def lately(self) -> str:
+        """The time that `change` covers."""
+        return f"in the last {duration(self.change.seconds)}" if self.change else ""
+
+    @property
+    def in_hand(self) -> float:
+        """Commands that senders hold."""
+        return self.now.value("in_flight")
+
+    @property
+    def age(self) -> float:
+        """Seconds since the latest start."""
+        return self.now.at - self.now.value("start_timestamp_seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Concern:
+    """Something to know: `text` is a sentence (for CAUTION and WELL one that follows "Working, but"), `action` what to
+    do. `key` stays the same while the concern does, whatever its figures."""
+
+    level: Level
+    key: str
+    text: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """The headline with its action, and what else there is to know."""
+
+    level: Level
+    key: str
+    text: str
+    action: str
+    others: Sequence[Concern] = ()
+
+
+def condition(situation: Situation) -> Condition:
+    """The worst comes first; among equals the order of `RULES`, in which causes stand before what they cause."""
+    concerns = [concern for rule in RULES if (concern := rule(situation)) is not None]
+    concerns.sort(key=lambda concern: -concern.level)
+    if not concerns or concerns[0].level is Level.WELL:
+        text, key = _working(situation)
+        return Condition(Level.WELL, key, text, "", concerns)
+    first, *others = concerns
+    text = first.text
+    if first.level is Level.CAUTION:
+        text = f"{_working(situation)[0].removesuffix('.')}. But {text[0].lower()}{text[1:]}"
+    return Condition(first.level, first.key, text, first.action, others)
+
+
+def kind_of(code: str) -> Kind | None:
+    """What the worker makes of an answer with this code; None for a code that is not listed."""
+    if code == NO_ANSWER:
+        return Kind.TRANSIENT
+    if not code.isdecimal():
+        return None
+    if code.startswith("200"):  # a token's success, too, which is no verdict on a command
+        return Kind.DONE
+    return judge(Reply(int(code[:3]), b'{"responseCode":"%s"}' % code.encode())).kind
+
+
+def _working(situation: Situation) -> tuple[str, str]:
+    change, in_hand = situation.change, situation.in_hand
+    done = change.rate("outcomes_total") if change else 0.0
+    if done:
+        return f"Working: {rate(done)}{_waited(situation)}.", "working"
+    if in_hand:
+        quiet = f", none finished {situation.lately()}" if change else ""
+        return f"Working: {plural(in_hand, 'command')} in hand{quiet}.", "working"
+    last = situation.now.value("last_outcome_timestamp_seconds")
+    if last:
+        return f"Ready, nothing to do. Last outcome {duration(situation.now.at - last)} ago.", "ready"
+    return f"Ready, nothing to do. No outcome yet since the start {duration(situation.age)} ago.", "ready"
+
+
+def _waited(situation: Situation) -> str:
+    oldest = [at for at in situation.now.by("lane", "oldest_command_timestamp_seconds").values() if at]
+    if oldest:
+        return f", oldest command {duration(max(situation.now.at - min(oldest), 0.0))}"
+    ages = situation.change.histogram("command_age_seconds") if situation.change else None
+    if ages is None or not ages.count:
+        return ""
+    return f", 95 % done within {_quantile(ages.buckets, ages.quantile(0.95))} of their publication"
+
+
+def _quantile(buckets: Sequence[tuple[float, float]], value: float | None) -> str:
+    return quantile(value, buckets[-2][0] if len(buckets) > 1 else math.inf)
+
+
+# -- the rules: a concern, or None ------------------------------------------------------------------------------------
+
+
+def _silent(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("detail")
+    if not what or situation.now.value("consumption_paused", reason="draining"):
+        return None
+    text = f"A worker process does not work: {what}{some}." if some else f"No worker process works: {what}."
+    return Concern(
+        Level.TROUBLE,
+        "silent",
+        text,
+        "See the log for why (process_died). It starts again within 30 s; what it held is back in the queue.",
+    )
+
+
+def _draining(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("drain")
+    if not what:
+        return None
+    return Concern(
+        Level.WAITING,
+        "draining",
+        f"Draining{some}: takes nothing new, {plural(situation.in_hand, 'command')} in hand.",
+        "Nothing: it ends by itself within WORKER_DRAIN_SECONDS, and what is not done goes back to its queue.",
+    )
+
+
+def _blocked(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("publisher")
+    if not what.startswith("blocked"):
+        return None
+    return Concern(
+        Level.TROUBLE,
+        "broker_blocked",
+        f"Paused: the broker is short of memory or disk and takes no messages{some}. Nothing is lost.",
+        "On the broker: rabbitmq-diagnostics alarms; then free memory or disk. The worker goes on by itself.",
+    )
+
+
+def _disconnected(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("consumer")
+    if not what:
+        return None
+    if situation.age < STARTING_SECONDS and not situation.now.value("last_outcome_timestamp_seconds"):
+        return Concern(Level.WAITING, "starting", f"Starting: connecting to the broker{some}.", "Wait some seconds.")
+    return Concern(
+        Level.TROUBLE,
+        "disconnected",
+        f"Not connected to the broker: {what}{some}. Commands wait in its queues; nothing is lost.",
+        "Does the broker run, and is AMQP_URL right? qris-expire check tells. The worker connects by itself.",
+    )
+
+
+def _mute(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("publisher")
+    if not what or what.startswith("blocked") or situation.wrong("consumer")[0]:
+        return None
+    return Concern(
+        Level.TROUBLE,
+        "publisher",
+        f"Outcomes cannot be published: {what}{some}. Commands stay in their queues; nothing is lost.",
+        "Look at the broker: its alarms, its disks, the outcome exchange (qris-expire check).",
+    )
+
+
+def _starting(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("start")
+    if not what or situation.wrong("consumer")[0]:
+        return None
+    return Concern(
+        Level.WAITING,
+        "starting",
+        f"Starting: the first token is being asked for{some}.",
+        "Wait for GATEWAY_READ_TIMEOUT_SECONDS at most; then the log says what the token service answered.",
+    )
+
+
+def _outage(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("breaker")
+    if not what:
+        return None
+    left = situation.now.value("held_until_timestamp_seconds") - situation.now.at
+    probe = f"probing again in {duration(left)}" if what == "open" and left >= 1 else "probing it now"
+    code = _worst_code(situation)
+    text = f"Paused{some}: the gateway is failing (breaker {what}), {probe}. Nothing is lost."
+    if code is not None and kind_of(code) is Kind.SYSTEMIC:
+        action = f"Run qris-expire check: it refuses our credentials or set-up (most failures: {code})."
+        return Concern(Level.TROUBLE, "refused", text, action)
+    most = {None: "", NO_ANSWER: " Most failures: no answer, or one without a code."}.get(
+        code, f" Most failures: {code}."
+    )
+    action = f"Nothing here: it goes on when a probe succeeds. If it lasts, call the gateway's provider.{most}"
+    return Concern(Level.WAITING, "outage", text, action)
+
+
+def _worst_code(situation: Situation) -> str | None:
+    """The most frequent failure lately, else since the start; None without any."""
+    counts = [situation.now.by("response_code", "gateway_requests_total")]
+    if situation.change:
+        counts.insert(0, situation.change.by("response_code", "gateway_requests_total"))
+    for by_code in counts:
+        bad = {code: n for code, n in by_code.items() if n and (kind := kind_of(code)) is not None and kind.bad}
+        if bad:
+            return max(bad, key=bad.__getitem__)
+    return None
+
+
+def _throttled(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("throttle")
+    if not what:
+        return None
+    left = max(situation.now.value("held_until_timestamp_seconds") - situation.now.at, 0.0)
+    return Concern(
+        Level.WAITING,
+        "throttled",
+        f"Paused{some}: the gateway says slow down, going on in {duration(left)}. Nothing is lost.",
+        "Nothing now. If it comes often, lower GATEWAY_MAX_REQUESTS_PER_SECOND.",
+    )
+
+
+def _unconfirmed(situation: Situation) -> Concern | None:
+    waiting = situation.now.value("publishes_unconfirmed")
+    change = situation.change
+    if not waiting or change is None or change.seconds < CONFIRM_SECONDS:
+        return None
+    if change.value("publish_confirm_seconds_count") or situation.wrong("consumer")[0]:
+        return None
+    return Concern(
+        Level.TROUBLE,
+        "unconfirmed",
+        f"The broker takes outcomes but confirms none: {number(waiting)} wait. Nothing is lost.",
+        "Look at the broker's disks and quorum: rabbitmq-diagnostics alarms, rabbitmq-queues quorum_status QUEUE.",
+    )
+
+
+def _stuck(situation: Situation) -> Concern | None:
+    now = situation.now
+    quiet = now.at - max(now.value("last_outcome_timestamp_seconds"), now.value("start_timestamp_seconds"))
+    held = any(situation.wrong(component)[0] for component in ("breaker", "throttle", "consumer", "publisher", "drain"))
+    if not situation.in_hand or held or quiet < STUCK_SECONDS or situation.gained("delayed_retries_total"):
+        return None
+    return Concern(
+        Level.TROUBLE,
+        "stuck",
+        f"{plural(situation.in_hand, 'command')} in hand, but no outcome for {duration(quiet)}.",
+        "Look at the gateway's times below and at the log. If calls neither end nor fail, restart the worker: "
+        "nothing is lost.",
+    )
+
+
+def _no_token(situation: Situation) -> Concern | None:
+    failed = {
+        result: gain
+        for result, gain in (situation.change.by("result", "token_refreshes_total") if situation.change else {}).items()
+        if gain and result != "ok"
+    }
+    if not failed or situation.now.value("token_expiry_timestamp_seconds") > situation.now.at:
+        return None
+    refused = failed.get("refused", 0) > 0
+    return Concern(
+        Level.TROUBLE if refused else Level.CAUTION,
+        "token",
+        "The gateway refuses us a token." if refused else "No token: the token service gives no proper answer.",
+        "Run qris-expire check: client id, key or clock." if refused else "If it lasts, call the gateway's provider.",
+    )
+
+
+def _old(situation: Situation) -> Concern | None:
+    oldest = situation.now.value("oldest_command_timestamp_seconds", lane="cancellation")
+    age = situation.now.at - oldest if oldest else 0.0
+    if age < OLD_SECONDS:
+        return None
+    return Concern(
+        Level.CAUTION,
+        "old",
+        f"The oldest cancellation in hand is {duration(age)} old.",
+        "Commands queue. Is the gateway slow (see below)? Else more WORKER_CONCURRENCY, processes or replicas.",
+    )
+
+
+def _dying(situation: Situation) -> Concern | None:
+    gains = situation.change.by("reason", "dead_letters_total") if situation.change else {}
+    return _dead(gains, Level.CAUTION, situation.lately())
+
+
+def _dead_before(situation: Situation) -> Concern | None:
+    if situation.gained("dead_letters_total"):
+        return None
+    return _dead(situation.now.by("reason", "dead_letters_total"), Level.WELL, "since the start")
+
+
+def _dead(by_reason: Mapping[str, float], level: Level, when: str) -> Concern | None:
+    reasons = sorted(((n, reason) for reason, n in by_reason.items() if n), reverse=True)
+    if not reasons:
+        return None
+    words = ", ".join(f"{number(n)} {reason}" for n, reason in reasons[:3])
+    return Concern(
+        level,
+        "dead_letters",
+        f"{plural(sum(by_reason.values()), 'dead letter')} {when}: {words}{', …' if len(reasons) > 3 else ''}.",
+        "qris-expire dead list; when the cause is mended, qris-expire dead redrive.",
+    )
+
+
+def _repeated(situation: Situation) -> Concern | None:
+    gains = situation.change.by("reason", "retries_total") if situation.change else {}
+    calls, repeated = situation.gained("gateway_requests_total", operation="expire"), sum(gains.values())
+    if repeated < REPEATED_CALLS or repeated < REPEATED_SHARE * calls or not calls:
+        return None
+    most = max(gains, key=gains.__getitem__)
+    return Concern(
+        Level.CAUTION,
+        "repeated",
+        f"{share(min(repeated, calls), calls)} of the calls are repeats, most of them {most}.",
+        "See the gateway's answers below. Commands that keep failing wait in the broker for their next round.",
+    )
+
+
+def _skewed(situation: Situation) -> Concern | None:
+    skew = situation.now.value("clock_skew_seconds")
+    if abs(skew) <= SKEW_SECONDS:
+        return None
+    way = "ahead of" if skew > 0 else "behind"
+    return Concern(
+        Level.CAUTION,
+        "skew",
+        f"This machine's clock is {duration(abs(skew))} {way} the gateway's.",
+        "Mend the time service (NTP): signatures carry the time, and the gateway may refuse them.",
+    )
+
+
+def _restarted(situation: Situation) -> Concern | None:
+    restarts, lately = situation.now.value("process_restarts_total"), situation.gained("process_restarts_total")
+    if not restarts:
+        return None
+    count, when = (lately, situation.lately()) if lately else (restarts, "since the start")
+    return Concern(
+        Level.CAUTION if lately else Level.WELL,
+        "restarted",
+        f"Processes died and were started again {when}: {number(count)}.",
+        "The log says why: process_died.",
+    )
+
+
+RULES: Final[Sequence[Callable[[Situation], Concern | None]]] = (
+    _silent,
+    _draining,
+    _blocked,
+    _disconnected,
+    _mute,
+    _starting,
+    _outage,
+    _throttled,
+    _unconfirmed,
+    _stuck,
+    _no_token,
+    _old,
+    _dying,
+    _repeated,
+    _skewed,
+    _restarted,
+    _dead_before,
+)

@@ -1,0 +1,316 @@
+"""The page's figures as HTML: tables that a screen reader, a phone and a person at night can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final
+
+from worker.core import jakarta
+from worker.core.condition import NO_ANSWER, Condition, Level, Situation, kind_of
+from worker.core.outcome import STATUS_OF, Reason
+from worker.core.reading import Change, Histogram
+from worker.core.words import UNKNOWN, duration, number, plural, quantile, rate
+
+WORDS: Final = {
+    Level.WELL: ("✓", "Well"),
+    Level.CAUTION: ("!", "Look"),
+    Level.WAITING: ("…", "Waiting"),
+    Level.TROUBLE: ("✕", "Trouble"),
+}
+"""Sign and word beside each colour: a colour alone says nothing to one person in twelve."""
+
+PAUSES: Final = {
+    "breaker": "the gateway is failing",
+    "throttled": "the gateway says slow down",
+    "broker_blocked": "the broker is short of memory or disk",
+    "draining": "the worker is draining",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value; `bad` marks it, `text` sets it as words, not as a number."""
+
+    content: str
+    bad: bool = False
+    text: bool = False
+
+    def html(self) -> str:
+        classes = " ".join(name for name, on in (("bad", self.bad), ("text", self.text)) if on)
+        return f'<td class="{classes}">{escape(self.content)}</td>' if classes else f"<td>{escape(self.content)}</td>"
+
+
+Row = tuple[str, Sequence[Cell | str]]
+"""What it is, then its values."""
+
+
+def table(caption: str, columns: Sequence[str], rows: Iterable[Row]) -> str:
+    """A table whose first column names the row; `columns` are the headings, the first one's included, or none."""
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join((cell if isinstance(cell, Cell) else Cell(cell)).html() for cell in cells)
+        + "</tr>\n"
+        for name, cells in rows
+    )
+    return (
+        "<table>\n"
+        + (f"<caption>{escape(caption)}</caption>\n" if caption else "")
+        + (f"<thead><tr>{head}</tr></thead>\n" if head else "")
+        + f"<tbody>\n{body}</tbody>\n</table>\n"
+    )
+
+
+def page_title(condition: Condition) -> str:
+    """What a tab shows: the sign first, since tabs are narrow."""
+    sign, word = WORDS[condition.level]
+    return f"{sign} {word} · qris-expire-worker"
+
+
+def main(situation: Situation, condition: Condition) -> str:
+    """All that changes."""
+    cards = "".join(card(situation) for card in (_lanes, _outcomes, _gateway, _holds, _dead_letters, _processes))
+    return (
+        f'<main data-at="{situation.now.at * 1000:.0f}" data-key="{escape(condition.key)}">\n'
+        f'{_headline(situation, condition)}<div class="cards">\n{cards}</div>\n{_footer()}</main>'
+    )
+
+
+def _headline(situation: Situation, condition: Condition) -> str:
+    sign, word = WORDS[condition.level]
+    action = f"<p>{'To do: ' if condition.level else ''}{_code(condition.action)}</p>\n" if condition.action else ""
+    others = "".join(f"<li>{escape(other.text)} {_code(other.action)}</li>\n" for other in condition.others)
+    at = jakarta.iso(situation.now.at, milliseconds=False)
+    return (
+        f'<section class="headline {condition.level.name.lower()}">\n'
+        f'<p class="word"><span aria-hidden="true">{sign}</span> {word}</p>\n'
+        f"<h2>{escape(condition.text)}</h2>\n{action}"
+        + (f"<ul>\n{others}</ul>\n" if others else "")
+        + f'<p class="when">As of <time datetime="{at}">{at[11:19]} (+07:00)</time>.</p>\n</section>\n'
+    )
+
+
+def _code(action: str) -> str:
+    """Commands stand out, so that they can be found and copied."""
+    html = escape(action)
+    for command in COMMANDS:
+        html = html.replace(command, f"<code>{command}</code>")
+    return html
+
+
+COMMANDS: Final = (
+    "qris-expire check",
+    "qris-expire dead list",
+    "qris-expire dead redrive",
+    "rabbitmq-diagnostics alarms",
+    "rabbitmq-queues quorum_status QUEUE",
+)
+
+
+def _card(title: str, *parts: str) -> str:
+    return f'<section class="card">\n<h2>{escape(title)}</h2>\n{"".join(parts)}</section>\n'
+
+
+def _lanes(situation: Situation) -> str:
+    now, change = situation.now, situation.change
+    lanes = list(now.by("lane", "commands_total"))
+
+    def counts(name: str) -> list[Cell | str]:
+        return [number(now.value(name, lane=lane)) for lane in lanes]
+
+    def times(name: str, share: float) -> list[Cell | str]:
+        recent = [change.histogram(name, lane=lane) if change else Histogram() for lane in lanes]
+        return [_quantile(histogram, share) for histogram in recent]
+
+    rows: list[Row] = [
+        ("outcomes per second", [rate(change.rate("outcomes_total", lane=lane) if change else None) for lane in lanes]),
+        ("in flight", counts("in_flight")),
+    ]
+    if now.knows("oldest_command_timestamp_seconds"):
+        rows.append(("oldest in hand", [_oldest(situation, lane) for lane in lanes]))
+    rows += [
+        ("half done within", times("command_age_seconds", 0.5)),
+        ("95 % done within", times("command_age_seconds", 0.95)),
+        ("half of it here", times("command_duration_seconds", 0.5)),
+        ("95 % of it here", times("command_duration_seconds", 0.95)),
+        ("received", counts("commands_total")),
+        ("outcomes", counts("outcomes_total")),
+        ("delayed rounds", counts("delayed_retries_total")),
+    ]
+    senders = now.value("senders")
+    note = f"Of {plural(senders, 'sender')} in all." if senders else ""
+    return _card(
+        "Lanes",
+        table(f"Times {_lately(change)}, counts since the start. {note}".strip(), ["", *lanes], rows),
+        '<p class="none">Done: from publication to outcome. Here: from delivery to ack. '
+        "How many wait in the queues, only the broker knows.</p>\n",
+    )
+
+
+def _oldest(situation: Situation, lane: str) -> str:
+    at = situation.now.value("oldest_command_timestamp_seconds", lane=lane)
+    return duration(max(situation.now.at - at, 0.0)) if at else UNKNOWN
+
+
+def _outcomes(situation: Situation) -> str:
+    now, change = situation.now, situation.change
+    totals = now.by("reason", "outcomes_total")
+    gains = change.by("reason", "outcomes_total") if change else {}
+    rows: list[Row] = [
+        (
+            f"{_status(reason)}: {reason}",
+            [Cell(number(gains[reason]) if change else UNKNOWN), Cell(number(total))],
+        )
+        for reason, total in totals.items()
+        if total
+    ]
+    last = now.value("last_outcome_timestamp_seconds")
+    said = f"The last one {duration(max(now.at - last, 0.0))} ago." if last else "None yet."
+    return _card(
+        "Outcomes by reason",
+        table(said, ["", _lately(change), "since the start"], rows) if rows else f'<p class="none">{said}</p>\n',
+    )
+
+
+def _status(reason: str) -> str:
+    try:
+        return str(STATUS_OF[Reason(reason)])
+    except ValueError:
+        return "other"
+
+
+def _gateway(situation: Situation) -> str:
+    now, change = situation.now, situation.change
+    operations = list(now.by("operation", "gateway_request_duration_seconds_count"))
+    name = "gateway_request_duration_seconds"
+    recent = [change.histogram(name, operation=operation) if change else Histogram() for operation in operations]
+    speed: list[Row] = [
+        (
+            "calls per second",
+            [rate(change.rate(f"{name}_count", operation=operation) if change else None) for operation in operations],
+        ),
+        *(
+            (words, [_quantile(histogram, share) for histogram in recent])
+            for words, share in (("half within", 0.5), ("95 % within", 0.95), ("99 % within", 0.99))
+        ),
+    ]
+    return _card(
+        "Gateway",
+        table(f"Calls {_lately(change)}", ["", *operations], speed),
+        _answers(situation),
+        _retries(situation),
+    )
+
+
+def _answers(situation: Situation) -> str:
+    rows = list(_answer_rows(situation))
+    if not rows:
+        return '<p class="none">No answers yet.</p>\n'
+    return table("Answers by response code", ["", "means", _lately(situation.change), "since the start"], rows)
+
+
+def _answer_rows(situation: Situation) -> Iterator[Row]:
+    name = "gateway_requests_total"
+    for operation in situation.now.by("operation", name):
+        gains = situation.change.by("response_code", name, operation=operation) if situation.change else None
+        for code, total in situation.now.by("response_code", name, operation=operation).items():
+            if total:
+                kind, lately = kind_of(code), UNKNOWN if gains is None else number(gains[code])
+                bad = kind is not None and kind.bad and bool(gains and gains[code])
+                label = "no code" if code == NO_ANSWER else code
+                means = Cell(kind.label.replace("_", " ") if kind else UNKNOWN, text=True)
+                yield f"{operation} {label}", [means, Cell(lately, bad=bad), number(total)]
+
+
+def _retries(situation: Situation) -> str:
+    totals = situation.now.by("reason", "retries_total")
+    gains = situation.change.by("reason", "retries_total") if situation.change else {}
+    rows: list[Row] = [
+        (reason, [number(gains[reason]) if reason in gains else UNKNOWN, number(total)])
+        for reason, total in totals.items()
+        if total
+    ]
+    return table("Calls sent again, by cause", ["", _lately(situation.change), "since the start"], rows) if rows else ""
+
+
+def _holds(situation: Situation) -> str:
+    now, change = situation.now, situation.change
+    breaker = ("closed", "half-open", "open")[int(now.value("breaker_state"))]
+    pauses = [PAUSES.get(reason, reason) for reason, on in now.by("reason", "consumption_paused").items() if on]
+    connected = bool(now.value("broker_connected"))
+    expiry = now.value("token_expiry_timestamp_seconds")
+    left = expiry - now.at
+    skew = now.value("clock_skew_seconds")
+    confirms = change.histogram("publish_confirm_seconds") if change else Histogram()
+    refreshes = now.by("result", "token_refreshes_total")
+    token = "none" if not expiry else f"good for {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
+    rows: list[Row] = [
+        ("breaker", [Cell(breaker, bad=breaker != "closed")]),
+        ("consumption", [Cell(f"paused: {', '.join(pauses)}" if pauses else "goes on", bad=bool(pauses))]),
+        ("broker", [Cell("connected" if connected else "not connected", bad=not connected)]),
+        ("reconnects", [number(now.value("broker_reconnects_total"))]),
+        ("unconfirmed publishes", [number(now.value("publishes_unconfirmed"))]),
+        ("95 % confirmed within", [_quantile(confirms, 0.95)]),
+        ("access token", [Cell(token, bad=bool(expiry) and left <= 0)]),
+        ("tokens asked for", [", ".join(f"{number(n)} {result}" for result, n in refreshes.items() if n) or "0"]),
+        ("our clock, gateway's", [f"{skew:+.1f} s" if abs(skew) >= 0.05 else "the same"]),
+    ]
+    return _card("What it stands on", table("", [], rows))
+
+
+def _dead_letters(situation: Situation) -> str:
+    change, name = situation.change, "dead_letters_total"
+    gains = change.by("reason", name) if change else {}
+    rows: list[Row] = [
+        (reason, [Cell(number(gains[reason]) if change else UNKNOWN, bad=bool(gains.get(reason))), number(total)])
+        for reason, total in situation.now.by("reason", name).items()
+        if total
+    ]
+    if not rows:
+        return _card("Dead letters", '<p class="none">None since the start.</p>\n')
+    return _card(
+        "Dead letters",
+        table("Parked for people", ["", _lately(change), "since the start"], rows),
+        f'<p class="none">{_code("Which: qris-expire dead list")}</p>\n',
+    )
+
+
+def _processes(situation: Situation) -> str:
+    now = situation.now
+    versions = [version for version, on in now.by("version", "build_info").items() if on]
+    rows: list[Row] = [
+        ("version", [", ".join(versions) or UNKNOWN]),
+        ("up for", [duration(situation.age) if now.value("start_timestamp_seconds") else UNKNOWN]),
+    ]
+    if now.knows("processes_running"):
+        running, wanted = now.value("processes_running"), len(situation.processes)
+        rows += [
+            ("processes", [Cell(f"{number(running)} of {wanted}", bad=running < wanted)]),
+            ("started again", [number(now.value("process_restarts_total"))]),
+            *((process.name, [_state(process.components)]) for process in situation.processes),
+        ]
+    return _card("Process" if len(situation.processes) == 1 else "Processes", table("", [], rows))
+
+
+def _state(components: Mapping[str, str]) -> Cell:
+    wrong = [f"{name}: {state}" for name, state in components.items() if state != "ok"]
+    return Cell("; ".join(wrong) or "ok", bad=bool(wrong), text=bool(wrong))
+
+
+def _footer() -> str:
+    links = "".join(f'<a href="{name}">{name}</a>\n' for name in ("metrics", "readyz", "livez"))
+    return (
+        "<footer>\n<p>Counts begin at the start of the process. This page shows neither bills nor merchants.</p>\n"
+        f'<nav aria-label="Also here">\n{links}</nav>\n</footer>\n'
+    )
+
+
+def _lately(change: Change | None) -> str:
+    return f"last {duration(change.seconds)}" if change else "lately"
+
+
+def _quantile(histogram: Histogram, share: float) -> str:
+    bounds = [bound for bound, _ in histogram.buckets]
+    return quantile(histogram.quantile(share), bounds[-2] if len(bounds) > 1 else 0.0)

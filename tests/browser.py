@@ -5,14 +5,17 @@ descriptor 3 and writes answers and events to 4, each a JSON object that ends wi
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,16 @@ INSTALL = ("apt-get", "install", "-y", "--no-install-recommends", "chromium")
 INSTALL_SECONDS = 300.0
 ANSWER_SECONDS = 60.0
 """The most that one answer may take: milliseconds are usual, the first one on a busy machine takes many seconds."""
+
+
+LAUNCHER = """
+import os, sys
+reader, writer = map(int, sys.argv[1:3])
+os.dup2(reader, 3)
+os.dup2(writer, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Puts the pipes where Chromium looks for them, and becomes it."""
 
 
 class BrowserUnavailable(Exception):
@@ -122,15 +135,13 @@ class Browser:
         self._number = 0
         self._rest = b""
         self._tabs: dict[str, Tab] = {}
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        self._reader, self._writer = ours_in, ours_out
-        # The shell puts the pipes at 3 and 4, where Chromium looks, and becomes it.
+        # When our ends close, Chromium ends: nothing is left behind, even if we are killed.
+        self._reader, writer = os.pipe()
+        reader, self._writer = os.pipe()
+        # Above 4, so that the launcher does not overwrite one with the other.
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (reader, writer)]
         command = [
-            "/bin/sh",
-            "-c",
-            f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}',
-            "sh",
+            *(sys.executable, "-I", "-S", "-c", LAUNCHER, *map(str, theirs)),
             executable,
             "--headless=new",
             "--remote-debugging-pipe",
@@ -148,10 +159,10 @@ class Browser:
         with (directory / "chromium.log").open("wb") as log:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=(theirs_in, theirs_out), start_new_session=True,
+                pass_fds=theirs, start_new_session=True,
             )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for end in (reader, writer, *theirs):
+            os.close(end)
 
     def tab(self) -> Tab:
         """A new page."""
@@ -178,10 +189,8 @@ class Browser:
 
     def close(self) -> None:
         """End it and all its processes."""
-        try:
-            os.killpg(self._process.pid, 9)
-        except ProcessLookupError:
-            pass
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self._reader)
         os.close(self._writer)

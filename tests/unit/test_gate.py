@@ -75,7 +75,7 @@ def test_open_way() -> None:
 
 
 def test_held_for() -> None:
-    """How long calls are held: until the probe, until Retry-After is over, until the later of both; None if not at all."""
+    """Calls are held until the probe, until Retry-After is over, or until the later of both; None: not at all."""
 
     gate = Gate()
     assert gate.held_for() is None

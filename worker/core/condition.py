@@ -84,6 +84,11 @@ class Situation:
         return self.now.value("in_flight")
 
     @property
+    def oldest(self) -> float:
+        """When the oldest command in hand was published, of all lanes; 0 when nobody knows."""
+        return min((at for at in self.now.by("lane", "oldest_command_timestamp_seconds").values() if at), default=0.0)
+
+    @property
     def age(self) -> float:
         """Seconds since the latest start."""
         return self.now.at - self.now.value("start_timestamp_seconds")
@@ -151,9 +156,8 @@ def _working(situation: Situation) -> tuple[str, str]:
 
 
 def _waited(situation: Situation) -> str:
-    oldest = [at for at in situation.now.by("lane", "oldest_command_timestamp_seconds").values() if at]
-    if oldest:
-        return f", oldest command {duration(max(situation.now.at - min(oldest), 0.0))}"
+    if situation.oldest:
+        return f", oldest command {duration(max(situation.now.at - situation.oldest, 0.0))}"
     ages = situation.change.histogram("command_age_seconds") if situation.change else None
     if ages is None or not ages.count:
         return ""
@@ -301,10 +305,14 @@ def _unconfirmed(situation: Situation) -> Concern | None:
 
 
 def _stuck(situation: Situation) -> Concern | None:
-    now = situation.now
-    quiet = now.at - max(now.value("last_outcome_timestamp_seconds"), now.value("start_timestamp_seconds"))
+    # Since the last outcome, but not longer than there was something to do: after an idle hour nobody is stuck.
+    since = [situation.now.value(f"{event}_timestamp_seconds") for event in ("last_outcome", "start")]
+    oldest = situation.oldest
+    quiet = situation.now.at - max(*since, oldest) if oldest else 0.0
     held = any(situation.wrong(component)[0] for component in ("breaker", "throttle", "consumer", "publisher", "drain"))
-    if not situation.in_hand or held or quiet < STUCK_SECONDS or situation.gained("delayed_retries_total"):
+    if not situation.in_hand or held or quiet < STUCK_SECONDS:
+        return None
+    if situation.change is None or situation.gained("commands_total") or situation.gained("delayed_retries_total"):
         return None
     return Concern(
         Level.TROUBLE,
@@ -372,6 +380,8 @@ def _dead(by_reason: Mapping[str, float], level: Level, when: str) -> Concern | 
 def _repeated(situation: Situation) -> Concern | None:
     gains = situation.change.by("reason", "retries_total") if situation.change else {}
     calls, repeated = situation.gained("gateway_requests_total", operation="expire"), sum(gains.values())
+    if situation.wrong("breaker")[0] or situation.wrong("throttle")[0]:
+        return None  # why is said already
     if repeated < REPEATED_CALLS or repeated < REPEATED_SHARE * calls or not calls:
         return None
     most = max(gains, key=gains.__getitem__)

@@ -88,10 +88,16 @@
       return;
     }
     const since = main.querySelector("time").textContent;
-    const words = `No news from the worker since ${since}: ${failure || "its figures stand still"}. ` +
-      "All below is old. Has it ended (look at the pod or service, and its log), or is the way to it gone?";
-    if (stale.textContent !== words) stale.textContent = words; // an alert speaks whenever it changes
+    say(`No news from the worker since ${since}.`, `Why: ${failure || "its figures stand still"}. To do: look whether it ` +
+      "has ended (pod or service, and its log), or the way to it is gone. All below is old.");
     stale.hidden = false;
+  }
+
+  function say(what, more) {
+    if (stale.textContent === what + more) return; // an alert speaks whenever it changes
+    const strong = document.createElement("strong");
+    strong.textContent = what;
+    stale.replaceChildren(strong, more);
   }
 
   function again() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -72,10 +73,19 @@ def page_title(condition: Condition) -> str:
 def main(situation: Situation, condition: Condition) -> str:
     """All that changes."""
     cards = "".join(card(situation) for card in (_lanes, _outcomes, _gateway, _holds, _dead_letters, _processes))
-    return (
+    return _unbroken(
         f'<main data-at="{situation.now.at * 1000:.0f}" data-key="{escape(condition.key)}">\n'
         f'{_headline(situation, condition)}<div class="cards">\n{cards}</div>\n{_footer()}</main>'
     )
+
+
+def _unbroken(html: str) -> str:
+    """A line ends neither between a number and its unit, nor inside a name but at its underscores."""
+    return _UNDERSCORE.sub("_<wbr>", _UNIT.sub("&nbsp;", html))
+
+
+_UNIT: Final = re.compile(r"(?<=\d) (?=(?:ms|s|min|h|d)\b|%)")
+_UNDERSCORE: Final = re.compile(r"_(?=[^<>]*<)")
 
 
 def _headline(situation: Situation, condition: Condition) -> str:
@@ -131,10 +141,10 @@ def _lanes(situation: Situation) -> str:
     if now.knows("oldest_command_timestamp_seconds"):
         rows.append(("oldest in hand", [_oldest(situation, lane) for lane in lanes]))
     rows += [
-        ("half done within", times("command_age_seconds", 0.5)),
-        ("95 % done within", times("command_age_seconds", 0.95)),
-        ("half of it here", times("command_duration_seconds", 0.5)),
-        ("95 % of it here", times("command_duration_seconds", 0.95)),
+        ("age, p50", times("command_age_seconds", 0.5)),
+        ("age, p95", times("command_age_seconds", 0.95)),
+        ("duration, p50", times("command_duration_seconds", 0.5)),
+        ("duration, p95", times("command_duration_seconds", 0.95)),
         ("received", counts("commands_total")),
         ("outcomes", counts("outcomes_total")),
         ("delayed rounds", counts("delayed_retries_total")),
@@ -144,7 +154,7 @@ def _lanes(situation: Situation) -> str:
     return _card(
         "Lanes",
         table(f"Times {_lately(change)}, counts since the start. {note}".strip(), ["", *lanes], rows),
-        '<p class="none">Done: from publication to outcome. Here: from delivery to ack. '
+        '<p class="none">Age: from publication to outcome. Duration: from delivery to ack. '
         "How many wait in the queues, only the broker knows.</p>\n",
     )
 
@@ -193,7 +203,7 @@ def _gateway(situation: Situation) -> str:
         ),
         *(
             (words, [_quantile(histogram, share) for histogram in recent])
-            for words, share in (("half within", 0.5), ("95 % within", 0.95), ("99 % within", 0.99))
+            for words, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
         ),
     ]
     return _card(
@@ -252,10 +262,10 @@ def _holds(situation: Situation) -> str:
         ("broker", [Cell("connected" if connected else "not connected", bad=not connected)]),
         ("reconnects", [number(now.value("broker_reconnects_total"))]),
         ("unconfirmed publishes", [number(now.value("publishes_unconfirmed"))]),
-        ("95 % confirmed within", [_quantile(confirms, 0.95)]),
+        ("confirms, p95", [_quantile(confirms, 0.95)]),
         ("access token", [Cell(token, bad=bool(expiry) and left <= 0)]),
         ("tokens asked for", [", ".join(f"{number(n)} {result}" for result, n in refreshes.items() if n) or "0"]),
-        ("our clock, gateway's", [f"{skew:+.1f} s" if abs(skew) >= 0.05 else "the same"]),
+        ("clock skew", [f"{skew:+.1f} s" if abs(skew) >= 0.05 else "none"]),
     ]
     return _card("What it stands on", table("", [], rows))
 
@@ -300,7 +310,7 @@ def _state(components: Mapping[str, str]) -> Cell:
 
 
 def _footer() -> str:
-    links = "".join(f'<a href="{name}">{name}</a>\n' for name in ("metrics", "readyz", "livez"))
+    links = "".join(f'<a href="{path}">{path}</a>\n' for path in ("metrics", "readyz", "livez"))
     return (
         "<footer>\n<p>Counts begin at the start of the process. This page shows neither bills nor merchants.</p>\n"
         f'<nav aria-label="Also here">\n{links}</nav>\n</footer>\n'

@@ -96,9 +96,9 @@ def test_head_has_the_headers_only(server: HealthServer, source: FakeSource) -> 
     assert response.headers["Content-Length"] == str(len(source.text))
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics/", "/nothing"])
+@pytest.mark.parametrize("path", ["/index.html", "/metrics/", "/nothing"])
 def test_other_paths_are_not_found(server: HealthServer, path: str) -> None:
-    """Anything but the three paths is 404."""
+    """Anything but the four paths is 404."""
 
     assert ask(server.port, path)[0].status == 404
 

@@ -62,8 +62,9 @@ def find() -> str:
 class Tab:
     """One page. Every method returns once the browser has done it."""
 
-    def __init__(self, browser: "Browser", session: str) -> None:
+    def __init__(self, browser: "Browser", target: str, session: str) -> None:
         self._browser = browser
+        self._target = target
         self._session = session
         self.complaints: list[str] = []
         """What the console said, and what the browser refused or could not run."""
@@ -73,6 +74,10 @@ class Tab:
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol and its result."""
         return self._browser.send(method, self._session, **parameters)
+
+    def close(self) -> None:
+        """Leave it."""
+        self._browser.send("Target.closeTarget", targetId=self._target)
 
     def go(self, url: str) -> None:
         """Navigate, and wait until the page is parsed and its script has run."""
@@ -168,7 +173,7 @@ class Browser:
         """A new page."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        tab = self._tabs[session] = Tab(self, session)
+        tab = self._tabs[session] = Tab(self, target, session)
         return tab
 
     def send(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:

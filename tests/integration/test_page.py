@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
-import itertools
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -231,7 +230,7 @@ def test_many_viewers_cost_as_much_as_one(page: StatusPage, source: Source, cloc
 def test_a_long_look_keeps_few_readings(page: StatusPage, clock: Clock) -> None:
     """A page that stays open for hours holds a dozen readings, not thousands."""
 
-    for _ in range(500):
+    for _ in range(60):
         clock.now += 1.0
         page.html()
     assert len(page._readings) <= status_page.USUAL_CHANGE / status_page.FRESH_SECONDS + 2
@@ -282,13 +281,14 @@ def test_it_says_how_it_is_at_the_top(page: StatusPage, source: Source) -> None:
 
 
 def test_tables_have_headings(page: StatusPage, source: Source, clock: Clock) -> None:
-    """Each cell belongs to a row that has a heading, each column of figures to one with a scope."""
+    """Each row of figures begins with its heading, and each heading says what it is the heading of."""
 
     work(source, clock, 1)
-    tags = Page(page.html()).tags
-    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in tags if tag == "th")
-    rows = [list(group) for is_row, group in itertools.groupby(tags, lambda tag: tag[0] == "tr") if not is_row]
-    assert all(row[0][0] == "th" for row in rows[1:] if any(tag == "td" for tag, _ in row))
+    html = page.html().decode()
+    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in Page(html.encode()).tags if tag == "th")
+    rows = re.findall(r"<tr>(<\w+[^>]*>)", "".join(re.findall(r"<tbody>(.*?)</tbody>", html, re.DOTALL)))
+    assert len(rows) > 20
+    assert set(rows) == {'<th scope="row">'}
 
 
 def _luminance(colour: str) -> float:
@@ -317,10 +317,8 @@ def _contrast(one: str, other: str) -> float:
 def test_contrast(scheme: str, text: str, ground: str) -> None:
     """Every pair of text and ground reaches WCAG's AA, 4.5 to 1, in both colour schemes."""
 
-    palettes = [
-        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
-        for block in re.findall(r":root {(.*?)}", CSS, re.DOTALL)
-    ]
+    blocks = re.findall(r":root {(.*?)}", CSS, re.DOTALL)
+    palettes = [dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block)) for block in blocks]
     assert len(palettes) == 2
     palette = palettes[scheme == "dark"]
     assert _contrast(palette[text], palette[ground]) >= 4.5

@@ -49,7 +49,8 @@ Row = tuple[str, Sequence[Cell | str]]
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Row]) -> str:
     """A table whose first column names the row; `columns` are the headings, the first one's included, or none."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    # An empty heading would be read aloud as one.
+    head = "".join(f'<th scope="col">{escape(column)}</th>' if column else "<td></td>" for column in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join((cell if isinstance(cell, Cell) else Cell(cell)).html() for cell in cells)

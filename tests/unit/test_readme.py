@@ -1,11 +1,17 @@
 """The README says what the code does."""
 
+import re
+import textwrap
 from pathlib import Path
+
+import pytest
 
 from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.settings import reference
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
+SNIPPETS = Path(__file__).parents[1] / "snippets"
+SHOWN = re.compile(r"<!-- snippet: (\S+) -->\n```\w+\n(.*?)\n```\n", re.DOTALL)
 
 
 def _cells(line: str) -> list[str]:
@@ -34,3 +40,32 @@ def test_outcome_table_is_the_enum() -> None:
         str(status): [str(reason) for reason in reasons] for status, reasons in REASONS.items()
     }
     assert {status for status, cells in rows.items() if cells[1].startswith("yes")} == {str(s) for s in DEAD_LETTERED}
+
+
+def snippet(name: str) -> str:
+    """What the README shows of a file: the part between its lines `snippet` and `end`, else all of it."""
+    text = (SNIPPETS / name).read_text()
+    part = re.search(r"^ *// snippet\n(.*?)\n *// end$", text, re.DOTALL | re.MULTILINE)
+    return textwrap.dedent(part[1] if part else text).strip()
+
+
+def names() -> list[str]:
+    """The files that are run against the broker."""
+    return sorted(file.name for file in SNIPPETS.iterdir() if file.is_file())
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_snippet_is_short(name: str) -> None:
+    """What a newcomer has to read for one language is 20 lines at most, none wider than a page."""
+    lines = snippet(name).splitlines()
+
+    assert len(lines) <= 20
+    assert max(map(len, lines)) <= 120
+
+
+def test_snippets_are_the_files_that_were_run() -> None:
+    """All programs in the README are those of tests/snippets, none is missing; or it has none at all."""
+    shown = dict(SHOWN.findall(README))
+
+    assert README.count("<!-- snippet:") == len(shown)
+    assert shown in ({}, {name: snippet(name) for name in names()})

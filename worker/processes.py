@@ -85,7 +85,7 @@ GAUGES: Final[Mapping[str, Rule]] = {
     PREFIX + "clock_skew_seconds": _farthest,
     PREFIX + "broker_connected": min,
     PREFIX + "held_until_timestamp_seconds": _soonest,
-    PREFIX + "start_timestamp_seconds": max,
+    PREFIX + "start_timestamp_seconds": _soonest,
     PREFIX + "token_expiry_timestamp_seconds": _soonest,
     PREFIX + "build_info": _first,
 }

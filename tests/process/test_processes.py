@@ -96,7 +96,7 @@ def test_counters_and_histograms_are_summed(commands: list[int]) -> None:
         ("clock_skew_seconds", [1.5, -40, 3], -40),
         ("broker_connected", [1, 0, 1], 0),
         ("held_until_timestamp_seconds", [0, 90, 80], 80),
-        ("start_timestamp_seconds", [70, 90], 90),
+        ("start_timestamp_seconds", [90, 70], 70),
         ("token_expiry_timestamp_seconds", [0, 90, 80], 80),
         ("token_expiry_timestamp_seconds", [0, 0], 0),
         ("build_info", [1, 1], 1),

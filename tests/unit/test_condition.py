@@ -166,7 +166,7 @@ def stuck(worker: Worker) -> None:
 
 
 def silent(worker: Worker) -> None:
-    worker.processes = [Process("process-0", {"detail": "no answer"})]
+    worker.processes = [Process("process-0", {"detail": "not running"})]
 
 
 def refused_token(worker: Worker) -> None:
@@ -197,7 +197,7 @@ def silent_token_service(worker: Worker) -> None:
         (awaiting_token, Level.WAITING, "Starting: the first token", "GATEWAY_READ_TIMEOUT_SECONDS"),
         (unconfirmed, Level.TROUBLE, "The broker takes outcomes but confirms none: 57 wait.", "quorum"),
         (stuck, Level.TROUBLE, "32 commands in hand, but no outcome for 3 min.", "restart the worker"),
-        (silent, Level.TROUBLE, "No worker process works: no answer.", "process_died"),
+        (silent, Level.TROUBLE, "No worker process works: not running.", "process_died"),
         (refused_token, Level.TROUBLE, "The gateway refuses us a token.", "qris-expire check"),
         (silent_token_service, Level.CAUTION, "Ready, nothing to do. No outcome yet", "provider"),
     ],
@@ -274,7 +274,22 @@ def test_one_process_of_several(worker: Worker) -> None:
     worker.processes = [Process("process-0", FINE), bad, Process("process-2", FINE)]
     assert "connection refused (1 of 3 processes)" in worker.look().text
     worker.processes = [Process("process-0", FINE), Process("process-1", {"detail": "not running"})]
-    assert worker.look().text == "A worker process does not work: not running (1 of 2 processes)."
+    work(worker)
+    found = worker.look()
+    assert found.level is Level.CAUTION
+    assert found.text.startswith("Working: 412/s, ")
+    assert found.text.endswith("But a worker process does not work: not running (1 of 2 processes).")
+
+
+def test_a_process_that_does_not_answer_yet(worker: Worker) -> None:
+    """A process that has just been started is starting; one that should answer, and does not, hangs."""
+
+    worker.processes = [Process("process-0", FINE), Process("process-1", {"detail": "no answer"})]
+    assert "hangs" in worker.look().action
+    worker.metrics.started(0)
+    worker.processes = [Process("process-0", {"detail": "no answer"})]
+    found = worker.look(first=True)
+    assert (found.level, found.text) == (Level.WAITING, "Starting.")
 
 
 def test_a_quiet_retry_is_no_news(worker: Worker) -> None:

@@ -15,6 +15,8 @@ from worker.core.words import duration, number, plural, quantile, rate, share
 NO_ANSWER: Final = "none"
 """The response code under which calls without an answer, or with one that has no code, are counted."""
 
+NO_ANSWER_YET: Final = "no answer"
+"""What is wrong with a process that runs and does not answer: it starts, or it hangs."""
 STARTING_SECONDS: Final = 10.0
 """A process that is younger and not connected yet is starting, not in trouble."""
 STUCK_SECONDS: Final = 120.0
@@ -90,7 +92,7 @@ class Situation:
 
     @property
     def age(self) -> float:
-        """Seconds since the latest start."""
+        """Seconds since the start, of the process that has run longest."""
         return self.now.at - self.now.value("start_timestamp_seconds")
 
 
@@ -175,12 +177,17 @@ def _silent(situation: Situation) -> Concern | None:
     what, some = situation.wrong("detail")
     if not what or situation.now.value("consumption_paused", reason="draining"):
         return None
-    text = f"A worker process does not work: {what}{some}." if some else f"No worker process works: {what}."
+    young = not situation.now.value("start_timestamp_seconds") or situation.gained("process_restarts_total")
+    if what == NO_ANSWER_YET and young:
+        return Concern(Level.WAITING, "starting", f"Starting{some}.", "Wait some seconds.")
+    # While others do the work, the headline is how they do it.
     return Concern(
-        Level.TROUBLE,
+        Level.CAUTION if some else Level.TROUBLE,
         "silent",
-        text,
-        "See the log for why (process_died). It starts again within 30 s; what it held is back in the queue.",
+        f"A worker process does not work: {what}{some}." if some else f"No worker process works: {what}.",
+        "It hangs or is overloaded; its log says more. What probes /livez restarts it."
+        if what == NO_ANSWER_YET
+        else "The log says why (process_died). It starts again within 30 s; what it held is back in the queue.",
     )
 
 

@@ -91,8 +91,7 @@ class Metrics:
         ).labels(version).set(1)
         self._started = self._gauge(
             "start_timestamp_seconds",
-            "Unix time at which the process began; of several, the latest. Moves unexpectedly: the log before it "
-            "says why.",
+            "Unix time at which the process began; of several, the earliest. Moves unexpectedly: see the log.",
         )
 
     def _commands_and_outcomes(self, lanes: Sequence[str], reasons: Mapping[str, Sequence[str]]) -> None:

@@ -187,7 +187,12 @@ def silent_token_service(worker: Worker) -> None:
             "Paused: the gateway is failing (breaker open), probing again in 12 s. Nothing is lost.",
             "call the gateway's provider. Most failures: no answer, or one without a code.",
         ),
-        (systemic, Level.TROUBLE, "Paused: the gateway is failing (breaker open)", "check: it refuses our credentials"),
+        (
+            systemic,
+            Level.TROUBLE,
+            "Paused: the gateway refuses our credentials or set-up (4019300), probing again in 12 s. Nothing is lost.",
+            "qris-expire check tells which setting",
+        ),
         (probing, Level.WAITING, "Paused: the gateway is failing (breaker half-open), probing it now.", "when a probe"),
         (throttled, Level.WAITING, "Paused: the gateway says slow down, going on in 8.0 s.", "MAX_REQUESTS_PER_SECOND"),
         (blocked, Level.TROUBLE, "Paused: the broker is short of memory or disk", "rabbitmq-diagnostics alarms"),

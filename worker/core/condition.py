@@ -260,10 +260,14 @@ def _outage(situation: Situation) -> Concern | None:
     left = situation.now.value("held_until_timestamp_seconds") - situation.now.at
     probe = f"probing again in {duration(left)}" if what == "open" and left >= 1 else "probing it now"
     code = _worst_code(situation)
-    text = f"Paused{some}: the gateway is failing (breaker {what}), {probe}. Nothing is lost."
     if code is not None and kind_of(code) is Kind.SYSTEMIC:
-        action = f"Run qris-expire check: it refuses our credentials or set-up (most failures: {code})."
-        return Concern(Level.TROUBLE, "refused", text, action)
+        return Concern(
+            Level.TROUBLE,
+            "refused",
+            f"Paused{some}: the gateway refuses our credentials or set-up ({code}), {probe}. Nothing is lost.",
+            "qris-expire check tells which setting to correct. It goes on when a probe succeeds.",
+        )
+    text = f"Paused{some}: the gateway is failing (breaker {what}), {probe}. Nothing is lost."
     most = {None: "", NO_ANSWER: " Most failures: no answer, or one without a code."}.get(
         code, f" Most failures: {code}."
     )

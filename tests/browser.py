@@ -160,7 +160,7 @@ class Browser:
             f"--user-data-dir={directory}",
             "about:blank",
         ]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(directory), "LANG": "C.UTF-8"}
+        environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(directory), "TMPDIR": str(directory)}
         with (directory / "chromium.log").open("wb") as log:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

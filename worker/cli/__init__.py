@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "dead": ("AMQP_",),
     "check": ("AMQP_", "GATEWAY_", "RETRY_"),
     "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
+    "contract": ("AMQP_PREFIX",),
     "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
 }
 """Every command, in the order of the help, and what the names of the settings that it reads begin with."""
@@ -33,7 +34,7 @@ Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo
 machine, and simulator plays the gateway. Producers of commands try one with publish, and send whole files with
 sweep; status tells where those stand. Operators prepare the
 broker with topology, look at everything with check, and start the worker with run; dead shows and moves what it
-had to park.
+had to park. Developers get the messages' schemas from contract.
 """
 
 INVALID: Final = 2

@@ -94,9 +94,9 @@ class Calls:
             clock=clock,
             rng=rng,
             policy=_policy(settings),
-            partner=_partner(gateway),
+            partner=partner(gateway),
             signer=lambda: self.credentials.sign,
-            new_external_id=_external_ids(clock),
+            new_external_id=external_ids(clock),
             default_merchant=gateway.merchant_id,
         )
 
@@ -361,7 +361,8 @@ def transport(
     return lambda context: Offloaded(fibers, StockAdapter(context, proxies))
 
 
-def _partner(gateway: GatewaySettings) -> Partner:
+def partner(gateway: GatewaySettings) -> Partner:
+    """What every expire call has in common."""
     return Partner(
         gateway.client_id,
         gateway.channel_id,
@@ -383,7 +384,8 @@ def _plan(settings: Settings, delays: Sequence[int]) -> Plan:
     )
 
 
-def _external_ids(clock: SystemClock) -> Callable[[], str]:
+def external_ids(clock: SystemClock) -> Callable[[], str]:
+    """A new X-EXTERNAL-ID at each call, no other process's either."""
     node, serial = secrets.randbelow(10**NODE_DIGITS), itertools.count()
     return lambda: external_id(clock.epoch(), node, next(serial))
 

@@ -22,9 +22,10 @@ COMMANDS: Final = {
     "sweep": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_"),
     "status": ("AMQP_",),
     "dead": ("AMQP_",),
-    "check": ("AMQP_", "GATEWAY_", "RETRY_"),
-    "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
     "contract": ("AMQP_PREFIX",),
+    "check": ("AMQP_", "GATEWAY_", "RETRY_"),
+    "sign": ("GATEWAY_",),
+    "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
     "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
 }
 """Every command, in the order of the help, and what the names of the settings that it reads begin with."""
@@ -32,9 +33,9 @@ COMMANDS: Final = {
 HELP: Final = """
 Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo shows everything on this
 machine, and simulator plays the gateway. Producers of commands try one with publish, and send whole files with
-sweep; status tells where those stand. Operators prepare the
-broker with topology, look at everything with check, and start the worker with run; dead shows and moves what it
-had to park. Developers get the messages' schemas from contract.
+sweep; status tells where those stand; contract has the messages' schemas. Operators prepare the
+broker with topology, look at everything with check (sign shows what is signed, where a gateway refuses it), and
+start the worker with run; dead shows and moves what it had to park.
 """
 
 INVALID: Final = 2

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from tests.commands import call
 from tests.servers import Authority, always, answer, refusing_port, serving
-from worker.cli import main
 from worker.sandbox import simulator as gateway
 from worker.sandbox.simulator import Fault, Script, Simulator, own_key
 
@@ -70,7 +70,7 @@ def run(
         for name, value in {**settings, **changed}.items():
             monkeypatch.setenv(name, value)
         capsys.readouterr()
-        code = main(arguments)
+        code = call(*arguments)
         said = Said(code, *capsys.readouterr())
         # Whatever goes wrong, no secret is shown, and nothing comes but lines for people.
         for secret in (SECRET, "PRIVATE KEY-----\n"):

@@ -158,23 +158,25 @@ def _broker(amqp: AmqpSettings | None) -> str:
 
 def _topology(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
     from worker.core.topology import topology
-    from worker.shells.amqp.session import BrokerError, session, verify
+    from worker.shells.amqp.session import BrokerError, differing, session, verify
 
     if amqp is None or retry is None:
         raise _Skipped("the AMQP_ or RETRY_ settings are not in order")
     wanted = topology(amqp.prefix, amqp.queue_type, retry.delays_seconds)
     try:
         with session(amqp, "check") as connection:
-            missing = verify(connection, wanted)
+            missing, others = verify(connection, wanted), differing(connection, wanted)
     except BrokerError as error:
         raise _Failed(str(error)) from None
+    if others:
+        raise _Failed(*others)
     whole = f"{len(wanted.exchanges)} exchanges and {len(wanted.queues)} queues under {amqp.prefix}"
     if not missing:
         return whole
     if amqp.declare:
         return f"{whole}; {len(missing)} of them are not there yet, `run` will declare them"
-    others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    raise _Failed(missing[0].replace(" is missing", f"{others} is missing"))
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    raise _Failed(missing[0].replace(" is missing", f"{more} is missing"))
 
 
 class Caller:

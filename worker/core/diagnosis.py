@@ -22,11 +22,12 @@ SKEW_REFUSED: Final = 110.0
 
 
 class Finding(NamedTuple):
-    """One line for people, and whether our set-up is fine. ``signature``: it is refused. ``taken``: the call got past
-    the check of its signature."""
+    """One line for people, and whether our set-up is fine. ``cure``: the line without what was answered. ``signature``:
+    it is refused. ``taken``: the call got past the check of its signature."""
 
     fine: bool
     text: str
+    cure: str
     signature: bool = False
     taken: bool = False
 
@@ -203,7 +204,7 @@ def token(answer: Reply | NoReply, call: Call) -> Finding:
     """What the token service's answer is a sign of, where it was no token."""
     if isinstance(answer, Reply) and b"accessToken" in answer.body:
         text = f"HTTP {answer.status} without a usable token: ask the provider what accessToken should look like"
-        return Finding(False, text)  # the body's own words could be the token
+        return Finding(False, text, text)  # the body's own words could be the token
     return _found(answer, call, _OF_TOKENS)
 
 
@@ -216,10 +217,9 @@ def clock(skew: float) -> Finding:
     """How far our clock is off, in seconds ahead of the gateway's."""
     text = f"{skew:+.1f} s off the gateway's"
     if abs(skew) <= SKEW_WORTH_A_WARNING:
-        return Finding(True, text)
-    return Finding(
-        False, f"{text}: set this machine's clock by NTP, since some providers take no more than two minutes"
-    )
+        return Finding(True, text, "")
+    cure = "set this machine's clock by NTP, since some providers take no more than two minutes"
+    return Finding(False, f"{text}: {cure}", cure)
 
 
 def other_ways(way: Way, base_url: str, expire_path: str) -> Iterator[Way]:
@@ -246,11 +246,12 @@ def _found(answer: Reply | NoReply, call: Call, table: tuple[_Sign, ...]) -> Fin
     row = next(row for row in table if re.fullmatch(row.code, key) and re.search(row.message, message, re.IGNORECASE))
     text = row.text.format(setting=call.path_setting)
     if row.fine and isinstance(answer, Reply) and judge(answer).reason is None:
-        return Finding(False, f"HTTP {answer.status} and its code contradict each other: ask the provider ({said})")
+        text = f"HTTP {answer.status} and its code contradict each other: ask the provider"
+        return Finding(False, f"{text} ({said})", text)
     if row.signature or "signature" in message.lower():
         text = _signed_late(call) or text
     told = f"{text} ({said}, from {call.url})"
-    return Finding(row.fine, told, row.signature and text == row.text, judge(answer).kind in _TAKEN)
+    return Finding(row.fine, told, text, row.signature and text == row.text, judge(answer).kind in _TAKEN)
 
 
 def _signed_late(call: Call) -> str | None:

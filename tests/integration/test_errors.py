@@ -19,6 +19,7 @@ from tests.commands import call
 from tests.conftest import running
 from tests.rabbit import Rabbit, address
 from tests.servers import Authority, refusing_port, swallowing
+from tests.worker_process import WorkerProcess
 from worker.core.topology import topology
 from worker.sandbox.broker import PrivateBroker, free_port
 from worker.sandbox.simulator import Simulator
@@ -319,6 +320,9 @@ FILES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "report": (("sweep", "good.csv", "--wait", "--report", "no/where.csv"), 2, "no is no directory; correct --report"),
     "no batch": (("sweep", "--follow", "nothing"), 2, "no batch nothing in"),
     "no such batch": (("status", "nothing"), 2, "no batch nothing in"),
+    "state": (("status", "--state-dir", "good.csv"), 1, "good.csv: Not a directory; give a directory as --state-dir"),
+    "state of a sweep": (("sweep", "good.csv", "--state-dir", "good.csv"), 1, "give a directory as --state-dir"),
+    "journal": (("status", "b1", "--state-dir", "."), 1, "b1.db: file is not a database; it is no journal any more"),
     "export": (
         ("dead", "export", "--output", "no/where"),
         1,
@@ -349,6 +353,7 @@ def test_wrong_file_or_argument(run: Run, amqp_url: str, tmp_path: Path, case: s
     arguments, code, words = FILES[case]
     (tmp_path / "good.csv").write_text("billnumber,merchantId\n1,m\n")
     (tmp_path / "empty.csv").touch()
+    (tmp_path / "b1.db").write_text("no database")
     (tmp_path / "header.csv").write_text("a,b\n1,2\n")
     (tmp_path / "utf16.csv").write_bytes("billnumber\n1\n".encode("utf-16"))
 
@@ -394,6 +399,33 @@ def test_full_disk_under_the_journal(run: Run, tmp_path: Path, small_disk: Path)
     assert said.code == 1
     assert "disk" in said.err.splitlines()[0]
     assert "--state-dir" in said.err.splitlines()[0]
+
+
+# --- usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("publish", "Missing argument"),
+        ("publish 1 --lane x", "'x' is not one of 'cancellation', 'sweep'."),
+        ("publish 1 --timeout 0", "must be greater than or equal to 0.1."),
+        ("dead list --limit x", "must be a valid integer."),
+        ("dead", "Missing command."),
+        ("dead nonsense", "No such command 'nonsense'."),
+        ("nonsense", "No such command 'nonsense'."),
+        ("contract yaml", "'yaml' is not one of 'asyncapi', 'command', 'outcome'."),
+        ("topology --apply --definitions", "exclude each other; give one"),
+        ("check --probe ü", "--probe must be 1 to 64 printable ASCII characters"),
+    ],
+)
+def test_wrong_usage(run: Run, arguments: str, words: str) -> None:
+    """What was called wrongly is told in words of ours, not of a library's; exit code 2."""
+
+    said = run(*arguments.split())
+
+    assert (said.code, said.out) == (2, "")
+    assert words in only_line(said)
 
 
 # --- run
@@ -493,3 +525,51 @@ def test_broker_refuses_the_worker(worker: Run, amqp_url: str) -> None:
     assert "correct AMQP_URL: user, password, vhost, permissions" in only_line(alone)
     assert "the line above with exit_code says why" in only_line(family)
     assert "correct AMQP_URL: user, password, vhost, permissions" in family.out
+
+
+WAITS: dict[str, tuple[dict[str, str], str, str]] = {
+    "no permission": (
+        {"AMQP_URL": "amqp://powerless:{password}@127.0.0.1:{plain}/%2F"},
+        "broker.waiting",
+        "refused for user 'powerless'; give the user configure, write and read permission for it",
+    ),
+    "another type": ({"AMQP_QUEUE_TYPE": "classic"}, "broker.waiting", "match AMQP_QUEUE_TYPE to it"),
+    "undeclared": (
+        {"AMQP_DECLARE": "false", "AMQP_PREFIX": "another"},
+        "broker.waiting",
+        "no exchange 'another.dead' in vhost '/'; run `qris-expire topology --apply`, or tell its owner",
+    ),
+    "no TLS": (
+        {"AMQP_URL": "amqps://guest:{password}@127.0.0.1:{plain}/"},
+        "broker.waiting",
+        "amqp:// instead of amqps://",
+    ),
+    "TLS": ({"AMQP_URL": "amqp://guest:{password}@127.0.0.1:{tls}/"}, "broker.waiting", "one for TLS (amqps://)"),
+    "CA": ({"AMQP_URL": "amqps://guest:{password}@127.0.0.1:{tls}/"}, "broker.waiting", "set AMQP_CA_FILE"),
+    "wrong path": ({"GATEWAY_TOKEN_PATH": "/token"}, "gateway.waiting", "GATEWAY_BASE_URL must end with the version"),
+    "no gateway": (
+        {"GATEWAY_BASE_URL": "http://127.0.0.1:{closed}/v1.0"},
+        "gateway.waiting",
+        "nothing listens there: correct host and port in GATEWAY_BASE_URL",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_worker_that_waits_says_for_what(guarded: Guarded, tmp_path: Path, case: str) -> None:
+    """What may mend itself is waited for, and the log says what happened and what to do; SIGTERM ends it with 0."""
+
+    changed, event, words = WAITS[case]
+    places = {**guarded._asdict(), "password": PASSWORD, "closed": refusing_port()}
+    settings = {name: value.format(**places) for name, value in changed.items()}
+    url = settings.pop("AMQP_URL", f"amqp://guest:guest@127.0.0.1:{guarded.plain}/%2F")
+
+    with (
+        Simulator() as gateway,
+        WorkerProcess(url, settings.pop("AMQP_PREFIX", "qris.expire"), gateway, tmp_path, **settings) as worker,
+    ):
+        (said, *_) = worker.wait_for(lambda: worker.events(event), 30, event)
+        worker.stop()
+
+    assert words in f"{said['reason']}; {said.get('action')}"
+    checked(Said(0, worker.log(), worker.errors()))

@@ -166,10 +166,22 @@ def _tell(*lines: str) -> None:
         print(f"qris-expire: {line}", file=sys.stderr)
 
 
+_PLAINER: Final = (
+    ("Value error, ", ""),
+    (": Input should be", ": must be"),
+    (", unable to parse string as an integer", ""),
+    (", unable to parse string as a number", ""),
+)
+"""Words of the library that checks options → ours."""
+
+
 def _usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "qris-expire"
-    return f"{' '.join(error.format_message().split())} Try `{path} --help`."
+    said = " ".join(error.format_message().split())
+    for library, ours in _PLAINER:
+        said = said.replace(library, ours)
+    return f"{said.rstrip('.')}. Try `{path} --help`."
 
 
 def _tell_unexpected(error: Exception, arguments: Sequence[str]) -> None:

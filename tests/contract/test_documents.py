@@ -75,6 +75,26 @@ def test_names_are_the_topologys() -> None:
     assert {each["queue"]["name"] for each in bindings if "queue" in each} <= {each.name for each in made.queues}
 
 
+def test_names_are_public() -> None:
+    """Exchanges, routing keys, queue, the type of outcomes and the headers are what producers and consumers use."""
+
+    document = asyncapi(PREFIX, examples())
+    channels, messages = document["channels"], document["components"]["messages"]
+    bindings = {name: channel["bindings"]["amqp"] for name, channel in channels.items()}
+
+    assert bindings["commands"]["exchange"]["name"] == "qris.expire.commands"
+    assert bindings["outcomes"]["exchange"]["name"] == "qris.expire.outcomes"
+    assert bindings["deadLetters"]["queue"]["name"] == "qris.expire.dead"
+    assert channels["commands"]["parameters"]["lane"]["enum"] == ["cancellation", "sweep"]
+    assert channels["outcomes"]["address"] == "{lane}.{status}"
+    assert messages["outcome"]["bindings"]["amqp"]["messageType"] == "qris.expire.outcome.v1"
+    assert {name: set(message["headers"]["properties"]) for name, message in messages.items()} == {
+        "command": {"batch-id", "traceparent"},
+        "outcome": {"batch-id", "traceparent"},
+        "deadLetter": {"dead-reason", "dead-detail", "dead-at", "dead-lane", "attempts", "last-response-code"},
+    }
+
+
 # --- the schema of commands and the parser agree
 
 _NEAR_TIMES = st.from_regex(RFC3339.replace("[0-9]{4}", "20[0-9]{2}"), fullmatch=True) | st.from_regex(

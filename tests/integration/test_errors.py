@@ -170,8 +170,12 @@ def test_queues_of_another_type(run: Run, amqp_url: str, prefix: str) -> None:
     run("topology", "--apply", **settings)
 
     said = run("topology", "--apply", **settings, AMQP_QUEUE_TYPE="classic")
+    with Rabbit(amqp_url) as rabbit:
+        rabbit.delete_queue(f"{prefix}.sweep")
     looked = run("check", **settings, AMQP_QUEUE_TYPE="classic")
 
+    with Rabbit(amqp_url) as rabbit:
+        assert not rabbit.has_queue(f"{prefix}.sweep")  # looked at, and not declared
     wanted = f"queue {prefix}.dead exists with x-queue-type quorum instead of classic; match AMQP_QUEUE_TYPE to it"
     assert said.code == looked.code == 1
     assert wanted in said.err

@@ -379,7 +379,7 @@ def test_sign_shows_everything_but_secrets(run: Run, simulated: Simulator) -> No
     said = run("sign", "10092081", "--timestamp", "2026-11-22T12:00:00+07:00")
 
     body = '{"billnumber":"10092081","additionalInfo":{"merchantId":"121000001"}}'
-    assert (said.code, said.err) == (0, "nothing was sent\n")
+    assert (said.code, said.err) == (0, "no expire was sent\n")
     assert f"body            {body}\n" in said.out
     signed = gateway.string_to_sign(
         "hmac-sha512", gateway.EXPIRE_PATH, "ACCESS-TOKEN", body.encode(), "2026-11-22T12:00:00.000+07:00"

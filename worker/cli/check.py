@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import closing
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
 from worker.cli import INVALID, Trouble
+from worker.cli.calling import Calling
 from worker.core.command import Command, is_identifier
-from worker.core.verdict import NoReply
 
 if TYPE_CHECKING:
-    from worker.core.diagnosis import Call, Finding
+    from worker.core.diagnosis import Finding
     from worker.settings import AmqpSettings, GatewaySettings, Group, RetrySettings
-    from worker.shells.credentials import Credentials
-    from worker.shells.gateway import GatewayClient, Grant
 
 G = TypeVar("G", bound="Group")
+Say = Callable[[str, str, str], None]
 
 
 class _Failed(Exception):
@@ -65,11 +63,11 @@ def check(
     report.line("key", lambda: _key(gateway))
     report.line("broker", lambda: _broker(amqp))
     report.line("topology", lambda: _topology(amqp, retry))
-    with closing(Caller(gateway)) as caller:
-        report.line("token", caller.token)
-        report.line("clock", caller.clock)
+    with closing(Calling(gateway)) if gateway else nullcontext() as calling:
+        report.line("token", lambda: _token(calling))
+        report.line("clock", lambda: _clock(calling))
         if probe is not None:
-            report.line("probe", lambda: caller.probe(probe, merchant_id, report))
+            report.line("probe", lambda: _probe(calling, probe, merchant_id, report.say))
     return 1 if report.failed else 0
 
 
@@ -179,124 +177,64 @@ def _topology(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
     raise _Failed(missing[0].replace(" is missing", f"{more} is missing"))
 
 
-class Caller:
-    """The gateway, called as the worker does."""
+def _token(calling: Calling | None) -> str:
+    from worker.shells.credentials import CredentialsError
 
-    def __init__(self, gateway: GatewaySettings | None) -> None:
-        self._gateway = gateway
-        self._skew = _Skew()
-        self._client: GatewayClient | None = None
-        self._grant: Grant | None = None
+    if calling is None:
+        raise _Skipped("the GATEWAY_ settings are not in order")
+    try:
+        grant = calling.fetch()
+    except CredentialsError as error:
+        raise _Failed(str(error)) from None
+    except Trouble as trouble:
+        raise _Failed(*trouble.lines) from None
+    return f"good for {grant.lifetime:.0f} s"
 
-    def token(self) -> str:
-        """Asks for one."""
-        from worker.shells.credentials import Credentials, CredentialsError
 
-        gateway = self._gateway
-        if gateway is None:
-            raise _Skipped("the GATEWAY_ settings are not in order")
-        try:
-            grant = self.fetch(Credentials(gateway, gateway.reread))
-        except CredentialsError as error:
-            raise _Failed(str(error)) from None
-        except Trouble as trouble:
-            raise _Failed(*trouble.lines) from None
-        return f"good for {grant.lifetime:.0f} s"
+def _clock(calling: Calling | None) -> str:
+    """What the answer to the token request showed of it."""
+    from worker.core import diagnosis
 
-    def fetch(self, credentials: Credentials) -> Grant:
-        """A token. Raises `Trouble` with what its refusal is a sign of, and `CredentialsError`."""
-        from worker.core import diagnosis
-        from worker.core.ports import TokenUnavailable
-        from worker.service import SystemClock, endpoint, fetcher, transport
-        from worker.shells.gateway import GatewayClient
+    if calling is None or calling.skew is None:
+        if calling is not None and calling.token is not None:
+            return "not known: the gateway's answers have no Date"
+        raise _Skipped("no answer of the gateway to compare with")
+    finding = diagnosis.clock(calling.skew)
+    if not finding.fine:
+        raise _Warned(finding.text)
+    return finding.text
 
-        gateway = self._gateway
-        assert gateway is not None
-        adapter = transport(gateway, os.environ)
-        client = GatewayClient(endpoint(gateway), self._skew, context=lambda: credentials.context, adapter=adapter)
-        self._client = client
-        try:
-            self._grant = fetcher(client, credentials, gateway, SystemClock())()
-        except TokenUnavailable as failure:
-            answer = failure.answer or NoReply(False, failure.verdict.message)
-            raise Trouble(diagnosis.token(answer, self._call("TOKEN")).text) from None
-        return self._grant
 
-    def close(self) -> None:
-        """Gives its connection back."""
-        if self._client is not None:
-            self._client.close()
+def _probe(calling: Calling | None, bill: str, merchant: str | None, say: Say) -> str:
+    """Sends an expire; where its signature is refused, others, to learn what is wrong with it."""
+    if calling is None or calling.token is None:
+        raise _Skipped("without a token no expire can be sent")
+    merchant = merchant or calling.gateway.merchant_id
+    if merchant is None:
+        raise _Failed("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID")
+    say("probe", "sending", f"an expire for bill {bill} of merchant {merchant}, in earnest")
+    command = Command(bill, merchant)
+    finding = calling.expire(command, calling.gateway)
+    if finding.signature:
+        _try_other_ways(calling, command, finding, say)
+    return finding.text if finding.fine else _fail(finding.text)
 
-    def clock(self) -> str:
-        """What the answer to the token request showed of it."""
-        from worker.core import diagnosis
 
-        if self._skew.seconds is None:
-            if self._grant is not None:
-                return "not known: the gateway's answers have no Date"
-            raise _Skipped("no answer of the gateway to compare with")
-        finding = diagnosis.clock(self._skew.seconds)
-        if not finding.fine:
-            raise _Warned(finding.text)
-        return finding.text
+def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: Say) -> NoReturn:
+    """A gateway refuses a wrong path, scheme and secret in the same words; what it takes instead tells them apart."""
+    from worker.core.diagnosis import Way, other_ways
 
-    def probe(self, bill: str, merchant: str | None, report: _Report) -> str:
-        """Sends an expire; where its signature is refused, others, to learn what is wrong with it."""
-        from worker.core import diagnosis
-
-        gateway = self._gateway
-        if gateway is None or self._grant is None:
-            raise _Skipped("without a token no expire can be sent")
-        merchant = merchant or gateway.merchant_id
-        if merchant is None:
-            raise _Failed("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID")
-        report.say("probe", "sending", f"an expire for bill {bill} of merchant {merchant}, in earnest")
-        command = Command(bill, merchant)
-        finding = self._expire(command, gateway)
-        if finding.fine:
-            return finding.text
-        if not finding.signature:
-            raise _Failed(finding.text)
-        ways = list(
-            diagnosis.other_ways(
-                diagnosis.Way(gateway.sign_path, gateway.signature), gateway.base_url, gateway.expire_path
-            )
-        )
-        report.say("probe", "sending", f"{finding.text}; trying up to {len(ways)} other ways to sign")
-        for way in ways:
-            other = gateway.model_copy(update={"sign_path": way.sign_path, "signature": way.scheme})
-            tried = self._expire(command, other)
-            if tried.taken:
-                raise _Failed(f"{_change(gateway, other)}: signed so, the call is taken. Then: {tried.text}")
-            if not tried.signature:
-                raise _Failed(f"{finding.text}; nor can other ways be tried: {tried.text}")
-        raise _Failed(_wrong_secret(gateway))
-
-    def _expire(self, command: Command, gateway: GatewaySettings) -> Finding:
-        from worker.core import diagnosis, request
-        from worker.service import SystemClock, external_ids, partner
-        from worker.shells.credentials import Credentials
-
-        assert self._client is not None
-        assert self._grant is not None
-        clock = SystemClock()
-        signed = request.sign(
-            command,
-            partner(gateway),
-            Credentials(gateway, gateway.reread).sign,
-            self._grant.value,
-            clock.epoch(),
-            external_ids(clock)(),
-        )
-        return diagnosis.expire(self._client.send(signed), self._call("EXPIRE"))
-
-    def _call(self, which: str) -> Call:
-        from worker.core.diagnosis import Call
-
-        gateway = self._gateway
-        assert gateway is not None
-        path = gateway.token_path if which == "TOKEN" else gateway.expire_path
-        return Call(gateway.base_url + path, f"GATEWAY_{which}_PATH", self._skew.seconds)
+    ours = calling.gateway
+    ways = list(other_ways(Way(ours.sign_path, ours.signature), ours.base_url, ours.expire_path))
+    say("probe", "sending", f"{refused.text}; trying up to {len(ways)} other ways to sign")
+    for way in ways:
+        other = ours.model_copy(update={"sign_path": way.sign_path, "signature": way.scheme})
+        tried = calling.expire(command, other)
+        if tried.taken:
+            raise _Failed(f"{_change(ours, other)}: signed so, the call is taken. Then: {tried.text}")
+        if not tried.signature:
+            raise _Failed(f"{refused.text}; nor can other ways be tried: {tried.text}")
+    raise _Failed(_wrong_secret(ours))
 
 
 def _change(ours: GatewaySettings, other: GatewaySettings) -> str:
@@ -320,16 +258,3 @@ def _wrong_secret(gateway: GatewaySettings) -> str:
     return (
         f"no way to sign is accepted: GATEWAY_CLIENT_SECRET is wrong{blanks}; else ask which path GATEWAY_SIGN_PATH is"
     )
-
-
-class _Skew:
-    """Takes what the client tells."""
-
-    seconds: float | None = None
-
-    def request(self, operation: str, response_code: str, seconds: float) -> None:
-        """Not of interest here."""
-
-    def clock_skew(self, seconds: float) -> None:
-        """How far our clock is ahead."""
-        self.seconds = seconds

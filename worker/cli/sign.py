@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from worker.cli import INVALID, Trouble
+from worker.cli.calling import Calling
 from worker.core.command import Command, is_identifier
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def sign(
         bool, typer.Option("--show-secrets", help="Print token and signature in full, instead of ***.")
     ] = False,
 ) -> int:
-    """Prints what an expire call consists of, and sends nothing: string to sign, body, every header.
+    """Prints what an expire call consists of, and sends none: string to sign, body, every header.
 
     Made by the very code that signs for the worker, with the settings as they are. Compare it with what the
     provider's own signing page makes of the same token, time and body (--timestamp): where the strings differ is the
@@ -45,7 +46,7 @@ def sign(
         raise Trouble("--token and --fetch-token exclude each other; give one", code=INVALID)
     gateway, credentials = _settings()
     command = _command(bill, merchant_id, gateway)
-    used = _fetched(gateway, credentials) if fetch_token else token or PLACEHOLDER
+    used = _fetched(gateway) if fetch_token else token or PLACEHOLDER
     recorder = _Recorder(credentials)
     request = _signed(command, gateway, recorder, used, _moment(timestamp))
     secrets = () if show_secrets else (request.headers["X-SIGNATURE"], *([used] if used != PLACEHOLDER else ()))
@@ -104,13 +105,12 @@ def _moment(text: str | None) -> float:
         raise Trouble(f"--timestamp: {error}", code=INVALID) from None
 
 
-def _fetched(gateway: GatewaySettings, credentials: Credentials) -> str:
-    from worker.cli.check import Caller
+def _fetched(gateway: GatewaySettings) -> str:
     from worker.shells.credentials import CredentialsError
 
     try:
-        with closing(Caller(gateway)) as caller:
-            return caller.fetch(credentials).value
+        with closing(Calling(gateway)) as calling:
+            return calling.fetch().value
     except CredentialsError as error:
         raise Trouble(str(error), code=INVALID) from None
 
@@ -141,4 +141,4 @@ def _print(gateway: GatewaySettings, request: SignedRequest, signed: str, shown:
         typer.echo(f"{name:<15} {text}")
     for name, value in request.headers.items():
         typer.echo(f"{'header':<15} {name}: {shown(value)}")
-    typer.echo("nothing was sent", err=True)
+    typer.echo("no expire was sent", err=True)

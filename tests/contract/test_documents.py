@@ -119,21 +119,20 @@ def _mostly(*good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(*good, *good, *good, _LINES, _ANYTHING)
 
 
-_BODIES: st.SearchStrategy[Any] = st.one_of(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "billnumber": _mostly(_IDENTIFIERS),
-            "billNumber": _mostly(_IDENTIFIERS, st.none()),
-            "additionalInfo": _mostly(
-                st.fixed_dictionaries({}, optional={"merchantId": _mostly(_IDENTIFIERS), "more": _ANYTHING})
-            ),
-            "reference": _mostly(st.text(max_size=MAX_REFERENCE + 5)),
-            "notAfter": _mostly(_TIMES),
-            "unknown": _ANYTHING,
-        },
+_FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "billnumber": _mostly(_IDENTIFIERS, st.integers(0, 70).map("7".__mul__)),
+    "billNumber": _mostly(_IDENTIFIERS, st.none()),
+    "additionalInfo": _mostly(
+        st.fixed_dictionaries({}, optional={"merchantId": _mostly(_IDENTIFIERS), "more": _ANYTHING})
     ),
-    _ANYTHING,
+    "reference": _mostly(st.integers(0, MAX_REFERENCE + 9).map("é".__mul__), st.text()),
+    "notAfter": _mostly(_TIMES),
+    "unknown": _ANYTHING,
+}
+_CHANGES = st.sampled_from(sorted(_FIELDS)).flatmap(lambda name: st.tuples(st.just(name), _FIELDS[name]))
+_NEARLY_VALID = st.lists(_CHANGES, max_size=2).map(lambda changes: {"billnumber": BILL} | dict(changes))
+_BODIES: st.SearchStrategy[Any] = st.one_of(
+    _NEARLY_VALID, _NEARLY_VALID, st.fixed_dictionaries({}, optional=_FIELDS), _ANYTHING
 )
 
 
@@ -160,7 +159,10 @@ def _beyond_the_schema(value: Any) -> bool:
 @example({"billnumber": BILL, "billNumber": None, "additionalInfo": None, "reference": None, "notAfter": None})
 @example({"billnumber": 10092081})
 @example({"billnumber": BILL, "additionalInfo": []})
+@example({"billnumber": BILL, "reference": "x" * MAX_REFERENCE})
 @example({"billnumber": BILL, "reference": "x" * (MAX_REFERENCE + 1)})
+@example({"billnumber": "7" * 64})
+@example({"billnumber": "7" * 65})
 def test_parser_and_schema_agree(value: Any) -> None:
     """The parser takes exactly what the schema lets through, save what the schema says that it cannot say."""
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.timeout(120)
 def test_the_demo_adds_up_and_leaves_nothing(amqp_url: str, tmp_path: Path) -> None:
-    """From a checkout that is not installed, the demo ends by itself with an outcome for each command, and saves them."""
+    """From a checkout that is not installed, it ends by itself with an outcome for each command, and saves all."""
 
     saved = tmp_path / "messages.jsonl"
     # The interpreter below this environment's, and its packages by path: an editable install is not seen that way.

@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import ssl
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
@@ -18,6 +19,7 @@ from requests.adapters import BaseAdapter
 from worker import __version__, signals
 from worker.app.expire import Expire, Hold
 from worker.app.gate import SendersGate
+from worker.core import diagnosis
 from worker.core.breaker import Breaker, Pacer, Throttle
 from worker.core.delivery import Delivery
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
@@ -26,7 +28,7 @@ from worker.core.ports import TokenUnavailable
 from worker.core.request import NODE_DIGITS, Partner, external_id
 from worker.core.retry import RetryPolicy
 from worker.core.topology import Names, topology
-from worker.core.verdict import Kind
+from worker.core.verdict import Kind, NoReply
 from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
 from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
@@ -94,9 +96,9 @@ class Calls:
             clock=clock,
             rng=rng,
             policy=_policy(settings),
-            partner=_partner(gateway),
+            partner=partner(gateway),
             signer=lambda: self.credentials.sign,
-            new_external_id=_external_ids(clock),
+            new_external_id=external_ids(clock),
             default_merchant=gateway.merchant_id,
         )
 
@@ -264,12 +266,17 @@ def _check_credentials(worker: Worker) -> int | None:
                 REFUSED,
                 "gateway.refused",
                 verdict.message,
-                "correct GATEWAY_CLIENT_ID, GATEWAY_PRIVATE_KEY_FILE or this machine's clock",
+                _cure(worker.settings.gateway, failure),
             )
-        log.warning("gateway.waiting", reason=verdict.message)
+        log.warning("gateway.waiting", reason=verdict.message, action=_cure(worker.settings.gateway, failure))
     elif failure is not None:
         raise failure
     return None
+
+
+def _cure(gateway: GatewaySettings, failure: TokenUnavailable) -> str:
+    answer = failure.answer or NoReply(False, failure.verdict.message)
+    return diagnosis.token(answer, diagnosis.Call(gateway.base_url + gateway.token_path, "GATEWAY_TOKEN_PATH")).cure
 
 
 def _drain(worker: Worker) -> int:
@@ -298,7 +305,13 @@ def _drain(worker: Worker) -> int:
 
 
 def _say(code: int, event: str, reason: str, action: str = "") -> int:
-    log.error(event, reason=reason, action=action, exit_code=code)
+    """For machines in the log, for people on standard error; of several processes, the parent tells people."""
+    from worker.processes import SOCKET_VARIABLE
+
+    todo = {"action": action} if action else {}
+    log.error(event, reason=reason, **todo, exit_code=code)
+    if SOCKET_VARIABLE not in os.environ:
+        print(f"qris-expire: {'; '.join(filter(None, [reason, action]))}", file=sys.stderr)
     return code
 
 
@@ -362,7 +375,8 @@ def transport(
     return lambda context: Offloaded(fibers, StockAdapter(context, proxies))
 
 
-def _partner(gateway: GatewaySettings) -> Partner:
+def partner(gateway: GatewaySettings) -> Partner:
+    """What every expire call has in common."""
     return Partner(
         gateway.client_id,
         gateway.channel_id,
@@ -384,7 +398,8 @@ def _plan(settings: Settings, delays: Sequence[int]) -> Plan:
     )
 
 
-def _external_ids(clock: SystemClock) -> Callable[[], str]:
+def external_ids(clock: SystemClock) -> Callable[[], str]:
+    """A new X-EXTERNAL-ID at each call, no other process's either."""
     node, serial = secrets.randbelow(10**NODE_DIGITS), itertools.count()
     return lambda: external_id(clock.epoch(), node, next(serial))
 

@@ -196,6 +196,45 @@ def test_outcome_that_nobody_asked_for_is_kept(declared: dict[str, str]) -> None
         assert rabbit.get_all(names.unrouted, 1, timeout=10)[0][1] == b"{}"
 
 
+# --- contract
+
+
+def test_contract_prints_what_is_shipped(cli: Cli) -> None:
+    """Each document is the package's own file; AsyncAPI comes unless another one is asked for."""
+
+    for arguments, name in (([], "asyncapi"), (["command"], "command.schema"), (["outcome"], "outcome.schema")):
+        done = cli("contract", *arguments)
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == (ROOT / "worker" / "contract" / f"{name}.json").read_text()
+
+
+def test_contract_has_the_names_of_the_prefix(cli: Cli) -> None:
+    """Exchanges and queues are those of AMQP_PREFIX."""
+
+    channels = json.loads(cli("contract", AMQP_PREFIX="shop.expire").stdout)["channels"]
+
+    assert channels["commands"]["bindings"]["amqp"]["exchange"]["name"] == "shop.expire.commands"
+    assert channels["deadLetters"]["address"] == "shop.expire.dead"
+
+
+def test_contract_is_written(cli: Cli, tmp_path: Path) -> None:
+    """`--output` writes all three; a place that cannot be written is told."""
+
+    done = cli("contract", "--output", "documents")
+    (tmp_path / "file").touch()
+    refused = cli("contract", "--output", "file/below")
+
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "documents").iterdir()} == {
+        "asyncapi.json",
+        "command.schema.json",
+        "outcome.schema.json",
+    }
+    assert refused.returncode == 1
+    assert "give another --output" in only_line(refused.stderr)
+
+
 # --- broker
 
 

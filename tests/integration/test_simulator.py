@@ -811,8 +811,6 @@ def test_the_secret_is_in_no_repr() -> None:
 
 # The command.
 
-COMMAND = "import typer; from worker.cli.simulator import simulator; typer.run(simulator)"
-
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
@@ -820,7 +818,7 @@ def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(*options: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *options],
+            [sys.executable, "-m", "worker", "simulator", *options],
             cwd=tmp_path,
             env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin", "COLUMNS": "100"},
             stdout=subprocess.PIPE,

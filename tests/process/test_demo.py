@@ -1,9 +1,11 @@
 """The first thing that a stranger runs."""
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.timeout(120)
 def test_the_demo_adds_up_and_leaves_nothing(amqp_url: str, tmp_path: Path) -> None:
-    """From a checkout that is not installed, the demo ends by itself with as many outcomes as commands."""
+    """From a checkout that is not installed, it ends by itself with an outcome for each command, and saves all."""
 
+    saved = tmp_path / "messages.jsonl"
     # The interpreter below this environment's, and its packages by path: an editable install is not seen that way.
     environment = {"PATH": os.environ["PATH"], "AMQP_URL": amqp_url, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
     done = subprocess.run(
-        [Path(sys.base_prefix) / "bin" / "python3", "-m", "worker", "demo", "--commands", "60"],
+        [Path(sys.base_prefix) / "bin" / "python3", "-m", "worker", "demo", "--commands", "60", "--save", saved],
         cwd=ROOT,
         env={**environment, "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -31,7 +34,14 @@ def test_the_demo_adds_up_and_leaves_nothing(amqp_url: str, tmp_path: Path) -> N
 
     assert done.returncode == 0, done.stderr
     assert "60 commands, 60 outcomes" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [saved]
+    messages = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert Counter(message["kind"] for message in messages) == {"command": 60, "outcome": 60, "dead letter": 4}
+    ids = {
+        kind: {m["properties"]["message_id"] for m in messages if m["kind"] == kind}
+        for kind in ("command", "dead letter")
+    }
+    assert ids["dead letter"] < ids["command"]
     with Rabbit(amqp_url) as rabbit:
         prefix = next(word for word in done.stdout.split() if word.startswith("demo.")).rstrip(",")
         assert not rabbit.has_queue(f"{prefix}.sweep")

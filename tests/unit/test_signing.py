@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -174,9 +174,22 @@ def unusable() -> dict[str, tuple[bytes, str | None, str]]:
     return {
         "no passphrase": (locked, None, "needs a passphrase"),
         "empty passphrase": (locked, "", "passphrase"),
-        "wrong passphrase": (locked, "wrong", "wrong"),
+        "wrong passphrase": (locked, "wrong", "correct GATEWAY_PRIVATE_KEY_PASSPHRASE"),
         "passphrase for nothing": (pem(), "right", "has no passphrase"),
-        "public": (key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), None, "no PEM"),
+        "public": (
+            key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+            None,
+            "public key.*give the private one",
+        ),
+        "certificate": (pem().replace(b"PRIVATE KEY", b"CERTIFICATE"), None, "is a certificate"),
+        "openssh": (
+            ed25519.Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, PLAIN)[:200],
+            None,
+            "ssh-keygen -p -m PKCS8",
+        ),
+        "DER": (key().private_bytes(Encoding.DER, PrivateFormat.PKCS8, PLAIN), None, "openssl pkey -inform DER"),
+        "without its first line": (pem().split(b"\n", 1)[1], None, "no line -----BEGIN PRIVATE KEY-----"),
+        "damaged": (pem()[:80] + b"????" + pem()[84:], None, "damaged"),
         "elliptic": (
             ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, PLAIN),
             None,
@@ -184,7 +197,7 @@ def unusable() -> dict[str, tuple[bytes, str | None, str]]:
         ),
         "short": (key(1024).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, PLAIN), None, "1024 bits"),
         "empty": (b"", None, "no PEM"),
-        "cut": (pem()[:400], None, "no PEM"),
+        "cut": (pem()[:400], None, "cut off"),
     }
 
 

@@ -22,7 +22,9 @@ COMMANDS: Final = {
     "sweep": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_"),
     "status": ("AMQP_",),
     "dead": ("AMQP_",),
+    "contract": ("AMQP_PREFIX",),
     "check": ("AMQP_", "GATEWAY_", "RETRY_"),
+    "sign": ("GATEWAY_",),
     "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
     "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
 }
@@ -31,9 +33,9 @@ COMMANDS: Final = {
 HELP: Final = """
 Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo shows everything on this
 machine, and simulator plays the gateway. Producers of commands try one with publish, and send whole files with
-sweep; status tells where those stand. Operators prepare the
-broker with topology, look at everything with check, and start the worker with run; dead shows and moves what it
-had to park.
+sweep; status tells where those stand; contract has the messages' schemas. Operators prepare the
+broker with topology, look at everything with check (sign shows what is signed, where a gateway refuses it), and
+start the worker with run; dead shows and moves what it had to park.
 """
 
 INVALID: Final = 2
@@ -164,10 +166,22 @@ def _tell(*lines: str) -> None:
         print(f"qris-expire: {line}", file=sys.stderr)
 
 
+_PLAINER: Final = (
+    ("Value error, ", ""),
+    (": Input should be", ": must be"),
+    (", unable to parse string as an integer", ""),
+    (", unable to parse string as a number", ""),
+)
+"""Words of the library that checks options → ours."""
+
+
 def _usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "qris-expire"
-    return f"{' '.join(error.format_message().split())} Try `{path} --help`."
+    said = " ".join(error.format_message().split())
+    for library, ours in _PLAINER:
+        said = said.replace(library, ours)
+    return f"{said.rstrip('.')}. Try `{path} --help`."
 
 
 def _tell_unexpected(error: Exception, arguments: Sequence[str]) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
+from worker.cli import INVALID, Trouble
+from worker.cli.calling import Calling
+from worker.core.command import Command, is_identifier
+
 if TYPE_CHECKING:
+    from worker.core.diagnosis import Finding
     from worker.settings import AmqpSettings, GatewaySettings, Group, RetrySettings
 
 G = TypeVar("G", bound="Group")
+Say = Callable[[str, str, str], None]
 
 
 class _Failed(Exception):
@@ -26,20 +32,49 @@ class _Skipped(Exception):
     """It cannot be looked at; the text says what stands in the way."""
 
 
-def check() -> int:
-    """Looks at settings, key, broker, topology and token, a line each: ok, or why not and what to do.
+class _Warned(Exception):
+    """It works, but may not for long."""
+
+
+def check(
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BILL",
+            help="Also send an expire for this bill, in earnest: if its QR code lives, it dies. A bill that does not "
+            "exist will do.",
+        ),
+    ] = None,
+    merchant_id: Annotated[str | None, typer.Option(help="The bill's merchant; else GATEWAY_MERCHANT_ID.")] = None,
+) -> int:
+    """Looks at settings, key, broker, topology, token and clock, a line each: ok, or why not and what to do.
 
     It asks the gateway for a token and sends no expire; at the broker it changes nothing.
 
-    Exit code 0: all ok. 1: something is not.
+    What a token cannot show (signed path, client secret, channel, merchant, whether this client may expire bills) shows
+    in an expire call: --probe BILL sends one. If the gateway refuses its signature, up to five more follow, signed in
+    other ways, to tell a wrong path or scheme from a wrong secret; the first that is accepted is the last.
+
+    Exit code 0: all ok. 1: something is not. 2: the bill or the merchant cannot be one.
     """
+    _check_ids(probe, merchant_id)
     report = _Report()
     amqp, retry, gateway = report.groups()
     report.line("key", lambda: _key(gateway))
     report.line("broker", lambda: _broker(amqp))
     report.line("topology", lambda: _topology(amqp, retry))
-    report.line("token", lambda: _token(gateway))
+    with closing(Calling(gateway)) if gateway else nullcontext() as calling:
+        report.line("token", lambda: _token(calling))
+        report.line("clock", lambda: _clock(calling))
+        if probe is not None:
+            report.line("probe", lambda: _probe(calling, probe, merchant_id, report.say))
     return 1 if report.failed else 0
+
+
+def _check_ids(bill: str | None, merchant: str | None) -> None:
+    for name, value in (("--probe", bill), ("--merchant-id", merchant)):
+        if value is not None and not is_identifier(value):
+            raise Trouble(f"{name} must be 1 to 64 printable ASCII characters without blanks", code=INVALID)
 
 
 class _Report:
@@ -50,14 +85,16 @@ class _Report:
 
     def line(self, subject: str, look: Callable[[], str]) -> None:
         try:
-            self._print(subject, "ok", look())
+            self.say(subject, "ok", look())
+        except _Warned as warned:
+            self.say(subject, "warning", str(warned))
         except _Skipped as skipped:
             self.failed = True
-            self._print(subject, "skipped", str(skipped))
+            self.say(subject, "skipped", str(skipped))
         except _Failed as failed:
             self.failed = True
             for text in failed.lines:
-                self._print(subject, "FAILED", text)
+                self.say(subject, "FAILED", text)
 
     def groups(self) -> tuple[AmqpSettings | None, RetrySettings | None, GatewaySettings | None]:
         """All settings, as far as they are valid: a wrong gateway must not hide what is wrong with the broker."""
@@ -73,7 +110,8 @@ class _Report:
         return _valid(AmqpSettings), _valid(RetrySettings), _valid(GatewaySettings)
 
     @staticmethod
-    def _print(subject: str, state: str, text: str) -> None:
+    def say(subject: str, state: str, text: str) -> None:
+        """One line."""
         typer.echo(f"{subject:<9} {state:<8} {text}".rstrip())
 
 
@@ -118,58 +156,105 @@ def _broker(amqp: AmqpSettings | None) -> str:
 
 def _topology(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
     from worker.core.topology import topology
-    from worker.shells.amqp.session import BrokerError, session, verify
+    from worker.shells.amqp.session import BrokerError, differing, session, verify
 
     if amqp is None or retry is None:
         raise _Skipped("the AMQP_ or RETRY_ settings are not in order")
     wanted = topology(amqp.prefix, amqp.queue_type, retry.delays_seconds)
     try:
         with session(amqp, "check") as connection:
-            missing = verify(connection, wanted)
+            missing, others = verify(connection, wanted), differing(connection, wanted)
     except BrokerError as error:
         raise _Failed(str(error)) from None
+    if others:
+        raise _Failed(*others)
     whole = f"{len(wanted.exchanges)} exchanges and {len(wanted.queues)} queues under {amqp.prefix}"
     if not missing:
         return whole
     if amqp.declare:
         return f"{whole}; {len(missing)} of them are not there yet, `run` will declare them"
-    others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    raise _Failed(missing[0].replace(" is missing", f"{others} is missing"))
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    raise _Failed(missing[0].replace(" is missing", f"{more} is missing"))
 
 
-def _token(gateway: GatewaySettings | None) -> str:
-    from worker.core.ports import TokenUnavailable
-    from worker.service import SystemClock, endpoint, fetcher, transport
-    from worker.shells.credentials import Credentials, CredentialsError
-    from worker.shells.gateway import GatewayClient
+def _token(calling: Calling | None) -> str:
+    from worker.shells.credentials import CredentialsError
 
-    if gateway is None:
+    if calling is None:
         raise _Skipped("the GATEWAY_ settings are not in order")
-    skew = _Skew()
     try:
-        credentials = Credentials(gateway, gateway.reread)
-        client = GatewayClient(
-            endpoint(gateway), skew, context=lambda: credentials.context, adapter=transport(gateway, os.environ)
-        )
-        grant = fetcher(client, credentials, gateway, SystemClock())()
+        grant = calling.fetch()
     except CredentialsError as error:
         raise _Failed(str(error)) from None
-    except TokenUnavailable as failure:
-        verdict = failure.verdict
-        code = f" ({verdict.code})" if verdict.code else ""
-        see = "GATEWAY_BASE_URL, GATEWAY_CLIENT_ID, the key and the clock"
-        raise _Failed(f"{verdict.message}{code}; see {see}") from None
-    return f"good for {grant.lifetime:.0f} s; our clock is {skew.seconds:+.1f} s off the gateway's"
+    except Trouble as trouble:
+        raise _Failed(*trouble.lines) from None
+    return f"good for {grant.lifetime:.0f} s"
 
 
-class _Skew:
-    """Takes what the client tells."""
+def _clock(calling: Calling | None) -> str:
+    """What the answer to the token request showed of it."""
+    from worker.core import diagnosis
 
-    seconds = 0.0
+    if calling is None or calling.skew is None:
+        if calling is not None and calling.token is not None:
+            return "not known: the gateway's answers have no Date"
+        raise _Skipped("no answer of the gateway to compare with")
+    finding = diagnosis.clock(calling.skew)
+    if not finding.fine:
+        raise _Warned(finding.text)
+    return finding.text
 
-    def request(self, operation: str, response_code: str, seconds: float) -> None:
-        """Not of interest here."""
 
-    def clock_skew(self, seconds: float) -> None:
-        """How far our clock is ahead."""
-        self.seconds = seconds
+def _probe(calling: Calling | None, bill: str, merchant: str | None, say: Say) -> str:
+    """Sends an expire; where its signature is refused, others, to learn what is wrong with it."""
+    if calling is None or calling.token is None:
+        raise _Skipped("without a token no expire can be sent")
+    merchant = merchant or calling.gateway.merchant_id
+    if merchant is None:
+        raise _Failed("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID")
+    say("probe", "sending", f"an expire for bill {bill} of merchant {merchant}, in earnest")
+    command = Command(bill, merchant)
+    finding = calling.expire(command, calling.gateway)
+    if finding.signature:
+        _try_other_ways(calling, command, finding, say)
+    return finding.text if finding.fine else _fail(finding.text)
+
+
+def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: Say) -> NoReturn:
+    """A gateway refuses a wrong path, scheme and secret in the same words; what it takes instead tells them apart."""
+    from worker.core.diagnosis import Way, other_ways
+
+    ours = calling.gateway
+    ways = list(other_ways(Way(ours.sign_path, ours.signature), ours.base_url, ours.expire_path))
+    say("probe", "sending", f"{refused.text}; trying up to {len(ways)} other ways to sign")
+    for way in ways:
+        other = ours.model_copy(update={"sign_path": way.sign_path, "signature": way.scheme})
+        tried = calling.expire(command, other)
+        if tried.taken:
+            raise _Failed(f"{_change(ours, other)}: signed so, the call is taken. Then: {tried.text}")
+        if not tried.signature:
+            raise _Failed(f"{refused.text}; nor can other ways be tried: {tried.text}")
+    raise _Failed(_wrong_secret(ours))
+
+
+def _change(ours: GatewaySettings, other: GatewaySettings) -> str:
+    """The settings that differ, as they should be."""
+    wanted = []
+    if other.sign_path != ours.sign_path:
+        wanted.append(f"GATEWAY_SIGN_PATH={other.sign_path}")
+    if other.signature != ours.signature:
+        wanted.append(f"GATEWAY_SIGNATURE={other.signature}")
+    return f"set {' and '.join(wanted)}"
+
+
+def _wrong_secret(gateway: GatewaySettings) -> str:
+    if gateway.signature != "hmac-sha512":
+        return (
+            f"no way to sign is accepted: with {gateway.signature} the provider has another public key for expires "
+            "than for tokens; if it wants hmac-sha512, set GATEWAY_SIGNATURE, and correct GATEWAY_CLIENT_SECRET, too"
+        )
+    secret = gateway.client_secret.get_secret_value()
+    blanks = ", and it begins or ends with a blank" if secret != secret.strip() else ""
+    return (
+        f"no way to sign is accepted: GATEWAY_CLIENT_SECRET is wrong{blanks}; else ask which path GATEWAY_SIGN_PATH is"
+    )

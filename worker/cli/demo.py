@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import Annotated, TextIO
 
 import typer
 
@@ -11,6 +13,9 @@ from worker.cli import Trouble
 
 def demo(
     commands: Annotated[int, typer.Option(help="How many commands to send.", min=20, max=5000)] = 360,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save every message as it was on the wire, as JSON lines.")
+    ] = None,
 ) -> int:
     """Shows the whole product on this machine, in under a minute.
 
@@ -26,7 +31,18 @@ def demo(
     from worker.sandbox import demo as show
 
     try:
-        show.run(commands, Console())
+        with _opened(save) as file:
+            for message in show.run(commands, Console()):
+                file.write(f"{message.line()}\n")
     except (show.DemoError, broker.BrokerUnavailable) as error:
         raise Trouble(str(error)) from None
+    except OSError as error:
+        if save is None:
+            raise
+        raise Trouble(f"{save}: cannot be written ({error.strerror}); give another --save") from None
     return 0
+
+
+def _opened(path: Path | None) -> TextIO:
+    """Before the demo begins: ten seconds are too long to learn that the file cannot be written."""
+    return (path or Path(os.devnull)).open("w", encoding="utf-8")

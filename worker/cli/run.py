@@ -52,7 +52,7 @@ def _supervise(settings: Settings) -> int:
     from worker.shells.http import ListenError
 
     try:
-        return supervise(
+        code = supervise(
             [sys.executable, "-m", "worker", "run"],
             processes=settings.worker.processes,
             host=settings.metrics.host,
@@ -62,3 +62,8 @@ def _supervise(settings: Settings) -> int:
         )
     except ListenError as error:
         raise Trouble(str(error), code=INVALID) from None
+    if code not in (0, 1):
+        raise Trouble(
+            "the processes refused to start; the line above with exit_code says why and what to do", code=code
+        )
+    return code

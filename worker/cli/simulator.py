@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from worker.cli import INVALID, Trouble
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -76,15 +78,13 @@ def simulator(
         )
         _serve(gateway, private_key_file)
     except OSError as error:
-        _refuse(f"{error.filename}: {error.strerror}" if error.filename else f"{host}:{port}: {error.strerror}")
+        if error.filename:
+            raise Trouble(f"{error.filename}: {error.strerror}; give another file", code=INVALID) from None
+        where = f"cannot listen on {host}:{port} ({error.strerror})"
+        raise Trouble(f"{where}; give --port a free one, or --port 0", code=INVALID) from None
     except ValueError as error:
-        _refuse(str(error))
+        raise Trouble(str(error), code=INVALID) from None
     _print_report(gateway.report(bills=False))
-
-
-def _refuse(reason: str) -> NoReturn:
-    typer.echo(f"simulator: {reason}", err=True)
-    raise typer.Exit(2)
 
 
 def _script(path: Path | None, switches: dict[str, float]) -> Script:

@@ -13,8 +13,16 @@ MAX_BODY_BYTES: Final = 65_536  # keeps one bad producer from filling memory and
 MAX_REFERENCE: Final = 128
 MAX_DETAIL: Final = 300  # error text travels in headers; a header frame is bounded (128 KiB by default)
 
-_IDENTIFIER = re.compile(r"[!-~]{1,64}\Z")
-_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:[0-5]\d)\Z", re.ASCII)
+IDENTIFIER: Final = r"[!-~]{1,64}"
+RFC3339: Final = (
+    r"([0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01]))[Tt]"
+    r"((?:[01][0-9]|2[0-3]):[0-5][0-9]):([0-5][0-9]|60)(?:\.([0-9]+))?"
+    r"([Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+)
+"""Both without anchors and in the syntax that Python and ECMA-262 share: the JSON Schema of commands has them, too."""
+
+_IDENTIFIER = re.compile(IDENTIFIER + r"\Z")
+_RFC3339 = re.compile(RFC3339 + r"\Z")
 _COMMAND_NAMESPACE = uuid.UUID("5a1a31a2-2f4e-5f0f-9a53-8d6f2a0c0c93")
 
 InvalidReason = Literal["malformed_json", "invalid_command", "too_large"]

@@ -21,13 +21,15 @@ class Token:
 class TokenUnavailable(Exception):
     """No token could be had; ``verdict`` judges the token service's answer like any other.
 
-    ``shared``: another sender made that one request and tells about it; it must not be counted twice.
+    ``shared``: another sender made that one request and tells about it; it must not be counted twice. ``answer``: what
+    came, for a closer look at what is wrong; it may hold a token.
     """
 
-    def __init__(self, verdict: Verdict, *, shared: bool = False) -> None:
+    def __init__(self, verdict: Verdict, *, shared: bool = False, answer: Reply | NoReply | None = None) -> None:
         super().__init__(verdict.message)
         self.verdict = verdict
         self.shared = shared
+        self.answer = answer
 
 
 class Tokens(Protocol):

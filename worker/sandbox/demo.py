@@ -14,7 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -80,11 +80,26 @@ class Order:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One message as it went over the wire: a command, an outcome or a dead letter, and its AMQP properties."""
+
+    kind: str
+    routing_key: str
+    properties: dict[str, Any]
+    body: bytes
+
+    def line(self) -> str:
+        """As JSON. ``body`` is text: it need not be JSON itself."""
+        return json.dumps({**asdict(self), "body": self.body.decode("utf-8", "backslashreplace")}, ensure_ascii=False)
+
+
 @dataclass(slots=True)
 class Tally:
     """What came back, by command."""
 
     expected: int
+    seen: list[Seen] = field(default_factory=list)
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     duplicates: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {CANCELLATION: [], SWEEP: []})
@@ -123,8 +138,9 @@ def batch(size: int) -> list[Order]:
     return orders
 
 
-def run(size: int, console: Console) -> None:
-    """The whole demo. Raises `DemoError`; leaves no process, queue or file behind, whatever happens."""
+def run(size: int, console: Console) -> list[Seen]:
+    """The whole demo, and every message of it. Raises `DemoError`; leaves no process, queue or file behind, whatever
+    happens."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qris-expire-demo-")))
         url = _broker(stack, console)
@@ -155,8 +171,9 @@ def run(size: int, console: Console) -> None:
         took = time.monotonic() - started
         metrics = _scrape(port)
         _stop(worker, directory)
-        dead = channel.queue_declare(amqp.names.dead, passive=True).method.message_count
-        _report(console, tally, simulator, took, metrics, dead)
+        dead = _parked(channel, amqp.names)
+        _report(console, tally, simulator, took, metrics, len(dead))
+    return tally.seen + dead
 
 
 # -- the parts ------------------------------------------------------------------------------------------------------
@@ -242,6 +259,7 @@ def _watch(
         properties = pika.BasicProperties(
             message_id=order.message_id, delivery_mode=2, timestamp=int(time.time()), content_type="application/json"
         )
+        tally.seen.append(_seen("command", order.lane, properties, order.body))
         channel.basic_publish(names.commands, order.lane, order.body, properties, mandatory=True)
 
     for order in orders:
@@ -268,12 +286,28 @@ def _watch(
 def _take(channel: Any, inbox: str, tally: Tally, published: dict[str, float]) -> None:
     quiet = time.monotonic() + 0.1
     while time.monotonic() < quiet:
-        method, _, body = channel.basic_get(inbox, auto_ack=True)
+        method, properties, body = channel.basic_get(inbox, auto_ack=True)
         if method is None:
             time.sleep(0.02)
             continue
+        tally.seen.append(_seen("outcome", method.routing_key, properties, body))
         outcome = json.loads(body)
         tally.add(outcome, published[outcome["commandId"]], time.monotonic())
+
+
+def _parked(channel: Any, names: Names) -> list[Seen]:
+    """The dead letters; the queue is deleted with the demo."""
+    found: list[Seen] = []
+    while True:
+        method, properties, body = channel.basic_get(names.dead, auto_ack=True)
+        if method is None:
+            return found
+        found.append(_seen("dead letter", method.routing_key, properties, body))
+
+
+def _seen(kind: str, routing_key: str, properties: Any, body: bytes) -> Seen:
+    given = {name: value for name, value in vars(properties).items() if value is not None}
+    return Seen(kind, routing_key, given, body)
 
 
 def _depth(channel: Any, queue: str) -> int:

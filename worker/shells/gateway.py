@@ -93,8 +93,13 @@ class GatewayClient:
         self._probe.request("token", code or "", time.monotonic() - started)
         grant = _grant(answer, time.time()) if isinstance(answer, Reply) else None
         if grant is None:
-            raise TokenUnavailable(judge_token(answer))
+            raise TokenUnavailable(judge_token(answer), answer=answer)
         return grant
+
+    def close(self) -> None:
+        """Gives kept connections back; only for a client that nobody is calling with."""
+        while self._free:
+            self._free.pop().close()
 
     def _post(self, url: str, headers: dict[str, str], body: bytes) -> Reply | NoReply:
         prepared = requests.PreparedRequest()

@@ -6,6 +6,7 @@ cut, so an outcome is acked, and a bill is never sent under a second id, on the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -346,6 +347,8 @@ def lock(path: Path) -> Iterator[None]:
 def journals(directory: Path) -> list[Path]:
     """The batches of a directory, the latest first."""
     with _translated(directory):
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         found = [path for path in directory.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
         return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
@@ -411,4 +414,12 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         said = getattr(error, "strerror", None) or error
-        raise JournalError(f"{path}: {said}; see whether its disk is full or read-only, or give --state-dir") from None
+        raise JournalError(f"{path}: {said}; {_remedy(error)}") from None
+
+
+def _remedy(error: sqlite3.Error | OSError) -> str:
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return "give a directory as --state-dir"
+    if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return "it is no journal any more: move it away, or give --state-dir"
+    return "see whether its disk is full or read-only, or give --state-dir"

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from worker.core.topology import Binding, Exchange, Queue, Topology
+from worker.shells.amqp.errors import remedy
 
 Done = Callable[[Any], None]
 Step = tuple[str, Callable[[Any, Done], None]]
@@ -53,7 +54,8 @@ class Declaring:
     def _closed(self, _channel: Any, reason: Any) -> None:
         if not self._finished:
             self._finished = True
-            self._on_done(f"{self._doing}: {getattr(reason, 'reply_text', reason)}")
+            said, code = getattr(reason, "reply_text", reason), getattr(reason, "reply_code", None)
+            self._on_done(f"{self._doing}: {said}{remedy(code)}")
 
 
 def _declarations(topology: Topology) -> Iterator[Step]:

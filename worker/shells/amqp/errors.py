@@ -52,7 +52,10 @@ def reason(error: BaseException) -> str:
         case ProbableAuthenticationError() | ProbableAccessDeniedError():
             return f"the connection was lost during the login ({_cause(error)})"
         case IncompatibleProtocolError():
-            return f"our greeting was not answered: no AMQP port, or a broker that is not up ({_cause(error)})"
+            said = _cause(error)
+            return (
+                f"our greeting was not answered ({said}): no AMQP port, one for TLS (amqps://), or a broker that starts"
+            )
         case AMQPConnectorStackTimeout():
             return "something listens, but does not talk AMQP in time"
         case AMQPHeartbeatTimeout():
@@ -60,7 +63,10 @@ def reason(error: BaseException) -> str:
         case StreamLostError():
             return f"the connection was lost ({_cause(error)})"
         case ssl.SSLCertVerificationError():
-            return f"TLS: the certificate is not trusted ({error.verify_message})"
+            cure = "AMQP_URL needs the host's own name" if "mismatch" in error.verify_message else "set AMQP_CA_FILE"
+            return f"TLS: the certificate is not trusted ({error.verify_message.rstrip('.')}); {cure}"
+        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+            return "TLS: none is spoken there; amqp:// instead of amqps://, or the port for TLS"
         case ssl.SSLError(reason=str(said)):
             return f"TLS: {said.lower().replace('_', ' ')}"
         case OSError(strerror=str(strerror)):
@@ -68,6 +74,18 @@ def reason(error: BaseException) -> str:
         case ValueError() if "getpeername" in str(error):
             return _cause(error)
     return f"{type(error).__name__} {' '.join(map(str, error.args))}".replace("\n", " ").rstrip()[:200]
+
+
+def remedy(code: int | None) -> str:
+    """What to do about what cannot be declared, by the broker's reply code; begins with ``; ``, or is empty."""
+    match code:
+        case 403:
+            return "; give the user configure, write and read permission for it"
+        case 404:
+            return "; run `qris-expire topology --apply`, or tell its owner"
+        case 406:
+            return "; match AMQP_QUEUE_TYPE to it, or delete it once it is empty"
+    return ""
 
 
 def _closed(error: BaseException) -> tuple[int, str] | None:

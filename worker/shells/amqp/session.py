@@ -160,12 +160,30 @@ def verify(connection: pika.BlockingConnection, topology: Topology) -> list[str]
     return missing
 
 
+def differing(connection: pika.BlockingConnection, topology: Topology) -> list[str]:
+    """What exists with other properties than it should have, one line each; changes nothing.
+
+    To declare what exists is how AMQP compares it. What is missing is left so; where the user may not declare, nothing
+    is known.
+    """
+    mismatches: list[str] = []
+    for look, act in zip(_lookups(topology), _declarations(topology), strict=False):  # bindings come last
+        try:
+            _perform(connection, look)
+            _perform(connection, act)
+        except ChannelClosed as closed:
+            if closed.reply_code == 406:
+                mismatches.append(_mismatch(act.subject, closed.reply_text))
+    return mismatches
+
+
 def broker_error(error: Exception, subject: str = "") -> BrokerError:
     """A foreign error of an open connection, as ours."""
     about = f" {subject}" if subject else ""
     match error:
         case ChannelClosed(reply_code=403):
-            return BrokerRefused(f"the broker refuses access{about}; give the user permission for it ({_said(error)})")
+            to = f" to {subject}" if subject else ""
+            return BrokerRefused(f"the broker refuses access{to}; give the user permission for it ({_said(error)})")
         case ChannelClosed(reply_code=404):
             return BrokerError(f"the broker lacks something; run `qris-expire topology --apply` ({_said(error)})")
         case ChannelClosed() | ConnectionClosedByBroker():

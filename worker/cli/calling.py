@@ -1,0 +1,78 @@
+"""Calls of the gateway by commands that look closely at its answers, made as the worker makes them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from worker.cli import Trouble
+from worker.core.command import Command
+from worker.core.verdict import NoReply
+
+if TYPE_CHECKING:
+    from worker.core.diagnosis import Call, Finding
+    from worker.settings import GatewaySettings
+    from worker.shells.gateway import GatewayClient, Grant
+
+
+class Calling:
+    """One client, and the token that it was given."""
+
+    def __init__(self, gateway: GatewaySettings) -> None:
+        self.gateway = gateway
+        self.skew: float | None = None
+        """Seconds that our clock is ahead of the gateway's, once an answer had a Date."""
+        self.token: str | None = None
+        self._client: GatewayClient | None = None
+
+    def close(self) -> None:
+        """Gives its connection back."""
+        if self._client is not None:
+            self._client.close()
+
+    def fetch(self) -> Grant:
+        """A token. Raises `Trouble` with what its refusal is a sign of, and `CredentialsError`."""
+        from worker.core import diagnosis
+        from worker.core.ports import TokenUnavailable
+        from worker.service import SystemClock, endpoint, fetcher, transport
+        from worker.shells.credentials import Credentials
+        from worker.shells.gateway import GatewayClient
+
+        gateway = self.gateway
+        credentials = Credentials(gateway, gateway.reread)
+        adapter = transport(gateway, os.environ)
+        self._client = GatewayClient(endpoint(gateway), self, context=lambda: credentials.context, adapter=adapter)
+        try:
+            grant = fetcher(self._client, credentials, gateway, SystemClock())()
+        except TokenUnavailable as failure:
+            answer = failure.answer or NoReply(False, failure.verdict.message)
+            raise Trouble(diagnosis.token(answer, self._call("TOKEN", gateway.token_path)).text) from None
+        self.token = grant.value
+        return grant
+
+    def expire(self, command: Command, gateway: GatewaySettings) -> Finding:
+        """What comes of an expire call, after `fetch`, that is signed as ``gateway`` says."""
+        from worker.core import diagnosis, request
+        from worker.service import SystemClock, external_ids, partner
+        from worker.shells.credentials import Credentials
+
+        assert self._client is not None
+        assert self.token is not None
+        clock = SystemClock()
+        sign = Credentials(gateway, gateway.reread).sign
+        signed = request.sign(command, partner(gateway), sign, self.token, clock.epoch(), external_ids(clock)())
+        return diagnosis.expire(self._client.send(signed), self._call("EXPIRE", gateway.expire_path))
+
+    def _call(self, which: str, path: str) -> Call:
+        from worker.core.diagnosis import Call
+
+        return Call(self.gateway.base_url + path, f"GATEWAY_{which}_PATH", self.skew)
+
+    # -- the client's probe -----------------------------------------------------------------------------------------
+
+    def request(self, operation: str, response_code: str, seconds: float) -> None:
+        """Not of interest here."""
+
+    def clock_skew(self, seconds: float) -> None:
+        """How far our clock is ahead."""
+        self.skew = seconds

@@ -1,0 +1,87 @@
+"""`qris-expire contract`: the messages, as documents for people and generators."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from worker.cli import INVALID, Trouble
+
+if TYPE_CHECKING:
+    from worker.core.contract import Examples
+
+
+class Document(StrEnum):
+    """What there is."""
+
+    ASYNCAPI = "asyncapi"
+    COMMAND = "command"
+    OUTCOME = "outcome"
+
+
+FILES: Final = {
+    Document.ASYNCAPI: "asyncapi.json",
+    Document.COMMAND: "command.schema.json",
+    Document.OUTCOME: "outcome.schema.json",
+}
+"""Their names, in the package's directory ``contract`` and with ``--output``."""
+
+
+def contract(
+    document: Annotated[Document, typer.Argument(help="Which one.")] = Document.ASYNCAPI,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write all three into this directory instead.")
+    ] = None,
+) -> None:
+    """Prints what producers and consumers may rely on, as JSON.
+
+    asyncapi (AsyncAPI 3.0) has everything: exchanges, routing keys, properties, headers, schemas, examples. command and
+    outcome are JSON Schemas (2020-12) of the two bodies, to validate with or to generate code from.
+
+    Within a major version nothing is taken away and nothing more is demanded. Outcomes may get further fields.
+    """
+    made = documents(_prefix())
+    if output is None:
+        typer.echo(made[document], nl=False)
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for which, text in made.items():
+            (output / FILES[which]).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Trouble(f"{error.filename}: cannot be written ({error.strerror}); give another --output") from None
+    typer.echo(f"wrote {', '.join(FILES.values())} to {output}")
+
+
+def documents(prefix: str) -> dict[Document, str]:
+    """All of them as text, with the names under ``prefix``."""
+    from worker.core.contract import asyncapi, command_schema, outcome_schema
+
+    made: dict[Document, Any] = {
+        Document.ASYNCAPI: asyncapi(prefix, examples()),
+        Document.COMMAND: command_schema(),
+        Document.OUTCOME: outcome_schema(),
+    }
+    return {which: json.dumps(each, indent=2, ensure_ascii=False) + "\n" for which, each in made.items()}
+
+
+def examples() -> Examples:
+    """Real messages of a demo, shipped with the package."""
+    from worker.core.contract import Example, Examples
+
+    kept = json.loads((files("worker") / "contract" / "examples.json").read_text(encoding="utf-8"))
+    return Examples(**{kind: [Example(**each) for each in found] for kind, found in kept.items()})
+
+
+def _prefix() -> str:
+    from worker.settings import AmqpSettings, SettingsError, load
+
+    try:
+        return load(AmqpSettings).prefix
+    except SettingsError as error:
+        raise Trouble(*error.problems, code=INVALID) from None

@@ -1,0 +1,144 @@
+"""`qris-expire sign`: what would be sent for a bill, to compare it with the provider's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from worker.cli import INVALID, Trouble
+from worker.cli.calling import Calling
+from worker.core.command import Command, is_identifier
+
+if TYPE_CHECKING:
+    from worker.core.request import SignedRequest
+    from worker.settings import GatewaySettings
+    from worker.shells.credentials import Credentials
+
+PLACEHOLDER: Final = "ACCESS-TOKEN"
+HIDDEN: Final = "***"
+
+
+def sign(
+    bill: Annotated[str, typer.Argument(help="The bill number.")],
+    merchant_id: Annotated[str | None, typer.Option(help="Its merchant; else GATEWAY_MERCHANT_ID.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help=f"The access token to sign with; else the word {PLACEHOLDER}.")
+    ] = None,
+    fetch_token: Annotated[bool, typer.Option("--fetch-token", help="Ask the gateway for a token and use it.")] = False,
+    timestamp: Annotated[str | None, typer.Option(metavar="RFC3339", help="Sign as at this time; else now.")] = None,
+    show_secrets: Annotated[
+        bool, typer.Option("--show-secrets", help="Print token and signature in full, instead of ***.")
+    ] = False,
+) -> int:
+    """Prints what an expire call consists of, and sends none: string to sign, body, every header.
+
+    Made by the very code that signs for the worker, with the settings as they are. Compare it with what the
+    provider's own signing page makes of the same token, time and body (--timestamp): where the strings differ is the
+    mistake. Where they are equal and the signatures are not, it is the secret or the key.
+
+    Exit code 0: printed. 1: no token could be fetched. 2: input or settings are wrong.
+    """
+    if token is not None and fetch_token:
+        raise Trouble("--token and --fetch-token exclude each other; give one", code=INVALID)
+    gateway, credentials = _settings()
+    command = _command(bill, merchant_id, gateway)
+    used = _fetched(gateway) if fetch_token else token or PLACEHOLDER
+    recorder = _Recorder(credentials)
+    request = _signed(command, gateway, recorder, used, _moment(timestamp))
+    secrets = () if show_secrets else (request.headers["X-SIGNATURE"], *([used] if used != PLACEHOLDER else ()))
+    _print(gateway, request, recorder.text, lambda text: _redacted(text, secrets))
+    return 0
+
+
+@dataclass
+class _Recorder:
+    """Signs as ``credentials`` do, and keeps the string that was signed."""
+
+    credentials: Credentials
+    text: str = ""
+
+    def signer(self, gateway: GatewaySettings) -> Callable[[str, str, str, bytes, str], str]:
+        from worker.core.signing import text_to_sign
+
+        def sign(method: str, path: str, token: str, body: bytes, timestamp: str) -> str:
+            self.text = text_to_sign(gateway.signature, method, path, token, body, timestamp)
+            return self.credentials.sign(method, path, token, body, timestamp)
+
+        return sign
+
+
+def _settings() -> tuple[GatewaySettings, Credentials]:
+    from worker.settings import GatewaySettings, SettingsError, load
+    from worker.shells.credentials import Credentials, CredentialsError
+
+    try:
+        gateway = load(GatewaySettings)
+        return gateway, Credentials(gateway, gateway.reread)
+    except SettingsError as error:
+        raise Trouble(*error.problems, code=INVALID) from None
+    except CredentialsError as error:
+        raise Trouble(str(error), code=INVALID) from None
+
+
+def _command(bill: str, merchant_id: str | None, gateway: GatewaySettings) -> Command:
+    merchant = gateway.merchant_id if merchant_id is None else merchant_id
+    if merchant is None:
+        raise Trouble("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID", code=INVALID)
+    for name, value in (("BILL", bill), ("--merchant-id", merchant)):
+        if not is_identifier(value):
+            raise Trouble(f"{name} must be 1 to 64 printable ASCII characters without blanks", code=INVALID)
+    return Command(bill, merchant)
+
+
+def _moment(text: str | None) -> float:
+    import time
+
+    from worker.core.command import parse_rfc3339
+
+    try:
+        return time.time() if text is None else parse_rfc3339(text)
+    except ValueError as error:
+        raise Trouble(f"--timestamp: {error}", code=INVALID) from None
+
+
+def _fetched(gateway: GatewaySettings) -> str:
+    from worker.shells.credentials import CredentialsError
+
+    try:
+        with closing(Calling(gateway)) as calling:
+            return calling.fetch().value
+    except CredentialsError as error:
+        raise Trouble(str(error), code=INVALID) from None
+
+
+def _signed(command: Command, gateway: GatewaySettings, recorder: _Recorder, token: str, epoch: float) -> SignedRequest:
+    from worker.core import request
+    from worker.service import SystemClock, external_ids, partner
+
+    external_id = external_ids(SystemClock())()
+    return request.sign(command, partner(gateway), recorder.signer(gateway), token, epoch, external_id)
+
+
+def _redacted(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _print(gateway: GatewaySettings, request: SignedRequest, signed: str, shown: Callable[[str], str]) -> None:
+    means = "GATEWAY_CLIENT_SECRET" if gateway.signature == "hmac-sha512" else "GATEWAY_PRIVATE_KEY_FILE"
+    lines = {
+        "call": f"POST {gateway.base_url}{gateway.expire_path}",
+        "signed with": f"{gateway.signature} and {means}",
+        "string to sign": shown(signed),
+        "body": request.body.decode("ascii"),
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:<15} {text}")
+    for name, value in request.headers.items():
+        typer.echo(f"{'header':<15} {name}: {shown(value)}")
+    typer.echo("no expire was sent", err=True)

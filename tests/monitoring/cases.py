@@ -516,9 +516,9 @@ CASES: Final = (
     ),
     Case(
         "QrisExpireSweepLate",
-        "it has run for an hour and a half",
+        "it has run for half an hour",
         {**cronjob("last_schedule", "600x200"), **cronjob("last_successful", "-86400x200")},
-        "100m",
+        "40m",
     ),
     Case(
         "QrisExpireSweepNotStarted",

@@ -78,6 +78,8 @@ def _sum(one: float, other: float) -> float:
 
 GAUGES: Final[Mapping[str, Rule]] = {
     PREFIX + "in_flight": _sum,
+    PREFIX + "senders": _sum,
+    PREFIX + "oldest_command_timestamp_seconds": _soonest,
     PREFIX + "publishes_unconfirmed": _sum,
     PREFIX + "breaker_state": max,
     PREFIX + "consumption_paused": max,

@@ -130,6 +130,7 @@ class Worker:
         )
         lanes: Lanes[Delivery] = Lanes(settings.worker.concurrency, settings.worker.sweep_share)
         self.pool = Pool(lanes, self.gate, self.work, self.fibers)
+        self.metrics.senders(settings.worker.concurrency)
 
     def work(self, delivery: Delivery, probe: bool) -> bool:
         """One command in one sender's hands. True when it stays in its lane."""

@@ -493,6 +493,8 @@ def test_metrics_move_as_the_contract_says(desk: Desk) -> None:
     assert moved("retries_total", reason="transient") == 1
     assert moved("retries_total", reason="id_clash") == 1
     assert moved("retries_total") == 2
+    assert after("senders") == 8
+    wait_until(lambda: desk.worker.metrics()("acks_total", **lane) - before("acks_total", **lane) == 3, 5, "acked")
     assert moved("command_duration_seconds_count", **lane) == 3
     assert moved("command_age_seconds_count", **lane) == 1
     assert moved("command_age_seconds_sum", **lane) == pytest.approx(5, abs=1.5)
@@ -505,6 +507,24 @@ def test_metrics_move_as_the_contract_says(desk: Desk) -> None:
     assert abs(after("clock_skew_seconds")) < 2
     for private in ("twice-9", "id-clash-9", "M1", "M-DEFAULT"):
         assert private not in after.text
+
+
+def test_the_oldest_command_in_hand(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """While a command waits for its answer its publication is on the scrape, and afterwards no more."""
+
+    def oldest() -> float:
+        return worker.metrics()("oldest_command_timestamp_seconds", lane="sweep")
+
+    with (
+        Simulator(Script(latency=2.5)) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path) as (worker, producer),
+    ):
+        published = int(time.time()) - 60
+        producer.publish("old-1", "sweep", timestamp=published)
+        producer.publish("new-1", "sweep", timestamp=published + 30)
+        assert wait_until(oldest, 5, "in hand") == published + 1
+        producer.collect_all(10)
+        wait_until(lambda: oldest() == 0, 5, "nothing in hand")
 
 
 def test_every_series_exists_from_the_start(desk: Desk) -> None:

@@ -90,6 +90,8 @@ def test_counters_and_histograms_are_summed(commands: list[int]) -> None:
     [
         ("in_flight", [3, 4], 7),
         ("publishes_unconfirmed", [1, 2], 3),
+        ("senders", [32, 32], 64),
+        ("oldest_command_timestamp_seconds", [0, 90, 80], 80),
         ("breaker_state", [0, 2, 1], 2),
         ("consumption_paused", [0, 1, 0], 1),
         ("last_outcome_timestamp_seconds", [5, 9, 0], 9),

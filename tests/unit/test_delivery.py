@@ -245,13 +245,40 @@ def test_forged_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("timestamp", "expected"),
-    [(None, None), (0, None), (1_795_323_600, NOON), (1_795_323_600_000, NOON), (True, None), ("1", None)],
+    ("timestamp", "stamped", "expected"),
+    [
+        (None, None, None),
+        (0, None, None),
+        (True, None, None),
+        ("1", "2", None),
+        (1_795_323_590, None, NOON - 9),
+        (1_795_323_590_250, None, NOON - 9.75),
+        (1_795_323_590, 1_795_323_590_250, NOON - 9.75),
+        (None, 1_795_323_590_250, NOON - 9.75),
+        (1_795_323_590_250, 0, NOON - 9.75),
+    ],
 )
-def test_publishing_time(timestamp: object, expected: float | None) -> None:
-    """The timestamp dates the request, in seconds or milliseconds."""
+def test_publishing_time(timestamp: object, stamped: object, expected: float | None) -> None:
+    """Milliseconds date a command exactly, the broker's before the producer's; a whole second ends when it ends."""
 
-    assert builders.delivery(timestamp=timestamp).published_at == expected
+    delivery = builders.delivery(timestamp=timestamp, headers={"timestamp_in_ms": stamped}, epoch=NOON)
+
+    assert delivery.published_at == expected
+
+
+@pytest.mark.parametrize("timestamp", [1_795_323_600, 1_795_323_599, 1_795_323_605, 1_795_323_600_100])
+def test_published_before_received(timestamp: int) -> None:
+    """No command is published later than it was received: not by a rounded timestamp, nor by a clock that is ahead."""
+
+    assert builders.delivery(timestamp=timestamp, epoch=NOON).published_at == NOON
+
+
+def test_published_before_first_received() -> None:
+    """A broker that stamps every hop does not make a command young again."""
+
+    headers = {"qris-received-at": int(NOON - 300) * 1000, "timestamp_in_ms": int(NOON - 1) * 1000}
+
+    assert builders.delivery(timestamp=int(NOON), headers=headers, epoch=NOON).published_at == NOON - 300
 
 
 def test_outcome_message() -> None:

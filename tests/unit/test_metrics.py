@@ -34,6 +34,9 @@ CONTRACT = {
     "commands_total": {"lane"},
     "outcomes_total": {"lane", "status", "reason"},
     "in_flight": {"lane"},
+    "acks_total": {"lane"},
+    "oldest_command_timestamp_seconds": {"lane"},
+    "senders": set(),
     "command_duration_seconds": {"lane"},
     "command_age_seconds": {"lane"},
     "gateway_requests_total": {"operation", "response_code"},
@@ -83,6 +86,8 @@ def every_call(metrics: Metrics) -> Iterator[None]:
         metrics.received(lane)
         metrics.in_hand(lane, 1)
         metrics.settled(lane, 0.2)
+        metrics.acked(lane, 2)
+        metrics.oldest(lane, 1_800_000_000.0)
         metrics.delayed_retry(lane)
         for status, reasons in REASONS.items():
             for reason in reasons:
@@ -100,6 +105,7 @@ def every_call(metrics: Metrics) -> Iterator[None]:
         metrics.token_refresh(result)
     for reason in catalogue.PAUSES:
         metrics.paused(reason, True)
+    metrics.senders(32)
     metrics.token_expiry(1_800_000_900.0)
     metrics.breaker(2)
     metrics.broker_connected(True)
@@ -182,6 +188,8 @@ def test_an_unknown_response_code_is_other_and_an_absent_one_none(metrics: Metri
         lambda metrics, bill: metrics.received(bill),
         lambda metrics, bill: metrics.in_hand(bill, 1),
         lambda metrics, bill: metrics.settled(bill, 1.0),
+        lambda metrics, bill: metrics.acked(bill, 1),
+        lambda metrics, bill: metrics.oldest(bill, 1.0),
         lambda metrics, bill: metrics.outcome("sweep", "expired", bill, None, 1.0),
         lambda metrics, bill: metrics.outcome("sweep", bill, "success", None, 1.0),
         lambda metrics, bill: metrics.request(bill, "2009300", 1.0),

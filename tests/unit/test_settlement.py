@@ -491,6 +491,22 @@ def test_acks_are_joined(order: list[int], bursts: list[int], skipped: set[int])
     assert acks.flush() == []
 
 
+def test_the_oldest_of_a_lane() -> None:
+    """The oldest dated command that is open counts, of its own lane alone."""
+
+    ledger = Ledger()
+    dates = {"a": ("sweep", 5.0), "b": ("sweep", 3.0), "c": ("sweep", None), "d": ("cancellation", 1.0)}
+    for number, (key, (lane, published_at)) in enumerate(dates.items(), 1):
+        _, entry = ledger.deliver(key, Tag(1, number), redelivered=False)
+        entry.lane, entry.published_at = lane, published_at
+        if key == "b":
+            oldest = entry
+    assert ledger.oldest("sweep") == 3.0
+
+    ledger.abandon(oldest)
+    assert (ledger.oldest("sweep"), ledger.oldest("cancellation"), ledger.oldest("other")) == (5.0, 1.0, None)
+
+
 def test_prefix_is_one_frame() -> None:
     """Settled tags without a gap are one frame; a straggler does not hold up those behind it."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeGuard
 
 from worker.core import jakarta
 from worker.core.command import command_id
@@ -31,6 +31,8 @@ EXTERNAL_IDS: Final = "qris-external-ids"
 EFFECT_UNKNOWN: Final = "qris-effect-unknown"
 RECEIVED_AT: Final = "qris-received-at"
 HOP: Final = "qris-hop"
+STAMPED: Final = "timestamp_in_ms"
+"""Set by RabbitMQ's `message_interceptors.incoming.set_header_timestamp` (rabbitmq.com/docs/message-interceptors)."""
 LAST_CODE: Final = "qris-last-code"
 PROGRESS_HEADERS: Final = (ROUND, ATTEMPTS, EXTERNAL_IDS, EFFECT_UNKNOWN, RECEIVED_AT, HOP, LAST_CODE)
 
@@ -129,7 +131,7 @@ def receive(
         command_id=_identity(properties.message_id, body),
         hop=text(headers.get(HOP, "")),
         progress=progress,
-        published_at=_seconds(properties.timestamp),
+        published_at=_published(properties.timestamp, headers.get(STAMPED), progress.received_at),
         headers=headers,
     )
 
@@ -255,11 +257,22 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
 
 
-def _seconds(value: object) -> float | None:
-    """AMQP timestamps are whole seconds; some producers send milliseconds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+def _published(timestamp: object, stamped: object, received_at: float) -> float | None:
+    """When it was published, in seconds since the epoch; never later than when we first received it.
+
+    AMQP timestamps are whole seconds, rounded down: taken as they are, half a second is added to every age, and an
+    objective of one second counts half of the punctual commands as late. So one is read as the end of its second.
+    Milliseconds are exact: as some producers send them, or in the header that RabbitMQ sets if it is told to.
+    """
+    value = stamped if _is_number(stamped) else timestamp
+    if not _is_number(value):
         return None
-    return value / 1000 if value > 10**11 else float(value)
+    exact = value > 10**11
+    return min(value / 1000 if exact else value + 1.0, received_at)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _size(value: object) -> int:

@@ -39,6 +39,9 @@ class Entry:
     key: str
     tags: list[Tag] = field(default_factory=list)
     unconfirmed: int = 0
+    lane: str = ""
+    published_at: float | None = None
+    """Seconds since the epoch; None when nobody dated it."""
 
     @property
     def orphaned(self) -> bool:
@@ -101,6 +104,11 @@ class Ledger:
         for key, acked_on in self._settled.items():
             if acked_on == channel:
                 self._settled[key] = None
+
+    def oldest(self, lane: str) -> float | None:
+        """When the oldest open command of the lane was published, in seconds since the epoch; None without any."""
+        dates = (entry.published_at for entry in self._open.values() if entry.lane == lane)
+        return min((date for date in dates if date is not None), default=None)
 
     def __len__(self) -> int:
         """Entries not settled, orphans in hand and duplicates included."""

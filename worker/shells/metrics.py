@@ -121,6 +121,24 @@ class Metrics:
             ("lane",),
         )
         self._in_flight = {lane: in_flight.labels(lane) for lane in lanes}
+        self._acks = self._counters(
+            "acks_total",
+            "Deliveries acked. Each should have an outcome, a delayed round or a way back to its queue before it: "
+            "acks without outcomes or delayed rounds, while nothing is paused, are a fault of the worker.",
+            ("lane",),
+            lanes,
+        )
+        oldest = self._gauge(
+            "oldest_command_timestamp_seconds",
+            "Unix time at which the oldest command that is in hand was published, 0 with none. Long ago: commands "
+            "queue, or one is stuck; commands in a delayed round are not in hand.",
+            ("lane",),
+        )
+        self._oldest = {lane: oldest.labels(lane) for lane in lanes}
+        self._senders = self._gauge(
+            "senders",
+            "Requests that may be in flight (WORKER_CONCURRENCY): what in_flight is to be compared with.",
+        )
         duration = self._histogram(
             "command_duration_seconds",
             "From a command's delivery to its ack, backoff and confirm included. "
@@ -256,6 +274,18 @@ class Metrics:
     def in_hand(self, lane: str, delta: int) -> None:
         """A sender took a command (+1) or gave it away (-1)."""
         self._in_flight[lane].inc(delta)
+
+    def acked(self, lane: str, deliveries: int) -> None:
+        """So many more deliveries were acked."""
+        self._acks[lane].inc(deliveries)
+
+    def oldest(self, lane: str, published_at: float | None) -> None:
+        """The oldest command in hand was published at this unix time; None when there is none that is dated."""
+        self._oldest[lane].set(published_at or 0.0)
+
+    def senders(self, number: int) -> None:
+        """So many requests may be in flight."""
+        self._senders.set(number)
 
     def settled(self, lane: str, seconds: float) -> None:
         """A command was acked `seconds` after its delivery."""

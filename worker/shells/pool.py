@@ -6,12 +6,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from worker.app.gate import SendersGate
 from worker.core.delivery import Delivery
 from worker.core.lanes import Lanes
 from worker.core.ports import Draining
 from worker.shells.fibers import Fibers
+
+
+class _Ended(Exception):
+    """The pool was stopped."""
+
 
 Work = Callable[[Delivery, bool], bool]
 """``work(delivery, probe)``: sends it and tells the result; True when it was held back and stays in its lane."""
@@ -44,7 +50,8 @@ class Pool:
 
     def stop(self) -> None:
         """Ends the senders when they are free; does not wait."""
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
         self._wake(self._lanes.concurrency)
 
     def offer(self, delivery: Delivery) -> None:
@@ -99,21 +106,24 @@ class Pool:
             return time.monotonic() - min(self._since.values(), default=time.monotonic())
 
     def _run(self) -> None:
-        while not self._stopped:
-            taken = self._take()
-            if taken is None:
-                self._fibers.park()
-            else:
-                self._send(*taken)
+        with suppress(_Ended):
+            while True:
+                taken = self._take()
+                if taken is None:
+                    self._fibers.park()
+                else:
+                    self._send(*taken)
 
     def _take(self) -> tuple[Delivery, bool] | None:
         """The next command and whether it is a probe; None when there is nothing for this sender, which is then on the
         list of those to wake: put there under the lock, or what is offered meanwhile would wake nobody."""
         with self._lock:
+            if self._stopped:
+                raise _Ended
             if self._probes:
                 return self._since_now(self._probes.popleft()), True
             if self._lanes.takable() <= self._choosing:
-                self._parked.append(self._fibers.resumption())
+                self._list()
                 return None
             self._choosing += 1
         draining = False
@@ -125,9 +135,14 @@ class Pool:
             self._choosing -= 1
             delivery = None if draining else self._lanes.take()
             if delivery is None:
-                self._parked.append(self._fibers.resumption())
+                self._list()
                 return None
             return self._since_now(delivery), False
+
+    def _list(self) -> None:
+        if self._stopped:
+            raise _Ended
+        self._parked.append(self._fibers.resumption())
 
     def _since_now(self, delivery: Delivery) -> Delivery:
         self._since[delivery] = time.monotonic()

@@ -55,6 +55,8 @@ class Consumer:
         self._fetching: Callable[[bool], None] | None = None
         self._rest: list[_Lane] = []
         self.paused = False
+        self.acks = dict.fromkeys(queues, 0)
+        """Deliveries acked so far, by lane."""
 
     @property
     def up(self) -> bool:
@@ -111,6 +113,7 @@ class Consumer:
         lane = self._by_number.get(tag.channel)
         if lane is not None:
             lane.acks.settle(tag.number)
+            self.acks[lane.lane] += 1
 
     def requeue(self, tag: Tag) -> None:
         """Back to the queue at the price of one redelivery: only for what crashed a sender."""

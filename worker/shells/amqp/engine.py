@@ -44,6 +44,7 @@ from worker.shells.fibers import Fibers
 from worker.shells.pool import Pool
 
 TICK: Final = 0.1
+TELL_EVERY: Final = 1.0  # seconds between two looks at all that is in hand; no scrape is more frequent
 CLOSE_SECONDS: Final = 3.0
 LONGEST_HOLD: Final = 600.0
 """Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh
@@ -61,6 +62,8 @@ class Watch(Protocol):
     """What the engine tells (metrics)."""
 
     def received(self, lane: str) -> None: ...
+    def acked(self, lane: str, deliveries: int) -> None: ...
+    def oldest(self, lane: str, published_at: float | None) -> None: ...
     def settled(self, lane: str, seconds: float) -> None: ...
     def outcome(self, lane: str, status: str, reason: str, age_seconds: float | None, now: float) -> None: ...
     def delayed_retry(self, lane: str) -> None: ...
@@ -156,6 +159,8 @@ class Engine:
         self._consume_link = link("consume", self._consume_up, self._consume_down)
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
         self._ticked = time.monotonic()
+        self._tell_at = 0.0
+        self._acks_told = dict.fromkeys(LANES, 0)
         self._begun = False
         self._was_held = False
         self._ramp = False
@@ -295,8 +300,18 @@ class Engine:
         self._publisher.tick(now)
         self._publish_link.expect(self._publisher.ready, now)
         self._consume_link.expect(self._consumer.ready, now)
+        if now >= self._tell_at:
+            self._tell_at = now + TELL_EVERY
+            self._tell_lanes()
         if self._gate.draining:
             self._drain()
+
+    def _tell_lanes(self) -> None:
+        """What costs too much to tell with every delivery."""
+        for lane, acks in self._consumer.acks.items():
+            self._watch.acked(lane, acks - self._acks_told[lane])
+            self._acks_told[lane] = acks
+            self._watch.oldest(lane, self._ledger.oldest(lane))
 
     # -- links ------------------------------------------------------------------------------------------------------
 
@@ -351,6 +366,7 @@ class Engine:
         match take:
             case Take.WORK:
                 delivery.entry = entry
+                entry.lane, entry.published_at = lane, delivery.published_at
                 if redelivered:
                     delivery.progress = self._called.pop(delivery.key, delivery.progress)
                     delivery.progress.effect_unknown = True

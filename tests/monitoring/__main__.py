@@ -1,0 +1,74 @@
+"""Makes what is made from sources, and shows it.
+
+python -m tests.monitoring generate   k8s/base/prometheusrule.yaml and k8s/base/dashboard.json
+python -m tests.monitoring cases      the alerts' test cases, as files for `promtool test rules`
+python -m tests.monitoring picture    the dashboard, drawn from a load with faults on real servers
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from tests.monitoring import dashboard, rules
+from tests.monitoring.cases import promtool_files
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.monitoring", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="make the PrometheusRule and the dashboard's JSON anew")
+    generate.add_argument("--prefix", default=rules.PREFIX, help="AMQP_PREFIX of the workers (%(default)s)")
+    generate.add_argument(
+        "--runbooks", default=rules.RUNBOOKS, help="address of the runbook, before the # (%(default)s)"
+    )
+    cases = commands.add_parser("cases", help="write the alerts' test cases as files for promtool test rules")
+    cases.add_argument("directory", type=Path)
+    picture = commands.add_parser(
+        "picture", help="run a load with faults for 90 s and draw the dashboard; needs matplotlib"
+    )
+    picture.add_argument("file", type=Path, help="a PNG")
+    wish = parser.parse_args()
+    match wish.command:
+        case "generate":
+            rules.MANIFEST.write_text(rules.manifest(wish.prefix, wish.runbooks))
+            dashboard.write(prefix=wish.prefix)
+            print(f"{rules.MANIFEST}\n{dashboard.MANIFEST}")
+        case "cases":
+            for path in write_cases(wish.directory):
+                print(path)
+        case "picture":
+            return _picture(wish.file)
+    return 0
+
+
+def write_cases(directory: Path) -> list[Path]:
+    """The files for `promtool test rules`."""
+    paths = []
+    for step, content in promtool_files().items():
+        paths.append(directory / f"cases-{step}.yaml")
+        paths[-1].write_text(yaml.safe_dump(content, sort_keys=False, width=1000))
+    return paths
+
+
+def _picture(file: Path) -> int:
+    try:
+        from tests.monitoring import picture
+    except ModuleNotFoundError as error:
+        print(
+            f"{error.name} is not installed; it is no requirement of the tests: pip install matplotlib", file=sys.stderr
+        )
+        return 1
+    from tests.monitoring.live import load_with_faults
+
+    with tempfile.TemporaryDirectory(prefix="qris-expire-monitoring-") as directory:
+        file.write_bytes(picture.draw(load_with_faults(Path(directory))))
+    print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

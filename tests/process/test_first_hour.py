@@ -92,8 +92,8 @@ def test_the_first_hour(amqp_url: str, prefix: str, tmp_path: Path) -> None:
             "AMQP_URL": amqp_url,
             "AMQP_PREFIX": prefix,
             "RETRY_DELAYS_SECONDS": "none",
-            "BREAKER_COOLDOWN_SECONDS": "1",
-            "BREAKER_MAX_COOLDOWN_SECONDS": "1",
+            "BREAKER_COOLDOWN_SECONDS": "3",
+            "BREAKER_MAX_COOLDOWN_SECONDS": "3",
             "METRICS_PORT": metrics,
         },
     )

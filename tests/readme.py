@@ -7,7 +7,7 @@ A table stands behind ``<!-- table: NAME -->`` and comes from the data that the 
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -72,8 +72,11 @@ def verdicts() -> str:
     rows = [
         (f"{_code(SUCCESS.codes)}, HTTP 2xx", SUCCESS.means, _act(SUCCESS)),
         ("the same, any other HTTP status", "one of the two is wrong", _act(judge(odd))),
-        *((_answer(rule, "{}", "any other code"), rule.means, _act(rule)) for rule in RULES),
-        *((_answer(rule, "no code, HTTP {}", "no code, any other"), rule.means, _act(rule)) for rule in BARE_RULES),
+        *((answer, rule.means, _act(rule)) for answer, rule in _answers(RULES, "", "any other code")),
+        *(
+            (answer, rule.means, _act(rule))
+            for answer, rule in _answers(BARE_RULES, "no code, HTTP ", "no code, any other")
+        ),
         ("none, the call had been sent", "nobody knows what happened", _act(judge(NoReply(True, "")))),
         ("none, it could not be sent", "nothing happened", _act(judge(NoReply(False, "")))),
     ]
@@ -104,11 +107,22 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
 }
 
 
-def _answer(rule: Rule, form: str, rest: str) -> str:
-    if set(rule.codes[0]) <= {"x", "*"}:
-        return rest
-    said = f", *{'* or *'.join(rule.phrases)}*" if rule.phrases else ""
-    return form.format(_code(rule.codes)) + said
+def _answers(rules: Sequence[Rule], form: str, rest: str) -> Iterator[tuple[str, Rule]]:
+    """Which answers a row is about, given that those above it have not matched."""
+    above: list[str] = []
+    for rule in rules:
+        other = "any other " if all(any(_within(one, code) for one in above) for code in rule.codes) else ""
+        said = f", *{'* or *'.join(rule.phrases)}*" if rule.phrases else ""
+        everything = set(rule.codes[0]) <= {"x", "*"}
+        name = _code(rule.codes) + said if said else other + _code(rule.codes)
+        yield rest if everything else form + name, rule
+        above.extend(rule.codes)
+
+
+def _within(code: str, pattern: str) -> bool:
+    return len(code) == len(pattern) and all(
+        wanted in ("x", digit) for digit, wanted in zip(code, pattern, strict=True)
+    )
 
 
 def _act(verdict: Rule | Verdict) -> str:

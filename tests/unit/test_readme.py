@@ -1,17 +1,27 @@
 """The README says what the code does."""
 
 import re
-import textwrap
-from pathlib import Path
+import shlex
 
 import pytest
+import typer
 
+from tests import readme
+from tests.readme import ROOT, SNIPPETS, snippet
+from worker.cli import app
 from worker.core.outcome import DEAD_LETTERED, REASONS
+from worker.core.topology import topology
 from worker.settings import reference
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-SNIPPETS = Path(__file__).parents[1] / "snippets"
-SHOWN = re.compile(r"<!-- snippet: (\S+) -->\n```\w+\n(.*?)\n```\n", re.DOTALL)
+README = readme.README.read_text()
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = sorted(
+    {
+        re.split(r" +[#|>]", line)[0].strip()
+        for line in re.findall(r"^    (?:\$ |.*\| )?qris-expire (\w.*)$", README, re.MULTILINE)
+    }
+)
+STANDING_FOR = {"BILL": "b-1", "MESSAGE-ID": "m-1", "BATCH": "b-1"}
 
 
 def _cells(line: str) -> list[str]:
@@ -42,11 +52,66 @@ def test_outcome_table_is_the_enum() -> None:
     assert {status for status, cells in rows.items() if cells[1].startswith("yes")} == {str(s) for s in DEAD_LETTERED}
 
 
-def snippet(name: str) -> str:
-    """What the README shows of a file: the part between its lines `snippet` and `end`, else all of it."""
-    text = (SNIPPETS / name).read_text()
-    part = re.search(r"^ *// snippet\n(.*?)\n *// end$", text, re.DOTALL | re.MULTILINE)
-    return textwrap.dedent(part[1] if part else text).strip()
+def test_what_is_made_is_up_to_date() -> None:
+    """Every table and every program is what its source makes of it now: `python -m tests.readme` writes them."""
+
+    assert readme.made(README) == README
+    assert sorted(re.findall(r"^<!-- table: (\w+) -->$", README, re.MULTILINE)) == sorted(readme.TABLES)
+    assert sorted(re.findall(r"^<!-- snippet: (\S+) -->$", README, re.MULTILINE)) == names()
+
+
+def test_topology_table_has_all_objects() -> None:
+    """Exchanges and queues in the README are those that are declared."""
+    table = README.split("| object | what |", 1)[1].split("\n\n", 1)[0]
+
+    declared = topology("P", "quorum", [30])
+    assert set(re.findall(r"`(P\.[^`]+)`", table)) - {"P.outcomes.batch.<id>"} == {
+        name.replace(".30", ".<seconds>")
+        for name in [exchange.name for exchange in declared.exchanges] + [queue.name for queue in declared.queues]
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command: str) -> None:
+    """A command of ours in the README is one, with options that it has."""
+    name, *rest = [STANDING_FOR.get(word, word) for word in shlex.split(command)]
+    found = typer.main.get_command(app).get_command(None, name)  # type: ignore[attr-defined]
+
+    while hasattr(found, "commands"):
+        found, rest = found.commands[rest[0]], rest[1:]
+    assert found.make_context(name, rest).command is found
+
+
+def test_links_lead_somewhere() -> None:
+    """Every link of the README leads to a file of the repository, or to a heading that is there."""
+    links = re.findall(r"\]\(([^)\s]+)\)", PROSE)
+    assert links
+
+    for link in links:
+        path, _, anchor = link.partition("#")
+        file = ROOT / path if path else readme.README
+        assert file.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}, link
+
+
+def test_files_that_it_names_exist() -> None:
+    """Files and directories that the README names are there."""
+    named = set(re.findall(r"`((?:worker|app|core|shells|k8s|tests)/[\w./-]*)`", PROSE)) | {
+        "service.py",
+        "processes.py",
+    }
+
+    missing = [name for name in named if not ((ROOT / name).exists() or (ROOT / "worker" / name).exists())]
+    assert not missing
+
+
+def test_settings_that_it_names_exist() -> None:
+    """Variables in the README's text are settings."""
+    named = set(re.findall(r"\b(?:AMQP|GATEWAY|RETRY|BREAKER|WORKER|METRICS|LOG)_[A-Z_]+\b", PROSE))
+
+    assert named <= {name for name, _, _ in reference()}
 
 
 def names() -> list[str]:
@@ -63,9 +128,7 @@ def test_a_snippet_is_short(name: str) -> None:
     assert max(map(len, lines)) <= 120
 
 
-def test_snippets_are_the_files_that_were_run() -> None:
-    """All programs in the README are those of tests/snippets, none is missing; or it has none at all."""
-    shown = dict(SHOWN.findall(README))
+def test_it_is_no_wider_than_a_page() -> None:
+    """Outside of tables and programs no line of the README is wider than a terminal may be."""
 
-    assert README.count("<!-- snippet:") == len(shown)
-    assert shown in ({}, {name: snippet(name) for name in names()})
+    assert not [line for line in PROSE.splitlines() if len(line) > 120 and not line.startswith("|")]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.builders import no_reply, reply
 from worker.core.outcome import REASONS, Reason, Status
-from worker.core.verdict import MAX_MESSAGE, Kind, NoReply, Reply, Verdict, judge, read
+from worker.core.verdict import BARE_RULES, MAX_MESSAGE, RULES, Kind, NoReply, Reply, Rule, Verdict, judge, read
 
 UNKNOWN = True
 """The call may have taken effect."""
@@ -164,6 +164,25 @@ TABLE: list[tuple[str, Reply | NoReply, Meaning]] = [
     ("bad request in 429", reply("4009300", "Bad Request", status=429), refused(Reason.BAD_REQUEST)),
     ("throttled in 200", reply("4299300", "", status=200), THROTTLED),
 ]
+
+
+def in_words(rule: Rule) -> list[Reply]:
+    """Answers made from the words of a row: each of its codes, with each of its phrases."""
+    codes = [code.replace("x", "5").replace("*", "500") for code in rule.codes]
+    return [
+        bare(int(code), text.encode()) if rule in BARE_RULES else reply(code, text)
+        for code in codes
+        for text in (rule.phrases or ("-",))
+    ]
+
+
+@pytest.mark.parametrize("rule", [*RULES, *BARE_RULES], ids=lambda rule: " ".join((*rule.codes, *rule.phrases)))
+def test_a_row_in_words(rule: Rule) -> None:
+    """What a row says to people is what it does: answers made from its words are judged by it."""
+
+    assert rule.means
+    assert {meaning(judge(answer)) for answer in in_words(rule)} == {(rule.kind, rule.reason, rule.effect_unknown)}
+
 
 STATUSES = st.integers(0, 999)
 CODES = st.from_regex(r"[0-9]{7}", fullmatch=True) | st.sampled_from(["2009300", "2009100"]) | st.text(max_size=9)

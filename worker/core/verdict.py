@@ -64,54 +64,72 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row: patterns over ``responseCode`` and ``responseMessage`` → what it means."""
+    """One row: patterns over ``responseCode`` and ``responseMessage`` → what it means.
+
+    ``codes``, ``phrases`` and ``means`` are the row in words, for people.
+    """
 
     code: re.Pattern[str]
     message: re.Pattern[str]
     kind: Kind
-    reason: Reason | None = None
-    effect_unknown: bool = False
+    reason: Reason | None
+    effect_unknown: bool
+    codes: tuple[str, ...]
+    phrases: tuple[str, ...]
+    means: str
 
 
 def _rule(
-    code: str, kind: Kind, reason: Reason | None = None, *, message: str = "", effect_unknown: bool = False
+    codes: str, kind: Kind, reason: Reason | None = None, *, means: str, says: str = "", effect_unknown: bool = False
 ) -> Rule:
-    return Rule(re.compile(code), re.compile(message, re.IGNORECASE), kind, reason, effect_unknown)
+    """``codes``: separated by blanks, x for any digit, * for anything. ``says``: words of the message; | is or."""
+    numbers, phrases = tuple(codes.split()), tuple(filter(None, says.split("|")))
+    code = re.compile("|".join(numbers).replace("x", ".").replace("*", ".*"))
+    message = re.compile("|".join(re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases), re.IGNORECASE)
+    return Rule(code, message, kind, reason, effect_unknown, numbers, phrases, means)
 
 
-# gateway-api section 4, for answers with a well-formed code. `..` stands for any service where the SNAP standard
-# defines the case; codes of the provider's own document are spelled out. Success is not here: it also needs HTTP 2xx.
+# It also needs HTTP 2xx.
+SUCCESS: Final = _rule("2009300 2009100", Kind.DONE, Reason.SUCCESS, means="the code is dead")
+
+# gateway-api section 4, for answers with a well-formed code. `xx` stands for any service where the SNAP standard
+# defines the case; codes of the provider's own document are spelled out.
 RULES: Final = (
-    _rule(r"403..00|404..04|404..19", Kind.DONE, Reason.ALREADY_EXPIRED),
-    _rule(r"404..14", Kind.REFUSED, Reason.PAID),
-    _rule(r"400..00", Kind.REFUSED, Reason.BAD_REQUEST),
-    _rule(r"400..0[12]", Kind.REFUSED, Reason.INVALID_FIELD),
-    _rule(r"4049308", Kind.REFUSED, Reason.INVALID_MERCHANT),
-    _rule(r"4039319", Kind.REFUSED, Reason.MERCHANT_BLACKLISTED),
+    _rule("403xx00 404xx04 404xx19", Kind.DONE, Reason.ALREADY_EXPIRED, means="it was expired or cancelled before"),
+    _rule("404xx14", Kind.REFUSED, Reason.PAID, means="the bill is paid"),
+    _rule("400xx00", Kind.REFUSED, Reason.BAD_REQUEST, means="it does not understand the request"),
+    _rule("400xx01 400xx02", Kind.REFUSED, Reason.INVALID_FIELD, means="a field is wrong or missing"),
+    _rule("4049308", Kind.REFUSED, Reason.INVALID_MERCHANT, means="no such merchant"),
+    _rule("4039319", Kind.REFUSED, Reason.MERCHANT_BLACKLISTED, means="the merchant is blocked"),
     # One code, two meanings in the provider's document: the message decides.
-    _rule(r"4049301", Kind.REFUSED, Reason.NOT_FOUND, message=r"not\s+found"),
-    _rule(r"4049301", Kind.SYSTEMIC, message=r"bad\s+request"),
-    _rule(r"4049301", Kind.REFUSED, Reason.NOT_FOUND),
-    _rule(r"4049300", Kind.SYSTEMIC, message=r"unauthori[sz]ed|forbidden"),
-    _rule(r"401..0[13]", Kind.TOKEN),
-    _rule(r"401....", Kind.TOKEN, message=r"token"),
-    _rule(r"401..00", Kind.SYSTEMIC),
-    _rule(r"409(93|91)00", Kind.ID_CLASH),
-    _rule(r"429....|403..04", Kind.THROTTLED),
-    _rule(r"4......", Kind.REFUSED, Reason.REFUSED),
-    # 202xx00, 3xx, an odd 2xx, every 5xx: nobody says what happened.
-    _rule(r".......", Kind.TRANSIENT, effect_unknown=True),
+    _rule("4049301", Kind.REFUSED, Reason.NOT_FOUND, says="not found", means="no such bill"),
+    _rule("4049301", Kind.SYSTEMIC, says="bad request", means="a header of ours is wrong or missing"),
+    _rule("4049301", Kind.REFUSED, Reason.NOT_FOUND, means="no such bill"),
+    _rule(
+        "4049300",
+        Kind.SYSTEMIC,
+        says="unauthorised|unauthorized|forbidden",
+        means="we may not use this service",
+    ),
+    _rule("401xx01 401xx03", Kind.TOKEN, means="our access token is not good any more"),
+    _rule("401xxxx", Kind.TOKEN, says="token", means="our access token is not good any more"),
+    _rule("401xx00", Kind.SYSTEMIC, means="our signature or our client id is refused"),
+    _rule("4099300 4099100", Kind.ID_CLASH, means="this external id was used today"),
+    _rule("429xxxx 403xx04", Kind.THROTTLED, means="too many requests"),
+    _rule("4xxxxxx", Kind.REFUSED, Reason.REFUSED, means="refused in a way that nobody has described"),
+    # 202xx00, 3xx, an odd 2xx, every 5xx.
+    _rule("xxxxxxx", Kind.TRANSIENT, effect_unknown=True, means="it failed, and nobody says what happened"),
 )
 
 # The same for answers without a well-formed code, by HTTP status; the message is then the body's own text.
 BARE_RULES: Final = (
-    _rule(r"401", Kind.TOKEN, message=r"token"),
-    _rule(r"40[13]", Kind.SYSTEMIC),
-    _rule(r"429", Kind.THROTTLED),
-    _rule(r".*", Kind.TRANSIENT, effect_unknown=True),  # a status below 100 too: the HTTP parser lets "099" pass
+    _rule("401", Kind.TOKEN, says="token", means="our access token is not good any more"),
+    _rule("401 403", Kind.SYSTEMIC, means="somebody before the gateway refuses us"),
+    _rule("429", Kind.THROTTLED, means="too many requests"),
+    # A status below 100 too: the HTTP parser lets "099" pass.
+    _rule("*", Kind.TRANSIENT, effect_unknown=True, means="it failed, and nobody says what happened"),
 )
 
-_SUCCESS = re.compile(r"200(93|91)00\Z")
 _WELL_FORMED = re.compile(r"[2-5]\d{6}\Z", re.ASCII)
 
 
@@ -122,10 +140,10 @@ def judge(answer: Reply | NoReply) -> Verdict:
     code, message = read(answer.body)
     if code is None:
         return _first(BARE_RULES, str(answer.status), None, message or _excerpt(answer.body), answer)
-    if _SUCCESS.match(code):
+    if SUCCESS.code.fullmatch(code):
         if 200 <= answer.status < 300:
             note = "answered for service 91" if code == "2009100" else ""
-            return Verdict(Kind.DONE, Reason.SUCCESS, False, code, message, note)
+            return Verdict(SUCCESS.kind, SUCCESS.reason, False, code, message, note)
         note = f"success code in HTTP {answer.status}"
         return Verdict(Kind.TRANSIENT, None, True, code, message, note)
     return _first(RULES, code, code, message, answer)

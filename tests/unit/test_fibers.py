@@ -106,6 +106,19 @@ def test_an_event_wakes_all_and_stays_set(fibers: Fibers) -> None:
     assert event.is_set()
 
 
+def test_an_event_set_while_a_wait_begins(fibers: Fibers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, between the fiber's look and its being among those to wake: it does not wait."""
+    event, resumption = Event(fibers), fibers.resumption
+
+    def late() -> Callable[[], None]:
+        event.set()
+        return resumption()
+
+    monkeypatch.setattr(fibers, "resumption", late)
+
+    assert together(fibers, lambda: event.wait(NEVER)) == [True]
+
+
 def test_an_event_that_does_not_come(fibers: Fibers) -> None:
     """The wait ends with its time, says so, and leaves nothing behind."""
     event = Event(fibers)

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
@@ -123,7 +124,7 @@ class Fibers:
         armed = [getcurrent()]
 
         def resume() -> None:
-            if armed:
+            with suppress(IndexError):  # not looked at first: two threads may call at the same moment
                 self.soon(partial(armed.pop().switch, True))
 
         return resume
@@ -203,6 +204,8 @@ class Event:
         resume = self._fibers.resumption()
         timer = self._fibers.loop.call_later(timeout, resume)
         self._waiting.append(resume)
+        if self.is_set():  # since we looked, by a thread that has not seen us among those to wake
+            resume()
         self._fibers.park()
         self._waiting.remove(resume)
         self._fibers.loop.remove_timeout(timer)

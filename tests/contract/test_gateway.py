@@ -8,8 +8,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from requests.adapters import BaseAdapter
 
 from tests.builders import BILL
 from tests.fakes import FakeClock, FakeGateway
+from tests.fibers import running_fibers
 from tests.servers import (
     Authority,
     Peer,
@@ -355,7 +356,7 @@ def test_a_date_that_is_none_is_passed_over(client_for: Build, probe: RecordingP
     assert (reply, probe.skews) == (Reply(200, b"{}"), [])
 
 
-# -- trust and threads ----------------------------------------------------------------------------------------------
+# -- trust and senders ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [BoundedAdapter, StockAdapter], ids=["bounded", "stock"])
@@ -379,23 +380,24 @@ def test_a_rotated_authority_takes_effect_with_the_next_call(client_for: Build, 
     assert (distrusted.sent, len(server.requests)) == (False, 4)
 
 
-def test_each_thread_has_a_connection_of_its_own(client_for: Build) -> None:
-    """One client for all senders; answers are never mixed up."""
+def test_each_call_under_way_has_a_connection_of_its_own(client_for: Build) -> None:
+    """One client for all senders; answers are never mixed up, and connections are used again."""
     everyone = threading.Barrier(6)
 
     def echo(peer: Peer) -> None:
+        everyone.wait(5)
         while (request := peer.request()) is not None:
             peer.send(answer(request.partition(b"X-EXTERNAL-ID: ")[2].partition(b"\r\n")[0]))
 
-    with serving(echo) as server, ThreadPoolExecutor(6) as pool:
-        client = client_for(base_of(server))
+    with serving(echo) as server, running_fibers() as fibers:
+        client = client_for(base_of(server), kind=lambda trust: BoundedAdapter(trust, fibers))
 
-        def calls(number: int) -> bool:
-            everyone.wait(5)
-            names = [f"{number}-{call}" for call in range(20)]
-            return all(client.send(signed(**{"X-EXTERNAL-ID": name})) == Reply(200, name.encode()) for name in names)
+        def calls(number: int) -> list[Reply | NoReply]:
+            return [client.send(signed(**{"X-EXTERNAL-ID": f"{number}-{call}"})) for call in range(20)]
 
-        assert all(pool.map(calls, range(6)))
+        senders = [fibers.ask(partial(calls, number)) for number in range(6)]
+        for number, sender in enumerate(senders):
+            assert sender.result(20) == [Reply(200, f"{number}-{call}".encode()) for call in range(20)]
 
     assert server.connections == 6
 

@@ -215,8 +215,7 @@ def test_same_batch_gives_the_same_ids(desk: Desk, rabbit: Rabbit) -> None:
 
 
 def test_unfinished_batch_is_gone_on_with_after_midnight(desk: Desk) -> None:
-    """The default id is content and day, whatever the file is called; the day is that of the beginning: a sweep that
-    broke off yesterday is not begun anew today."""
+    """The default id is content and day, whatever the file is called; what broke off yesterday keeps its own."""
 
     name = desk.file(3)
     shown = desk("sweep", name, "--dry-run").stdout.splitlines()[1]

@@ -44,8 +44,7 @@ def rabbit(amqp_url: str, prefix: str) -> Iterator[Rabbit]:
 
 
 def test_hundred_thousand_bills_interrupted_twice(tmp_path: Path, amqp_url: str, prefix: str, rabbit: Rabbit) -> None:
-    """Killed while it publishes, stopped while it follows, and gone on with: the sum is the input, every bill is in the
-    report, none went out under two ids, and the memory of the command does not grow with the file."""
+    """Killed, stopped and gone on with, it adds up, no bill has two ids, and memory does not grow with the file."""
 
     desk, tap = Desk(tmp_path, amqp_url, prefix), listen(Desk(tmp_path, amqp_url, prefix), rabbit)
     name, call = desk.file(BILLS), ("--wait", "--batch-id", "b", "--report", "out.csv")

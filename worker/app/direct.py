@@ -60,7 +60,7 @@ class Journal(Protocol):
 
 
 class Senders(Protocol):
-    """The threads that carry out `Direct.work`."""
+    """What carries out `Direct.work`."""
 
     def offer(self, delivery: Delivery) -> None: ...
     def hold(self) -> None: ...
@@ -88,7 +88,7 @@ class _NoProperties:
 
 
 class Direct:
-    """One batch. `run` is the caller's thread's, which alone touches the journal; `work` the senders'.
+    """One batch. `run` has a thread, which alone touches the journal; `work` is called in the senders'.
 
     A bill is marked as begun before a sender gets it, and finished only with its outcome: after a crash, those in
     between are sent again as what they are, sent maybe.

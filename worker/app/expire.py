@@ -79,7 +79,7 @@ class _Job:
 class Expire:
     """Turns a delivery into a disposition: parse, attempt until an answer is final or the round is over, conclude.
 
-    Thread-safe; ``signer`` is asked anew for every attempt, so that rotated secrets take effect.
+    Shared by all senders; ``signer`` is asked anew for every attempt, so that rotated secrets take effect.
     """
 
     def __init__(
@@ -108,8 +108,9 @@ class Expire:
         self._signer = signer
         self._new_external_id = new_external_id
         self._default_merchant = default_merchant
-        # One shared object, called directly: a function decorated with @retry shares one statistics dict between
-        # threads and raises KeyError (tenacity #701). `stop` is a plain function: tenacity's own reads its own clock.
+        # One shared object, called directly: a decorated function copies itself for every call. What tenacity keeps of
+        # a decision is the thread's, which is all senders', so nothing here may wait but `sleep`, which comes after it.
+        # `stop` is a plain function: tenacity's own reads its own clock.
         self._attempts = Retrying(
             retry=retry_if_result(_not_final),
             wait=self._pause,

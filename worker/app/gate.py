@@ -36,7 +36,8 @@ class Holds:
 
 
 class SendersGate:
-    """The `Gate` of the core's ports over `Breaker`, `Throttle` and `Pacer`.
+    """The `Gate` of the core's ports over `Breaker`, `Throttle` and `Pacer`. Thread-safe: who hands out the commands
+    may do so from another thread than the senders'.
 
     ``on_hold`` is called, outside the lock, by the sender whose answer began a hold: at once, since until somebody
     stops handing out commands every sender would take one and give it back.

@@ -1,4 +1,7 @@
-"""What the use cases need from the outside: each port fits on a screen; its fake lives beside the tests."""
+"""What the use cases need from the outside: each port fits on a screen; its fake lives beside the tests.
+
+All senders share one of each, and take turns on one thread: while one waits inside, others come in.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class TokenUnavailable(Exception):
 
 
 class Tokens(Protocol):
-    """One token for all senders. Thread-safe."""
+    """One token for all senders."""
 
     def get(self) -> Token:
         """A token that is good by our clock. Raises `TokenUnavailable`; may block for one token request."""
@@ -47,8 +50,8 @@ class Tokens(Protocol):
 
 
 class Gateway(Protocol):
-    """Sends one signed expire call. Thread-safe, no retries of its own, bounded in time and size; never raises for
-    what the network or the gateway does."""
+    """Sends one signed expire call: no retries of its own, bounded in time and size; never raises for what the network
+    or the gateway does."""
 
     def send(self, request: SignedRequest) -> Reply | NoReply:
         """The answer, or that there was none."""
@@ -77,7 +80,7 @@ class Draining(Exception):
 
 
 class Gate(Protocol):
-    """What stands before every expire call. Thread-safe."""
+    """What stands before every expire call."""
 
     def enter(self, *, probe: bool, paced: bool) -> None:
         """Returns when a call may go out now; waits for the rate limit unless ``paced``. Raises `Held`, `Draining`."""

@@ -58,7 +58,7 @@ class Grant:
 
 
 class GatewayClient:
-    """The `Gateway` of the core's ports, and the token service. Thread-safe."""
+    """The `Gateway` of the core's ports, and the token service. For one thread, whose fibers may all call at once."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ _READ_BYTES: Final = 16 * 1024
 
 
 class StockAdapter(HTTPAdapter):
-    """requests' adapter without retries, one keep-alive connection to one origin. Not thread-safe: one per thread.
+    """requests' adapter without retries, one keep-alive connection to one origin. For one call at a time.
 
     Takes, bounds and raises what `BoundedAdapter` does. ``proxies`` are requests' own, scheme to URL; connecting then
     includes the proxy's answer to CONNECT. (Only the TLS handshake *inside* TLS to a proxy is bounded read by read.)

@@ -16,7 +16,7 @@ _SKEW_EVERY: Final = 60.0
 
 
 class Telemetry:
-    """Metrics and logs of what senders see. Thread-safe."""
+    """Metrics and logs of what senders see."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

@@ -9,11 +9,11 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 from pika.adapters.select_connection import IOLoop
 
-from worker.core.delivery import BATCH_ID, Delivery, Message, text
+from worker.core.delivery import BATCH_ID, Message, text
 from worker.core.topology import Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.declaring import Declaring
@@ -29,10 +29,6 @@ AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest wait
 TICK: Final = 0.1
 CLOSE_SECONDS: Final = 3.0
 GONE_SECONDS: Final = 5.0  # without a delivery, of those that were there a moment ago
-
-_NO_DELIVERY: Final = cast(
-    "Delivery", None
-)  # the worker's publications name what is acked after them; ours have nothing
 
 
 class Errand(Protocol):
@@ -79,7 +75,7 @@ class Bulk:
         self._publisher: Publisher[int] = Publisher(
             self._loop,
             _Unwatched(),
-            on_confirmed=lambda publication: errand.confirmed(publication.result),
+            on_confirmed=lambda publication: errand.confirmed(publication.settles),
             after_confirms=self._refill,
             guard=self._guard,
         )
@@ -115,9 +111,7 @@ class Bulk:
             parameters,
             on_up=on_up,
             on_down=on_down,
-            on_refused=lambda _: (
-                None
-            ),  # refused at first is told before we start; later it is waited for like any trouble
+            on_refused=_passed_over,
             on_blocked=lambda _: self._feed(),
             guard=self._guard,
             rng=rng,
@@ -190,7 +184,7 @@ class Bulk:
                 if following is None:
                     return
                 number, message = following
-                self._publisher.publish(Publication(message, _NO_DELIVERY, number))
+                self._publisher.publish(Publication(message, number))
 
     # -- following --------------------------------------------------------------------------------------------------
 
@@ -279,6 +273,10 @@ def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:
         if not left:
             break
     channel.close()
+
+
+def _passed_over(_reason: str) -> None:
+    """A refusal at first is told before we start; a later one is waited for like any trouble."""
 
 
 class _Unwatched:

@@ -132,7 +132,7 @@ class Engine:
         self._called: OrderedDict[str, Progress] = OrderedDict()
         """What is known of calls for commands that the broker took back, by `Delivery.key`."""
         self._attention = True
-        self._publisher: Publisher[Result] = Publisher(
+        self._publisher: Publisher[tuple[Delivery, Result]] = Publisher(
             self._loop,
             watch,
             on_confirmed=self._confirmed,
@@ -446,17 +446,17 @@ class Engine:
         assert delivery.entry is not None
         self._ledger.publish(delivery.entry, len(messages))
         for message in messages:
-            self._publisher.publish(Publication(message, delivery, result))
+            self._publisher.publish(Publication(message, (delivery, result)))
 
-    def _confirmed(self, publication: Publication[Result]) -> None:
-        delivery = publication.delivery
+    def _confirmed(self, publication: Publication[tuple[Delivery, Result]]) -> None:
+        delivery, result = publication.settles
         assert delivery.entry is not None
         tags = self._ledger.confirmed(delivery.entry)
         if delivery.entry.unconfirmed:
             return
         for tag in tags:
             self._consumer.settle(tag)
-        self._count(delivery, publication.result)
+        self._count(delivery, result)
 
     def _count(self, delivery: Delivery, result: Result) -> None:
         lane = delivery.lane

@@ -12,7 +12,7 @@ import pika
 import structlog
 from pika.adapters.select_connection import IOLoop
 
-from worker.core.delivery import Delivery, Message
+from worker.core.delivery import Message
 from worker.core.settlement import Confirms
 from worker.shells.amqp.link import Guard, Link
 
@@ -25,7 +25,7 @@ RETRY_LONGEST: Final = 30.0
 
 log = structlog.get_logger()
 
-R = TypeVar("R")
+S = TypeVar("S")
 
 
 class Watch(Protocol):
@@ -36,17 +36,16 @@ class Watch(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Publication(Generic[R]):
-    """One message on its way, the delivery whose ack waits for it, and what became of that."""
+class Publication(Generic[S]):
+    """One message on its way, and what its confirm settles, of which only the owner of the publisher knows more."""
 
     message: Message
-    delivery: Delivery
-    result: R
+    settles: S
     published_at: float = 0.0
     tries: int = 0
 
 
-class Publisher(Generic[R]):
+class Publisher(Generic[S]):
     """All methods belong to the loop's thread."""
 
     def __init__(
@@ -54,7 +53,7 @@ class Publisher(Generic[R]):
         loop: IOLoop,
         watch: Watch,
         *,
-        on_confirmed: Callable[[Publication[R]], None],
+        on_confirmed: Callable[[Publication[S]], None],
         after_confirms: Callable[[], None] = lambda: None,
         guard: Guard,
     ) -> None:
@@ -67,10 +66,10 @@ class Publisher(Generic[R]):
         self._connection: Any = None
         self._channel: Any = None
         self._on_ready: Callable[[], None] = lambda: None
-        self._confirms: Confirms[Publication[R]] = Confirms()
-        self._backlog: deque[Publication[R]] = deque()
+        self._confirms: Confirms[Publication[S]] = Confirms()
+        self._backlog: deque[Publication[S]] = deque()
         self._delayed = 0
-        self._refused: set[Publication[R]] = set()
+        self._refused: set[Publication[S]] = set()
         self.trouble = ""
         """What keeps the broker from taking messages, though the channel is open."""
 
@@ -120,7 +119,7 @@ class Publisher(Generic[R]):
         self._channel = self._connection = None
         self._take_back()
 
-    def publish(self, publication: Publication[R]) -> None:
+    def publish(self, publication: Publication[S]) -> None:
         """Sends now, or as soon as it can be sent."""
         self._backlog.append(publication)
         self.flush()
@@ -140,7 +139,7 @@ class Publisher(Generic[R]):
             self.trouble = f"no confirm for {CONFIRM_SECONDS:.0f} s"
             self._link.bounce(self.trouble)
 
-    def _send(self, publication: Publication[R]) -> None:
+    def _send(self, publication: Publication[S]) -> None:
         message = publication.message
         publication.published_at = time.monotonic()
         self._confirms.published(publication)
@@ -193,7 +192,7 @@ class Publisher(Generic[R]):
                 self._confirms.returned(publication)
                 return
 
-    def _later(self, publication: Publication[R]) -> None:
+    def _later(self, publication: Publication[S]) -> None:
         """Refused (nack) or unroutable: it is tried again until it is taken, since nobody else has it."""
         publication.tries += 1
         self._refused.add(publication)
@@ -229,7 +228,7 @@ class Publisher(Generic[R]):
         self._backlog.extendleft(reversed(self._confirms.lost()))
         self._watch.unconfirmed(len(self))
 
-    def _again(self, publication: Publication[R]) -> None:
+    def _again(self, publication: Publication[S]) -> None:
         self._delayed -= 1
         self.publish(publication)
 

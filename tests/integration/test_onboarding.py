@@ -18,11 +18,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from tests.commands import call
 from tests.servers import Authority, always, answer, refusing_port, serving
-from worker.sandbox import simulator as gateway
-from worker.sandbox.simulator import Fault, Script, Simulator, own_key
+from worker.sandbox.simulator import EXPIRE_PATH, Fault, Script, Simulator, checks, own_key, private_pem
 
 SECRET = "a-secret-of-the-test"
-EXPIRE = gateway.EXPIRE_PATH
+EXPIRE = EXPIRE_PATH
 
 
 class Said(NamedTuple):
@@ -132,7 +131,7 @@ def test_another_key(run: Run, tmp_path: Path) -> None:
 
     other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
-    said = run("check", GATEWAY_PRIVATE_KEY_FILE=_key_file(tmp_path / "other.pem", gateway.private_pem(other)))
+    said = run("check", GATEWAY_PRIVATE_KEY_FILE=_key_file(tmp_path / "other.pem", private_pem(other)))
 
     assert "GATEWAY_PRIVATE_KEY_FILE is not the key whose public half" in said.line("token")
     assert said.line("key").startswith("key       ok")
@@ -144,7 +143,7 @@ def test_another_key(run: Run, tmp_path: Path) -> None:
 def test_key_as_pasted(run: Run, tmp_path: Path, damage: tuple[bytes, bytes]) -> None:
     """A key with CRLF or a literal backslash n works as it is."""
 
-    pasted = gateway.private_pem(own_key()).replace(*damage)
+    pasted = private_pem(own_key()).replace(*damage)
 
     said = run("check", GATEWAY_PRIVATE_KEY_FILE=_key_file(tmp_path / "pasted.pem", pasted))
 
@@ -378,15 +377,15 @@ def test_sign_shows_everything_but_secrets(run: Run, simulated: Simulator) -> No
     body = '{"billnumber":"10092081","additionalInfo":{"merchantId":"121000001"}}'
     assert (said.code, said.err) == (0, "no expire was sent\n")
     assert f"body            {body}\n" in said.out
-    signed = gateway.string_to_sign(
-        "hmac-sha512", gateway.EXPIRE_PATH, "ACCESS-TOKEN", body.encode(), "2026-11-22T12:00:00.000+07:00"
+    signed = checks.string_to_sign(
+        "hmac-sha512", EXPIRE_PATH, "ACCESS-TOKEN", body.encode(), "2026-11-22T12:00:00.000+07:00"
     )
     assert f"string to sign  {signed.decode()}\n" in said.out
     assert _headers(said)["X-SIGNATURE"] == "***"
     assert simulated.report().token_calls == simulated.report().expire_calls == 0
 
 
-@pytest.mark.parametrize("scheme", gateway.SIGNATURES)
+@pytest.mark.parametrize("scheme", checks.SIGNATURES)
 def test_sign_is_what_the_gateway_checks(run: Run, simulated: Simulator, scheme: str) -> None:
     """What is printed is a signature by the gateway's own rule, under every scheme."""
 
@@ -395,13 +394,13 @@ def test_sign_is_what_the_gateway_checks(run: Run, simulated: Simulator, scheme:
     headers = _headers(said)
     (body,) = re.findall(r"^body +(.*)$", said.out, re.MULTILINE)
     (text,) = re.findall(r"^string to sign +(.*)$", said.out, re.MULTILINE)
-    signed = gateway.string_to_sign(scheme, gateway.EXPIRE_PATH, "tok", body.encode(), headers["X-TIMESTAMP"])
+    signed = checks.string_to_sign(scheme, EXPIRE_PATH, "tok", body.encode(), headers["X-TIMESTAMP"])
     assert text == signed.decode()
     assert headers["Authorization"] == "Bearer tok"
     if scheme == "hmac-sha512":
-        assert gateway.hmac_signed(SECRET.encode(), signed, headers["X-SIGNATURE"])
+        assert checks.hmac_signed(SECRET.encode(), signed, headers["X-SIGNATURE"])
     else:
-        assert gateway.rsa_signed(simulated.rules.public_key, signed, headers["X-SIGNATURE"])
+        assert checks.rsa_signed(simulated.rules.public_key, signed, headers["X-SIGNATURE"])
 
 
 def test_sign_with_a_real_token(run: Run, simulated: Simulator) -> None:

@@ -32,18 +32,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from tests.waiting import wait_until
-from worker.sandbox.simulator import (
-    Fault,
-    Pattern,
-    Rate,
-    Script,
-    ScriptError,
-    Simulator,
-    hmac_signed,
-    own_key,
-    rsa_signed,
-    string_to_sign,
-)
+from worker.sandbox.simulator import Fault, Pattern, Rate, Script, ScriptError, Simulator, own_key
+from worker.sandbox.simulator.checks import hmac_signed, rsa_signed, string_to_sign
 
 SIGN_PATH = "/qr/qr-mpm-expire-billnumber"
 

@@ -1,0 +1,344 @@
+"""How the gateway behaves: frozen values, also readable from JSON (`Script.parse`)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+EXPIRES_IN: Final = ("string", "int", "datetime", "absent")
+
+
+class ScriptError(ValueError):
+    """A script that cannot be played. One line: where in the script, and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What one call gets instead of plain success. An empty one is plain success.
+
+    At most one of `code`, `html`, `body`, `hang` and `reset` says what comes back. The checks (headers,
+    token, signature, external id, body) come first: a call that fails them gets their refusal and uses up no
+    fault.
+
+    `code`, `message`   a SNAP answer; its HTTP status is the code's first three digits, or else `http`
+    `html`              this HTTP status with a page, as from a proxy or firewall
+    `body`              these bytes with status `http` (200)
+    `hang`              seconds without any answer, then the connection closes
+    `reset`             a TCP reset; `before`: nothing took effect, not even the external id;
+                        `after`: the call took effect
+    `latency`           seconds before the answer (or the reset); what takes effect has done so on arrival
+    `trickle`           seconds between the bytes of the answer, headers included
+    `retry_after`       value of the Retry-After header
+    `close`             the connection closes after the answer, announced by Connection: close
+    `applied`           whether the bill counts as expired (of the token service: whether a token is issued);
+                        by default after a success code, plain success and a reset `after`
+    `repeat`            in a sequence: stay here for ever
+    """
+
+    code: str | None = None
+    message: str | None = None
+    http: int | None = None
+    latency: float = 0.0
+    hang: float = 0.0
+    reset: str | None = None
+    html: int | None = None
+    body: str | None = None
+    retry_after: str | None = None
+    trickle: float = 0.0
+    close: bool = False
+    applied: bool | None = None
+    repeat: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = [
+            name
+            for name, given in (
+                ("code", self.code is not None),
+                ("html", self.html is not None),
+                ("body", self.body is not None),
+                ("hang", self.hang > 0),
+                ("reset", self.reset is not None),
+            )
+            if given
+        ]
+        if len(kinds) > 1:
+            raise ScriptError(f"a fault has one kind of answer, not {' and '.join(kinds)}")
+        if min(self.latency, self.hang, self.trickle) < 0:
+            raise ScriptError("latency, hang and trickle must not be negative")
+        if self.code is not None and not re.fullmatch(r"[2-5]\d{6}", self.code):
+            raise ScriptError(f"code {self.code!r} is not a response code of 7 digits")
+        if self.message is not None and self.code is None:
+            raise ScriptError("message needs a code")
+        if self.http is not None and self.code is None and self.body is None:
+            raise ScriptError("http needs a code or a body")
+        if self.reset not in (None, "before", "after"):
+            raise ScriptError(f"reset is 'before' or 'after', not {self.reset!r}")
+        if any(status is not None and not 200 <= status <= 599 for status in (self.http, self.html)):
+            raise ScriptError("an HTTP status lies between 200 and 599")
+        if self.retry_after is not None and not re.fullmatch(r"[ -~]*", self.retry_after):
+            raise ScriptError("retry_after holds printable ASCII characters only")
+
+    @classmethod
+    def parse(cls, raw: object, where: str = "fault") -> Fault:
+        """A fault from a JSON object, keys as above. Raises ScriptError, also for unknown keys."""
+        return _built(cls, _members(raw, _FAULT_KEYS, where), where)
+
+    @property
+    def takes_effect(self) -> bool:
+        """Whether the call did what it asked for, whatever the caller is told."""
+        if self.applied is not None:
+            return self.applied
+        if self.code is not None:
+            return self.code.startswith("200")
+        return self.reset != "before" and self.html is None and self.body is None and not self.hang
+
+    @property
+    def label(self) -> str:
+        """The key under which a report counts it; empty for plain success."""
+        if self.code is not None:
+            return self.code
+        if self.reset is not None:
+            return f"reset {self.reset}"
+        if self.hang:
+            return "hang"
+        if self.html is not None or self.body is not None:
+            return f"http {self.html or self.http or 200}"
+        return ""
+
+
+NORMAL: Final = Fault()
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Faults for every bill in which the regular expression `match` is found, each bill from the start."""
+
+    match: str
+    faults: tuple[Fault, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ScriptError(f"match {self.match!r} is no regular expression: {error}") from None
+        _check_sequence(self.faults)
+
+    @classmethod
+    def parse(cls, raw: object, where: str = "pattern") -> Pattern:
+        """From `{"match": "^BAD", "faults": [...]}`."""
+        return _built(cls, _members(raw, {"match": _text, "faults": _faults}, where, required=True), where)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """One fault for a share (0 to 1) of the calls, chosen by a hash of the script's seed and external id."""
+
+    share: float
+    fault: Fault
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ScriptError("share lies between 0 and 1")
+
+    @classmethod
+    def parse(cls, raw: object, where: str = "rate") -> Rate:
+        """From `{"share": 0.05, "fault": {...}}`."""
+        readers: Mapping[str, _Reader] = {"share": _number, "fault": Fault.parse}
+        return _built(cls, _members(raw, readers, where, required=True), where)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """How the gateway behaves. The default behaves well.
+
+    A bill named in `bills` follows that list, one fault per call, then normal; another the first of
+    `patterns` that fits; only a bill in neither can be hit by `rates`, whose shares add up to at most 1.
+
+    `token_faults`         the same kind of list for calls of the token service
+    `seed`                 of the choice by `rates`
+    `down`                 every connection is reset once it has asked for anything but `/_simulator/`
+    `latency`              seconds added to every answer of both services
+    `requests_per_second`  more expire calls than this in a second get 4299300 with Retry-After; 0: no limit
+    `single_token`         a new token kills the old ones
+    `token_lifetime`       seconds a new token lives
+    `kill_token_every`     after each so many expire calls with a living token, all tokens die; 0: never
+    `expires_in`           how the lifetime is told: `string`, `int` (whole seconds), `datetime`, `absent`
+    `skew`                 seconds that X-TIMESTAMP may differ from the gateway's clock
+    `clock_offset`         seconds the gateway's clock is ahead of this machine's (negative: behind): the Date
+                           header, the skew check and the day of external ids follow it
+    `already`              response code for a bill that had expired before; by default success again
+    """
+
+    bills: Mapping[str, tuple[Fault, ...]] = field(default_factory=dict)
+    patterns: tuple[Pattern, ...] = ()
+    rates: tuple[Rate, ...] = ()
+    token_faults: tuple[Fault, ...] = ()
+    seed: int = 1
+    down: bool = False
+    latency: float = 0.0
+    requests_per_second: float = 0.0
+    single_token: bool = False
+    token_lifetime: float = 900.0
+    kill_token_every: int = 0
+    expires_in: str = "string"
+    skew: float = 300.0
+    clock_offset: float = 0.0
+    already: str | None = None
+
+    def __post_init__(self) -> None:
+        for faults in (self.token_faults, *self.bills.values()):
+            _check_sequence(faults)
+        if sum(rate.share for rate in self.rates) > 1 + 1e-9:
+            raise ScriptError("the shares of rates add up to more than 1")
+        if min(self.latency, self.requests_per_second, self.token_lifetime, self.kill_token_every) < 0:
+            raise ScriptError("seconds, rates and counts must not be negative")
+        if self.expires_in not in EXPIRES_IN:
+            raise ScriptError(f"expires_in is one of {', '.join(EXPIRES_IN)}, not {self.expires_in!r}")
+        if self.already is not None:
+            Fault(code=self.already)
+
+    @classmethod
+    def parse(cls, raw: object) -> Script:
+        """A script from a JSON object, keys as above. Raises ScriptError, also for unknown keys."""
+        return _built(cls, _members(raw, _SCRIPT_KEYS, "script"), "script")
+
+    @classmethod
+    def load(cls, path: Path) -> Script:
+        """A script from a JSON file. Raises ScriptError; OSError when the file cannot be read."""
+        try:
+            return cls.parse(json.loads(path.read_bytes()))
+        except ScriptError as error:
+            raise ScriptError(f"{path}: {error}") from None
+        except ValueError as error:
+            raise ScriptError(f"{path}: no JSON: {error}") from None
+
+
+_TYPE_NAMES: Final = {dict: "object", list: "list", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _wrong(value: object, wanted: str, where: str) -> ScriptError:
+    return ScriptError(f"{where}: wanted {wanted}, found {_TYPE_NAMES.get(type(value), 'number')}")
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong(value, "text", where)
+    return value
+
+
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(value, "true or false", where)
+    return value
+
+
+def _signed(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise _wrong(value, "a number", where)
+    return float(value)
+
+
+def _number(value: object, where: str) -> float:
+    number = _signed(value, where)
+    if not 0 <= number < float("inf"):
+        raise ScriptError(f"{where}: must not be negative or infinite")
+    return number
+
+
+def _integer(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong(value, "a whole number", where)
+    if value < 0:
+        raise ScriptError(f"{where}: must not be negative")
+    return value
+
+
+def _items(value: object, where: str) -> list[tuple[object, str]]:
+    if not isinstance(value, list):
+        raise _wrong(value, "a list", where)
+    return [(item, f"{where}[{at}]") for at, item in enumerate(value)]
+
+
+def _faults(value: object, where: str) -> tuple[Fault, ...]:
+    return tuple(Fault.parse(*item) for item in _items(value, where))
+
+
+def _patterns(value: object, where: str) -> tuple[Pattern, ...]:
+    return tuple(Pattern.parse(*item) for item in _items(value, where))
+
+
+def _rates(value: object, where: str) -> tuple[Rate, ...]:
+    return tuple(Rate.parse(*item) for item in _items(value, where))
+
+
+def _bills(value: object, where: str) -> dict[str, tuple[Fault, ...]]:
+    if not isinstance(value, dict):
+        raise _wrong(value, "an object", where)
+    return {bill: _faults(faults, f"{where}.{bill}") for bill, faults in value.items()}
+
+
+_Reader = Callable[[object, str], Any]
+_T = TypeVar("_T")
+
+_FAULT_KEYS: Final[Mapping[str, _Reader]] = {
+    "code": _text,
+    "message": _text,
+    "http": _integer,
+    "latency": _number,
+    "hang": _number,
+    "reset": _text,
+    "html": _integer,
+    "body": _text,
+    "retry_after": _text,
+    "trickle": _number,
+    "close": _flag,
+    "applied": _flag,
+    "repeat": _flag,
+}
+_SCRIPT_KEYS: Final[Mapping[str, _Reader]] = {
+    "bills": _bills,
+    "patterns": _patterns,
+    "rates": _rates,
+    "token_faults": _faults,
+    "seed": _integer,
+    "down": _flag,
+    "latency": _number,
+    "requests_per_second": _number,
+    "single_token": _flag,
+    "token_lifetime": _number,
+    "kill_token_every": _integer,
+    "expires_in": _text,
+    "skew": _number,
+    "clock_offset": _signed,
+    "already": _text,
+}
+
+
+def _members(raw: object, readers: Mapping[str, _Reader], where: str, *, required: bool = False) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise _wrong(raw, "an object", where)
+    if unknown := [key for key in raw if key not in readers]:
+        raise ScriptError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(readers)}")
+    if required and (missing := [key for key in readers if key not in raw]):
+        raise ScriptError(f"{where}: {missing[0]} is missing")
+    return {key: readers[key](value, f"{where}.{key}") for key, value in raw.items()}
+
+
+def _built(kind: Callable[..., _T], members: dict[str, Any], where: str) -> _T:
+    try:
+        return kind(**members)
+    except ScriptError as error:
+        raise ScriptError(f"{where}: {error}") from None
+
+
+def _check_sequence(faults: Sequence[Fault]) -> None:
+    if any(fault.repeat for fault in faults[:-1]):
+        raise ScriptError("nothing comes after a fault with repeat")
+
+
+PLAIN: Final = Script()

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from worker.core.lanes import LANES
 from worker.core.outcome import REASONS
-from worker.processes import PREFIX
+from worker.core.scrapes import PREFIX
 from worker.shells.metrics import Metrics
 
 OF_FAMILIES: Final = frozenset({"processes_running", "process_restarts_total"})

@@ -101,6 +101,15 @@ class Calls:
             new_external_id=external_ids(clock),
             default_merchant=gateway.merchant_id,
         )
+        self._secrets_at = time.monotonic() + SECRETS_EVERY
+
+    def take_over_secrets(self) -> None:
+        """Looks whether mounted secrets have changed; to be asked again and again, it knows how often to look."""
+        if time.monotonic() < self._secrets_at:
+            return
+        self._secrets_at = time.monotonic() + SECRETS_EVERY
+        if self.credentials.refresh():
+            self.tokens.renew()
 
 
 def calls(settings: Settings) -> Calls:
@@ -116,20 +125,19 @@ class Worker:
         self.settings = settings
         self.metrics = _metrics()
         self.metrics.started(clock.epoch())
-        calls = Calls(settings, Telemetry(self.metrics), clock, rng)
-        self.credentials, self.gate = calls.credentials, calls.gate
-        self.tokens, self.expire, self.fibers = calls.tokens, calls.expire, calls.fibers
+        self.calls = Calls(settings, Telemetry(self.metrics), clock, rng)
+        self.gate, self.expire = self.calls.gate, self.calls.expire
         self.engine = Engine(
             _plan(settings, settings.retry.delays_seconds),
             _broker_parameters(settings.amqp),
-            fibers=self.fibers,
+            fibers=self.calls.fibers,
             gate=self.gate,
             watch=self.metrics,
             clock=clock,
             rng=rng,
         )
         lanes: Lanes[Delivery] = Lanes(settings.worker.concurrency, settings.worker.sweep_share)
-        self.pool = Pool(lanes, self.gate, self.work, self.fibers)
+        self.pool = Pool(lanes, self.gate, self.work, self.calls.fibers)
         self.metrics.senders(settings.worker.concurrency)
 
     def work(self, delivery: Delivery, probe: bool) -> bool:
@@ -214,15 +222,11 @@ def serve(settings: Settings) -> int:
 
 def _watch(worker: Worker) -> int:
     """Until a signal, or something that only a restart mends."""
-    secrets_at = time.monotonic() + SECRETS_EVERY
     while signals.wait(0.5) == 0:
         code = _trouble(worker)
         if code is not None:
             return code
-        if time.monotonic() >= secrets_at:
-            secrets_at = time.monotonic() + SECRETS_EVERY
-            if worker.credentials.refresh():
-                worker.tokens.renew()
+        worker.calls.take_over_secrets()
     return _drain(worker)
 
 
@@ -255,7 +259,7 @@ def _check_credentials(worker: Worker) -> int | None:
 
     A signal does not wait for it: a service that accepts and stays silent takes the whole GATEWAY_READ_TIMEOUT_SECONDS.
     """
-    asking = worker.fibers.ask(worker.tokens.get)
+    asking = worker.calls.fibers.ask(worker.calls.tokens.get)
     while not asking.done() and not signals.received():
         wait([asking], 0.02)
     failure = asking.exception() if asking.done() else None

@@ -6,10 +6,9 @@ import csv
 import shlex
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -18,23 +17,15 @@ import typer
 
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble
-from worker.cli.batches import STATE_DIR_HELP, journal_path, open_journal, output, print_tally, state_directory
+from worker.cli.batches import STATE_DIR_HELP, journal_path, open_journal, print_tally, state_directory
+from worker.cli.intake import Input, batch, take_in
 
 if TYPE_CHECKING:
-    from worker.cli.meter import Meter
-    from worker.core.rows import BadRow, Row
     from worker.core.sweep import Tally
-    from worker.service import Calls
     from worker.settings import AmqpSettings, Settings
-    from worker.shells.journal import Journal, Load
-    from worker.shells.source import Source
+    from worker.shells.journal import Journal
 
 SHOWN: Final = 3  # commands that --dry-run prints
-BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
-RESUMED_SECONDS: Final = 86_400.0
-"""An unfinished batch of the same input is gone on with for a day, whatever the date in its id: a sweep that breaks off
-at midnight must not publish its bills under two ids."""
-SECRETS_EVERY: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +114,7 @@ def sweep(
         if wish.dry_run:
             return _dry_run(wish, amqp.prefix, settings)
         directory = state_directory(amqp.prefix, wish.state_dir)
-        with _batch(wish, directory, settings) as journal:
+        with _journal(wish, directory, settings) as journal:
             if journal is None:
                 return 0
             try:
@@ -184,146 +175,24 @@ def _told() -> Iterator[None]:
 
 
 @contextmanager
-def _batch(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal | None]:
+def _journal(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal | None]:
     """The batch's journal, ours alone. None when the input has no bills."""
     from worker.shells.journal import Journal, lock
 
-    if wish.follow is not None:
-        open_journal(directory, wish.follow).close()
-        path, load = journal_path(directory, wish.follow), None
-    else:
-        load, source, invalid = _load(wish, directory, settings)
-        path = directory
-    try:
-        if load is not None:
-            digest = source.digest(wish.merchant_id or "")
-            if not load.counts()[0]:
-                output().print(f"{source.name}: no bills, nothing to publish", highlight=False)
-                yield None
-                return
-            path = _path_of(wish, directory, digest)
-        with lock(path):
-            if load is not None and not _known(path, digest):
-                load.keep(path, batch=path.stem, source=source.name, digest=digest, invalid=invalid, now=time.time())
-            journal = Journal(path)
-            try:
-                yield journal
-            finally:
-                journal.close()
-    finally:
-        if load is not None:
-            load.discard()
+    if wish.follow is None:
+        with batch(_input(wish, settings), directory) as journal:
+            yield journal
+        return
+    open_journal(directory, wish.follow).close()
+    path = journal_path(directory, wish.follow)
+    with lock(path), closing(Journal(path)) as journal:
+        yield journal
 
 
-def _load(wish: _Wish, directory: Path, settings: Any) -> tuple[Load, Source, int]:
-    """The input, checked, in a journal that has no name yet; and how many rows were invalid."""
-    from worker.cli.meter import Meter
-    from worker.core.rows import InputError
-    from worker.shells.journal import Load, clean
-    from worker.shells.source import Source
-
+def _input(wish: _Wish, settings: Any) -> Input:
     assert wish.file is not None
-    name = "stdin" if wish.file == "-" else wish.file
-    clean(directory)
-    load = Load(directory)
-    try:
-        with Source(wish.file) as source, Meter(name) as meter:
-            reading = _Reading(
-                wish, source, meter, merchant_needed=wish.direct and settings.gateway.merchant_id is None
-            )
-            load.fill(reading.rows())
-        if reading.invalid and not wish.skip_invalid:
-            raise Trouble(
-                f"{name}: {reading.invalid:,} of {reading.count:,} rows cannot be used, so nothing was sent; "
-                "correct them, or send the rest with --skip-invalid",
-                code=INVALID,
-            )
-    except InputError as error:
-        load.discard()
-        where = f"{name}:{error.line}" if error.line is not None else name
-        raise Trouble(f"{where}: {error.reason}; nothing was sent", code=INVALID) from None
-    except KeyboardInterrupt:
-        load.discard()
-        print(f"qris-expire: stopped while reading {name}; nothing was sent", file=sys.stderr)
-        raise
-    except BaseException:
-        load.discard()
-        raise
-    return load, source, reading.invalid
-
-
-class _Reading:
-    """Good rows go on, bad ones are told."""
-
-    def __init__(self, wish: _Wish, source: Source, meter: Meter, *, merchant_needed: bool) -> None:
-        self._wish = wish
-        self._source = source
-        self._meter = meter
-        self._merchant_needed = merchant_needed
-        self.count = 0
-        self.invalid = 0
-
-    def rows(self) -> Iterator[Row]:
-        from worker.core.rows import BadRow, read
-
-        source = self._source
-        merchant = self._wish.merchant_id or ""
-        for row in read(
-            source.lines(), json_lines=source.json_lines, merchant=merchant, merchant_needed=self._merchant_needed
-        ):
-            self.count += 1
-            if isinstance(row, BadRow):
-                self._tell(row)
-            else:
-                yield row
-            if self.count % 1000 == 0:
-                self._meter.reading(self.count, source.bytes_read, source.size)
-
-    def _tell(self, row: BadRow) -> None:
-        self.invalid += 1
-        if self.invalid <= BAD_ROWS_SHOWN or not sys.stderr.isatty():
-            self._meter.line(f"{self._source.name}:{row.line}: {row.reason}")
-        elif self.invalid == BAD_ROWS_SHOWN + 1:
-            self._meter.line("… and more; redirect standard error to a file to see them all")
-
-
-def _path_of(wish: _Wish, directory: Path, digest: str) -> Path:
-    """The batch that was asked for; else one of this input that was begun lately and broke off; else a new one."""
-    from worker.core.sweep import batch_id
-    from worker.shells.journal import Journal, JournalError, journals
-
-    if wish.batch_id is not None:
-        return journal_path(directory, wish.batch_id)
-    for path in journals(directory):
-        if time.time() - path.stat().st_mtime > RESUMED_SECONDS:
-            break
-        if not path.stem.endswith(f"-{digest[:12]}"):
-            continue
-        with suppress(JournalError):
-            journal = Journal(path, read_only=True)
-            tally, followed = journal.tally(), journal.facts.inbox or journal.facts.direct
-            journal.close()
-            if tally.unsent or (followed and tally.waiting):
-                return path
-    return journal_path(directory, batch_id(digest, time.time()))
-
-
-def _known(path: Path, digest: str) -> bool:
-    """Whether this batch was begun with this very input. Raises `Trouble` if it was begun with another."""
-    from worker.shells.journal import Journal
-
-    if not path.exists():
-        return False
-    journal = Journal(path, read_only=True)
-    facts = journal.facts
-    journal.close()
-    if facts.digest != digest:
-        raise Trouble(
-            f"batch {facts.batch.id} was begun with other input ({facts.source}, or another --merchant-id); "
-            f"give another --batch-id, or go on with it: --follow {facts.batch.id}",
-            code=INVALID,
-        )
-    return True
+    needed = wish.direct and settings.gateway.merchant_id is None
+    return Input(wish.file, wish.merchant_id or "", needed, wish.batch_id, wish.skip_invalid)
 
 
 def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
@@ -331,14 +200,15 @@ def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
     from worker.core.topology import Names
 
     with tempfile.TemporaryDirectory(prefix="qris-expire-") as scratch:
-        load, source, invalid = _load(wish, Path(scratch), settings)
-        bills, duplicates = load.counts()
-        first = load.first(SHOWN)
-        load.discard()
-    batch = wish.batch_id or batch_id(source.digest(wish.merchant_id or ""), time.time())
-    journal_path(Path(scratch), batch)
+        intake = take_in(_input(wish, settings), Path(scratch))
+        bills, duplicates = intake.load.counts()
+        first = intake.load.first(SHOWN)
+        intake.load.discard()
+    batch = wish.batch_id or batch_id(intake.digest, time.time())
+    journal_path(Path(scratch), batch)  # says what is wrong with the id
+    counts = _rows_in_words(bills, duplicates, intake.invalid)
     where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
-    typer.echo(f"{source.name}: {bills + duplicates + invalid:,} rows: {_rows_in_words(bills, duplicates, invalid)}")
+    typer.echo(f"{intake.source}: {bills + duplicates + intake.invalid:,} rows: {counts}")
     typer.echo(f"would go {where} as batch {batch}:")
     for bill in first:
         typer.echo(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
@@ -476,74 +346,20 @@ def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: T
 
 def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
     """The same engine, from the journal to the gateway."""
-    from worker.app.direct import Direct
     from worker.app.sweep import Ended
-    from worker.cli.meter import Meter
-    from worker.core.lanes import Lanes
-    from worker.core.ports import TokenUnavailable
-    from worker.core.verdict import Kind
-    from worker.service import SystemClock, calls
-    from worker.shells.amqp.bulk import WINDOW
-    from worker.shells.credentials import CredentialsError
-    from worker.shells.pool import Pool
+    from worker.cli.direct import GatewayRefuses, send
 
     before = journal.tally()
     if before.answered < before.bills:
         try:
-            made = calls(settings)
-            over = threading.Event()
-            loop = threading.Thread(target=made.fibers.run, args=(over.is_set,), name="senders", daemon=True)
-            loop.start()
-            made.fibers.ask(made.tokens.get).result()
-        except CredentialsError as error:
-            raise Trouble(str(error), code=INVALID) from None
-        except TokenUnavailable as failure:
-            if failure.verdict.kind is Kind.SYSTEMIC:
-                said = f"the gateway refuses us: {failure.verdict.message}"
-                raise Trouble(f"{said}; see `qris-expire check`", *_afterwards(wish, journal)) from None
-        journal.direct(journal.facts.published + WINDOW)
-        signals.install()
-        with Meter(f"sweep {journal.facts.batch.id}", publish=False) as meter:
-            engine = Direct(
-                journal,
-                made.expire,
-                made.gate,
-                concurrency=settings.worker.concurrency,
-                drain_seconds=settings.worker.drain_seconds,
-                stop=signals.received,
-                chores=_chores(made, loop),
-                screen=meter,
-                clock=SystemClock(),
-            )
-            pool = Pool(Lanes(settings.worker.concurrency, 1.0), made.gate, engine.work, made.fibers)
-            pool.start()
-            ended = engine.run(pool)
-            over.set()
-        if engine.crashes:
-            print(
-                f"qris-expire: {len(engine.crashes)} bills failed unexpectedly: {engine.crashes[0]!r}", file=sys.stderr
-            )
+            ended = send(journal, settings)
+        except GatewayRefuses as refusal:
+            raise Trouble(f"{refusal}; see `qris-expire check`", *_afterwards(wish, journal)) from None
         if ended is not Ended.DONE:
             return _interrupted(wish, journal)
     if wish.report is not None:
         _write_report(journal, wish.report)
     return _conclude(wish, journal, journal.tally())
-
-
-def _chores(made: Calls, loop: threading.Thread) -> Callable[[], None]:
-    """Takes over mounted secrets that change, as a worker does, and notices when nobody sends any more."""
-    look_at = time.monotonic() + SECRETS_EVERY
-
-    def chores() -> None:
-        nonlocal look_at
-        if not loop.is_alive():
-            raise RuntimeError("the senders have ended, see the traceback above")
-        if time.monotonic() >= look_at:
-            look_at = time.monotonic() + SECRETS_EVERY
-            if made.credentials.refresh():
-                made.tokens.renew()
-
-    return chores
 
 
 # -- the end --------------------------------------------------------------------------------------------------------

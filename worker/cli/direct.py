@@ -1,0 +1,96 @@
+"""`sweep --direct`: senders, gate and journal put together in one process, without a broker."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from worker import signals
+from worker.cli import INVALID, Trouble
+
+if TYPE_CHECKING:
+    from worker.app.sweep import Ended
+    from worker.service import Calls
+    from worker.settings import Settings
+    from worker.shells.fibers import Fibers
+    from worker.shells.journal import Journal
+
+
+class GatewayRefuses(Exception):
+    """Our credentials; the text says what it said."""
+
+
+def send(journal: Journal, settings: Settings) -> Ended:
+    """Every bill that has no outcome, until it has one or people want it to end. Raises `Trouble`, `GatewayRefuses`."""
+    from worker.app.direct import Direct
+    from worker.cli.meter import Meter
+    from worker.core.lanes import Lanes
+    from worker.service import SystemClock, calls
+    from worker.shells.amqp.bulk import WINDOW
+    from worker.shells.credentials import CredentialsError
+    from worker.shells.pool import Pool
+
+    try:
+        made = calls(settings)
+    except CredentialsError as error:
+        raise Trouble(str(error), code=INVALID) from None
+    with _turning(made.fibers) as loop:
+        _check_credentials(made)
+        journal.direct(journal.facts.published + WINDOW)
+        signals.install()
+        with Meter(f"sweep {journal.facts.batch.id}", publish=False) as meter:
+            engine = Direct(
+                journal,
+                made.expire,
+                made.gate,
+                concurrency=settings.worker.concurrency,
+                drain_seconds=settings.worker.drain_seconds,
+                stop=signals.received,
+                chores=_chores(made, loop),
+                screen=meter,
+                clock=SystemClock(),
+            )
+            pool = Pool(Lanes(settings.worker.concurrency, 1.0), made.gate, engine.work, made.fibers)
+            pool.start()
+            ended = engine.run(pool)
+    if engine.crashes:
+        print(f"qris-expire: {len(engine.crashes)} bills failed unexpectedly: {engine.crashes[0]!r}", file=sys.stderr)
+    return ended
+
+
+@contextmanager
+def _turning(fibers: Fibers) -> Iterator[threading.Thread]:
+    """The senders' loop, in a thread of its own until the end of the block."""
+    over = threading.Event()
+    loop = threading.Thread(target=fibers.run, args=(over.is_set,), name="senders", daemon=True)
+    loop.start()
+    try:
+        yield loop
+    finally:
+        over.set()
+
+
+def _check_credentials(made: Calls) -> None:
+    """A refusal ends it before anything is begun; a token service that is not there is waited for."""
+    from worker.core.ports import TokenUnavailable
+    from worker.core.verdict import Kind
+
+    try:
+        made.fibers.ask(made.tokens.get).result()
+    except TokenUnavailable as failure:
+        if failure.verdict.kind is Kind.SYSTEMIC:
+            raise GatewayRefuses(f"the gateway refuses us: {failure.verdict.message}") from None
+
+
+def _chores(made: Calls, loop: threading.Thread) -> Callable[[], None]:
+    """Takes over mounted secrets that change, as a worker does, and notices when nobody sends any more."""
+
+    def chores() -> None:
+        if not loop.is_alive():
+            raise RuntimeError("the senders have ended, see the traceback above")
+        made.take_over_secrets()
+
+    return chores

@@ -1,0 +1,189 @@
+"""A sweep's input on its way to a journal: rows that are checked and counted, and the batch that they are."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from worker.cli import INVALID, Trouble
+from worker.cli.batches import journal_path, output
+
+if TYPE_CHECKING:
+    from worker.cli.meter import Meter
+    from worker.core.rows import BadRow, Row
+    from worker.shells.journal import Journal, Load
+    from worker.shells.source import Source
+
+BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
+RESUMED_SECONDS: Final = 86_400.0
+"""An unfinished batch of the same input is gone on with for a day, whatever the date in its id: a sweep that breaks off
+at midnight must not publish its bills under two ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What is to be read. ``file``: a path, or ``-``. ``merchant_id``: of the rows that have none, and which they then
+    must have if ``merchant_needed``. ``batch_id``: what people named the batch."""
+
+    file: str
+    merchant_id: str
+    merchant_needed: bool
+    batch_id: str | None
+    skip_invalid: bool
+
+    @property
+    def name(self) -> str:
+        """As people know it."""
+        return "stdin" if self.file == "-" else self.file
+
+
+class Intake(NamedTuple):
+    """The input, checked, in a journal that has no name yet."""
+
+    load: Load
+    source: str
+    digest: str
+    invalid: int
+
+
+@contextmanager
+def batch(given: Input, directory: Path) -> Iterator[Journal | None]:
+    """The journal of the batch that the input is, ours alone; None when it has no bills. Raises `Trouble`,
+    `JournalError`."""
+    from worker.shells.journal import Journal, lock
+
+    intake = take_in(given, directory)
+    try:
+        if not intake.load.counts()[0]:
+            output().print(f"{given.name}: no bills, nothing to publish", highlight=False)
+            yield None
+            return
+        path = _path_of(given, directory, intake.digest)
+        with lock(path):
+            if not _known(path, intake.digest):
+                intake.load.keep(
+                    path,
+                    batch=path.stem,
+                    source=intake.source,
+                    digest=intake.digest,
+                    invalid=intake.invalid,
+                    now=time.time(),
+                )
+            with closing(Journal(path)) as journal:
+                yield journal
+    finally:
+        intake.load.discard()
+
+
+def take_in(given: Input, directory: Path) -> Intake:
+    """Reads all of it; the caller owes its load a `discard`. Raises `Trouble` for what cannot be used."""
+    from worker.cli.meter import Meter
+    from worker.core.rows import InputError
+    from worker.shells.journal import Load, clean
+    from worker.shells.source import Source
+
+    name = given.name
+    clean(directory)
+    load = Load(directory)
+    try:
+        with Source(given.file) as source, Meter(name) as meter:
+            reading = _Reading(given, source, meter)
+            load.fill(reading.rows())
+        if reading.invalid and not given.skip_invalid:
+            raise Trouble(
+                f"{name}: {reading.invalid:,} of {reading.count:,} rows cannot be used, so nothing was sent; "
+                "correct them, or send the rest with --skip-invalid",
+                code=INVALID,
+            )
+    except InputError as error:
+        load.discard()
+        where = f"{name}:{error.line}" if error.line is not None else name
+        raise Trouble(f"{where}: {error.reason}; nothing was sent", code=INVALID) from None
+    except KeyboardInterrupt:
+        load.discard()
+        print(f"qris-expire: stopped while reading {name}; nothing was sent", file=sys.stderr)
+        raise
+    except BaseException:
+        load.discard()
+        raise
+    return Intake(load, source.name, source.digest(given.merchant_id), reading.invalid)
+
+
+class _Reading:
+    """Good rows go on, bad ones are told."""
+
+    def __init__(self, given: Input, source: Source, meter: Meter) -> None:
+        self._given = given
+        self._source = source
+        self._meter = meter
+        self.count = 0
+        self.invalid = 0
+
+    def rows(self) -> Iterator[Row]:
+        from worker.core.rows import BadRow, read
+
+        source, given = self._source, self._given
+        for row in read(
+            source.lines(),
+            json_lines=source.json_lines,
+            merchant=given.merchant_id,
+            merchant_needed=given.merchant_needed,
+        ):
+            self.count += 1
+            if isinstance(row, BadRow):
+                self._tell(row)
+            else:
+                yield row
+            if self.count % 1000 == 0:
+                self._meter.reading(self.count, source.bytes_read, source.size)
+
+    def _tell(self, row: BadRow) -> None:
+        self.invalid += 1
+        if self.invalid <= BAD_ROWS_SHOWN or not sys.stderr.isatty():
+            self._meter.line(f"{self._source.name}:{row.line}: {row.reason}")
+        elif self.invalid == BAD_ROWS_SHOWN + 1:
+            self._meter.line("… and more; redirect standard error to a file to see them all")
+
+
+def _path_of(given: Input, directory: Path, digest: str) -> Path:
+    """The batch that was asked for; else one of this input that was begun lately and broke off; else a new one."""
+    from worker.core.sweep import batch_id
+    from worker.shells.journal import Journal, JournalError, journals
+
+    if given.batch_id is not None:
+        return journal_path(directory, given.batch_id)
+    for path in journals(directory):
+        if time.time() - path.stat().st_mtime > RESUMED_SECONDS:
+            break
+        if not path.stem.endswith(f"-{digest[:12]}"):
+            continue
+        with suppress(JournalError):
+            journal = Journal(path, read_only=True)
+            tally, followed = journal.tally(), journal.facts.inbox or journal.facts.direct
+            journal.close()
+            if tally.unsent or (followed and tally.waiting):
+                return path
+    return journal_path(directory, batch_id(digest, time.time()))
+
+
+def _known(path: Path, digest: str) -> bool:
+    """Whether this batch was begun with this very input. Raises `Trouble` if it was begun with another."""
+    from worker.shells.journal import Journal
+
+    if not path.exists():
+        return False
+    journal = Journal(path, read_only=True)
+    facts = journal.facts
+    journal.close()
+    if facts.digest != digest:
+        raise Trouble(
+            f"batch {facts.batch.id} was begun with other input ({facts.source}, or another --merchant-id); "
+            f"give another --batch-id, or go on with it: --follow {facts.batch.id}",
+            code=INVALID,
+        )
+    return True

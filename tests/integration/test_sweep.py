@@ -523,6 +523,18 @@ def test_status_lists_the_batches(desk: Desk) -> None:
     assert desk("status", "c", AMQP_URL=NOBODY).returncode == 2
 
 
+def test_status_prunes(desk: Desk) -> None:
+    """What can still be gone on with stays, and the rest is listed as ever."""
+
+    desk("sweep", desk.file(3), "--batch-id", "b", AMQP_URL=NOBODY)
+
+    pruned = desk("status", "--prune", "1", AMQP_URL=NOBODY)
+
+    assert pruned.returncode == 0
+    assert pruned.stdout.startswith("deleted 0 journals of finished batches, untouched for 1 days\n")
+    assert "b " in pruned.stdout
+
+
 # --- without a broker
 
 

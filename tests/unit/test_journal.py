@@ -16,7 +16,7 @@ from tests.unit.test_sweep import BATCH, told
 from worker.core.outcome import Reason
 from worker.core.rows import Row
 from worker.core.sweep import REPORT_COLUMNS, Bill, Progress, report_row
-from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, replacing
+from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune, replacing
 
 Make = Callable[..., Journal]
 
@@ -265,3 +265,62 @@ def test_reader_may_look_while_it_is_written(make: Make) -> None:
 
     assert reader.tally().answered == 1
     reader.close()
+
+
+def done(journal: Journal) -> None:
+    """Every bill of a batch of three has its outcome."""
+    journal.published(3)
+    journal.record([told(bill=str(number)) for number in (1, 2, 3)])
+
+
+def published(journal: Journal) -> None:
+    """Nobody waits for its outcomes."""
+    journal.published(3)
+
+
+def followed(journal: Journal) -> None:
+    """Somebody does, and one is there."""
+    journal.has_inbox()
+    journal.published(3)
+    journal.record([told(bill="1")])
+
+
+@pytest.mark.parametrize(
+    ("state", "days", "goes"),
+    [
+        (done, 31, True),
+        (done, 29, False),
+        (published, 31, True),
+        (followed, 31, False),
+        (lambda _: None, 31, False),
+    ],
+    ids=["done", "done lately", "published", "followed", "unsent"],
+)
+def test_prune(make: Make, state: Callable[[Journal], None], days: int, goes: bool) -> None:
+    """Only what is finished and old enough goes, with all its files."""
+
+    journal = make(3)
+    state(journal)
+    journal.close()
+    with lock(journal.path):
+        pass
+    os.utime(journal.path, (NOON, NOON))
+
+    gone = list(prune(journal.path.parent, 30, NOON + days * 86_400))
+
+    assert gone == ([BATCH.id] if goes else [])
+    assert (list(journal.path.parent.iterdir()) == []) is goes
+
+
+def test_prune_leaves_what_is_in_use(make: Make) -> None:
+    """A batch that a process holds stays, however old."""
+
+    journal = make(3)
+    done(journal)
+    journal.close()
+    os.utime(journal.path, (NOON, NOON))
+
+    with lock(journal.path):
+        assert list(prune(journal.path.parent, 1, NOON + 10 * 86_400)) == []
+
+    assert journal.path.exists()

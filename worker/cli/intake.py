@@ -152,7 +152,7 @@ class _Reading:
 
 def _path_of(given: Input, directory: Path, digest: str) -> Path:
     """The batch that was asked for; else one of this input that was begun lately and broke off; else a new one."""
-    from worker.core.sweep import batch_id
+    from worker.core.sweep import batch_id, unfinished
     from worker.shells.journal import Journal, JournalError, journals
 
     if given.batch_id is not None:
@@ -163,10 +163,9 @@ def _path_of(given: Input, directory: Path, digest: str) -> Path:
         if not path.stem.endswith(f"-{digest[:12]}"):
             continue
         with suppress(JournalError):
-            journal = Journal(path, read_only=True)
-            tally, followed = journal.tally(), journal.facts.inbox or journal.facts.direct
-            journal.close()
-            if tally.unsent or (followed and tally.waiting):
+            with closing(Journal(path, read_only=True)) as journal:
+                broke_off = unfinished(journal.facts, journal.tally())
+            if broke_off:
                 return path
     return journal_path(directory, batch_id(digest, time.time()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,17 +17,23 @@ if TYPE_CHECKING:
 
 def status(
     batch: Annotated[str | None, typer.Argument(help="The batch; all of them are listed without one.")] = None,
+    prune: Annotated[
+        int | None,
+        typer.Option(metavar="DAYS", min=1, help="Delete the journals of finished batches older than this first."),
+    ] = None,
     state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
     """Where a sweep stands: its rows by status and reason, from its journal, and what waits at the broker.
 
-    Changes nothing, and may be called while the sweep runs. Outcomes that nobody has taken in yet wait in the batch's
-    inbox: `sweep --follow` takes them.
+    Changes nothing without --prune, and may be called while the sweep runs. Outcomes that nobody has taken in yet wait
+    in the batch's inbox: `sweep --follow` takes them.
 
     Exit code 0: shown, whatever it is. 2: there is no such batch.
     """
     amqp = _settings()
     directory = state_directory(amqp.prefix, state_dir)
+    if prune is not None:
+        _prune(directory, prune)
     if batch is None:
         _list(directory)
     else:
@@ -41,6 +48,16 @@ def _settings() -> AmqpSettings:
         return load(AmqpSettings)
     except SettingsError as error:
         raise Trouble(*error.problems, code=INVALID) from None
+
+
+def _prune(directory: Path, days: int) -> None:
+    from worker.shells.journal import JournalError, prune
+
+    try:
+        gone = list(prune(directory, days, time.time()))
+    except JournalError as error:
+        raise Trouble(str(error)) from None
+    typer.echo(f"deleted {len(gone):,} journals of finished batches, untouched for {days} days")
 
 
 def _list(directory: Path) -> None:

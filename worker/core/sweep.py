@@ -215,6 +215,11 @@ class Facts(NamedTuple):
     direct: bool
 
 
+def unfinished(facts: Facts, tally: Tally) -> bool:
+    """Whether a sweep would go on with it: bills are unsent, or somebody follows outcomes that have not come."""
+    return tally.unsent > 0 or ((facts.inbox or facts.direct) and tally.waiting > 0)
+
+
 class Progress(NamedTuple):
     """What earlier calls for a bill leave to later ones, where there is no broker to keep it."""
 

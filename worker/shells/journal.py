@@ -19,9 +19,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from worker.core.rows import Row
-from worker.core.sweep import Batch, Bill, Facts, Job, Progress, Recorded, Tally, Told, command_id, supersedes
+from worker.core.sweep import (
+    Batch,
+    Bill,
+    Facts,
+    Job,
+    Progress,
+    Recorded,
+    Tally,
+    Told,
+    command_id,
+    supersedes,
+    unfinished,
+)
 
 SUFFIX: Final = ".db"
+LOCK: Final = ".lock"
 LOADING: Final = ".loading-"
 ABANDONED: Final = 86_400.0
 """Seconds after which a load that never became a batch is what a killed process left behind."""
@@ -326,7 +339,7 @@ def lock(path: Path) -> Iterator[None]:
 
     A file of its own: SQLite has locks of its own on the journal.
     """
-    name = path.with_suffix(".lock")
+    name = path.with_suffix(LOCK)
     with _translated(name):
         file = name.open("a+")
     with closing(file):
@@ -351,6 +364,21 @@ def journals(directory: Path) -> list[Path]:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         found = [path for path in directory.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
         return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def prune(directory: Path, days: float, now: float) -> Iterator[str]:
+    """Removes the batches that are finished and that nothing has changed for so long (``now``: seconds since the
+    epoch); yields their ids. What somebody works on, or cannot be read, stays."""
+    for path in journals(directory):
+        if now - path.stat().st_mtime < days * 86_400:
+            continue
+        with suppress(JournalError), lock(path), _translated(path):
+            with closing(Journal(path, read_only=True)) as journal:
+                if unfinished(journal.facts, journal.tally()):
+                    continue
+            for suffix in (SUFFIX, f"{SUFFIX}-wal", f"{SUFFIX}-shm", LOCK):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+            yield path.stem
 
 
 def clean(directory: Path) -> None:

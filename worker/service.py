@@ -205,6 +205,8 @@ def serve(settings: Settings) -> int:
         prefix=settings.amqp.prefix,
         concurrency=settings.worker.concurrency,
     )
+    for advice in settings.advice():
+        log.warning("settings.advice", reason=advice)
     if FIBERS_SLOW is not None:
         log.warning("fibers.slow", reason=FIBERS_SLOW, action="make greenlet loadable: libstdc++6, or a wheel for it")
     try:

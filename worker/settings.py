@@ -474,6 +474,17 @@ class Settings:
     metrics: MetricsSettings
     log: LogSettings
 
+    def advice(self) -> list[str]:
+        """What is allowed and seldom meant, a line each: ``VARIABLE: what comes of it, what to do``."""
+        attempts, failures = self.retry.max_attempts, self.breaker.failures
+        if failures > attempts:
+            return []
+        advice = (
+            f"BREAKER_FAILURES: {failures} is not above RETRY_MAX_ATTEMPTS, {attempts}: one bad bill pauses all; "
+            f"set it to {attempts + 1} or more"
+        )
+        return [advice]
+
 
 GROUPS: Final[tuple[type[Group], ...]] = (
     AmqpSettings,

@@ -532,3 +532,13 @@ def test_reference_shows_defaults_as_they_are_written() -> None:
     assert defaults["GATEWAY_CLIENT_ID"] == "required"
     assert defaults["AMQP_URL"] == "`amqp://guest:guest@localhost:5672/%2F`"
     assert defaults["GATEWAY_MERCHANT_ID"] == ""
+
+
+@pytest.mark.parametrize(("failures", "advised"), [("4", True), ("5", False)])
+def test_advice_on_a_breaker_that_one_bill_opens(required: dict[str, str], failures: str, advised: bool) -> None:
+    """A threshold that one command's attempts reach is told, with a value that they do not reach."""
+
+    advice = load(environ={**required, "BREAKER_FAILURES": failures}, env_file=None).advice()
+
+    assert [line.partition(":")[0] for line in advice] == ["BREAKER_FAILURES"] * advised
+    assert all("5 or more" in line for line in advice)

@@ -1,0 +1,38 @@
+"""Settings from the environment and a ``.env`` file, each declared once: name, rule, default and meaning.
+
+A group is a class, a setting a field: ``AmqpSettings.queue_type`` is ``AMQP_QUEUE_TYPE``. A field ``x_file``
+beside a field ``x`` is the path of a mounted file that holds ``x``. The README's table is `reference`. The declarations
+are in `groups`.
+"""
+
+from worker.settings.group import Group, SettingsError, read_secret_file
+from worker.settings.groups import (
+    GROUPS,
+    AmqpSettings,
+    BreakerSettings,
+    GatewaySettings,
+    LogSettings,
+    MetricsSettings,
+    RetrySettings,
+    Settings,
+    WorkerSettings,
+)
+from worker.settings.loading import load
+from worker.settings.table import reference
+
+__all__ = [
+    "GROUPS",
+    "AmqpSettings",
+    "BreakerSettings",
+    "GatewaySettings",
+    "Group",
+    "LogSettings",
+    "MetricsSettings",
+    "RetrySettings",
+    "Settings",
+    "SettingsError",
+    "WorkerSettings",
+    "load",
+    "read_secret_file",
+    "reference",
+]

@@ -13,35 +13,39 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Annotated, Any, Final, NoReturn, Self
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Self
 
 import typer
 
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble
+from worker.cli.audit import audit, redrive_facts
+from worker.cli.letters import (
+    hint,
+    listing,
+    nobody_reads,
+    note,
+    print_letter,
+    print_list,
+    print_rehearsal,
+    tell_redrive,
+)
 from worker.core.dead_letter import (
-    AGES,
     Census,
     DeadLetter,
     Filter,
-    as_json,
     export_json,
-    plain,
-    pretty,
-    printable,
     read,
 )
 from worker.core.lanes import CANCELLATION, SWEEP
 
 if TYPE_CHECKING:
-    from worker.app.dead_letters import Held, Report
+    from worker.app.dead_letters import Held
     from worker.settings import AmqpSettings
     from worker.shells.amqp.parked import ParkedLetters
 
 LINE_EVERY: Final = 5.0  # seconds between two lines of progress where there is no terminal
 DRAW_EVERY: Final = 0.1
-PIPE_WIDTH: Final = 200  # a pipe has no width, and lines that are searched must not be folded
-WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
 MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
 SLOWEST: Final = 0.01  # per second: what is held must be given back now and then
 
@@ -95,10 +99,10 @@ def list_(
 
     total = _look(amqp, "list", each)
     if as_data:
-        typer.echo(json.dumps(_listing(amqp, total, census, rows), indent=2))
+        typer.echo(json.dumps(listing(amqp, total, census, rows), indent=2))
     else:
-        _print_list(amqp, total, census, rows)
-    _hint(chosen, census, there)
+        print_list(amqp, total, census, rows)
+    hint(chosen, census, there)
     return 0
 
 
@@ -132,9 +136,9 @@ def show(
         if as_data:
             typer.echo(json.dumps(export_json(letter, held.parcel)))
         else:
-            _print_letter(letter, held, f"{number} of {len(found)} with this id" if len(found) > 1 else "")
+            print_letter(letter, held, f"{number} of {len(found)} with this id" if len(found) > 1 else "")
     if left_out:
-        _note(f"{left_out:,} more have this id; `qris-expire dead export` has them all")
+        note(f"{left_out:,} more have this id; `qris-expire dead export` has them all")
     return 0
 
 
@@ -178,7 +182,7 @@ def redrive(
     if dry_run:
         with _parked(amqp, "redrive --dry-run") as parked, _Progress(parked, "looking") as progress:
             report = rehearse(parked, amqp.names, order, show=progress.show, each=census.add)
-        _print_rehearsal(report, census)
+        print_rehearsal(report, census)
         return 0
     with _parked(amqp, "redrive", alone=True) as parked, _Progress(parked, "redriving") as progress:
         run = Redrive(
@@ -191,9 +195,9 @@ def redrive(
             show=progress.show,
             each=census.add,
         )
-        with _audit("dead.redrive", chosen, lambda: _facts(run.report, order)):
+        with audit("dead.redrive", chosen, lambda: redrive_facts(run.report, order)):
             run.run()
-    return _tell_redrive(run.report, order)
+    return tell_redrive(run.report, order)
 
 
 @dead.command()
@@ -223,7 +227,7 @@ def export(
                 written += 1
 
         total = _look(amqp, "export", each)
-    _note(f"{written:,} of {total:,} dead letters written{f' to {output}' if output else ''}")
+    note(f"{written:,} of {total:,} dead letters written{f' to {output}' if output else ''}")
     return 0
 
 
@@ -253,7 +257,7 @@ def purge(
             return yes or _ask(f"Delete {count:,} of {parked_there:,} dead letters for good? [y/N] ", parked)
 
         parked_there = parked.count()
-        with _audit("dead.purge", chosen, lambda: {"matching": matching, "removed": removed}):
+        with audit("dead.purge", chosen, lambda: {"matching": matching, "removed": removed}):
             total, matching, removed = dead_letters.purge(
                 parked,
                 lambda held: chosen.matches(read(amqp.names, held.parcel)),
@@ -373,12 +377,12 @@ def _sink(output: Path | None) -> Iterator[IO[str]]:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except BrokenPipeError:
-        _nobody_reads()
+        nobody_reads()
     except OSError as error:
         raise Trouble(f"{output or 'standard output'}: {error.strerror}; give a file that can be written") from None
 
 
-# -- progress and audit ---------------------------------------------------------------------------------------------
+# -- progress -------------------------------------------------------------------------------------------------------
 
 
 class _Progress:
@@ -434,264 +438,4 @@ class _Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, total=total, text=text, refresh=True)
         else:
-            _note(text)
-
-
-@contextmanager
-def _audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """One line on standard error when it ends, however it ends: who, what, how much, from when to when."""
-    import getpass
-    import socket
-
-    from worker.core import jakarta
-    from worker.shells.logs import json_line
-
-    began = time.time()
-    failure = ""
-    try:
-        yield
-    except BaseException as error:
-        failure = " ".join(str(error).split()) or type(error).__name__
-        raise
-    finally:
-        line: dict[str, Any] = {
-            "event": event,
-            "user": getpass.getuser(),
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "began": jakarta.iso(began),
-            "ended": jakarta.iso(time.time()),
-            "filters": chosen.as_json(),
-            **facts(),
-        }
-        if failure:
-            line["error"] = failure
-        print(json_line("error" if failure else "info", line), file=sys.stderr, flush=True)
-
-
-def _facts(report: Report, order: Any) -> dict[str, Any]:
-    settings = {
-        "limit": order.limit,
-        "rate": order.rate or None,
-        "canary": order.canary or None,
-        "stopAtFailures": order.stop_at_failures,
-    }
-    return {
-        **{name: value for name, value in settings.items() if value is not None},
-        "there": report.there,
-        "seen": report.seen,
-        "matching": report.matching,
-        "redriven": report.redriven,
-        "noWayBack": report.homeless,
-        "outcomes": {f"{status}/{reason}": count for (status, reason), count in sorted(report.outcomes.items())},
-        "result": report.ended.value,
-    }
-
-
-def _note(text: str) -> None:
-    print(f"qris-expire: {text}", file=sys.stderr, flush=True)
-
-
-# -- what is printed ------------------------------------------------------------------------------------------------
-
-
-def _tell_redrive(report: Report, order: Any) -> int:
-    from worker.app.dead_letters import Ended
-
-    typer.echo(f"redrove {report.redriven:,} of {report.there:,} dead letters ({report.matching:,} match)")
-    outcomes = ", ".join(f"{count:,} {status} ({reason})" for (status, reason), count in report.outcomes.most_common())
-    if outcomes:
-        typer.echo(f"outcomes so far: {outcomes}")
-    if report.homeless:
-        _note(f"{report.homeless:,} match and stay: their lane is not known, or they cannot be published as they are")
-    match report.ended:
-        case Ended.DONE:
-            return 0
-        case Ended.STOPPED:
-            raise Trouble("stopped; nothing is lost, the same command goes on with the rest", code=INTERRUPTED)
-        case Ended.CANARY:
-            raise Trouble(
-                f"the canary was bad ({outcomes}); the rest stays, see `dead list` and the gateway, then try again"
-            )
-        case Ended.FAILURES:
-            raise Trouble(
-                f"stopped: {report.failures:,} of {report.answered:,} outcomes are not `expired`, "
-                f"{order.stop_at_failures:g} % are allowed; the rest stays, see what they say, then try again"
-            )
-        case Ended.SILENT:
-            raise Trouble(
-                f"no outcome within {order.patience:g} s, {report.unanswered:,} redriven commands wait for theirs; "
-                "the rest stays, see whether a worker runs and the gateway answers, or give a longer --timeout"
-            )
-        case Ended.REFUSED:
-            raise Trouble(f"{report.why}; the rest stays")
-
-
-def _print_rehearsal(report: Report, census: Census) -> None:
-    typer.echo(f"would redrive {census.total.count:,} of {report.there:,} dead letters ({report.matching:,} match)")
-    for reason, lane, kind in census.lines():
-        typer.echo(f"{kind.count:>9,}  {printable(reason)} to {lane}")
-    if report.homeless:
-        _note(f"{report.homeless:,} match and would stay: their lane is not known")
-
-
-def _listing(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> dict[str, Any]:
-    names = [*(f"under {name}" for name, _ in AGES), "older"]
-    return {
-        "queue": amqp.names.dead,
-        "total": total,
-        "matching": census.total.count,
-        "counts": [
-            {"reason": reason, "lane": lane, "count": kind.count, "ages": dict(zip(names, kind.ages, strict=True))}
-            for reason, lane, kind in census.lines()
-        ],
-        "letters": [as_json(letter) for letter in rows],
-    }
-
-
-def _hint(chosen: Filter, census: Census, there: Census) -> None:
-    if chosen.reasons and there.total.count and not census.total.count:
-        found = ", ".join(sorted({printable(reason) for reason, _, _ in there.lines()})[:10])
-        _note(f"none matches; the reasons that are there: {found}")
-
-
-def _nobody_reads() -> NoReturn:
-    """`… | head`: no failure, though Typer and rich would exit with 1, and the interpreter complain at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise typer.Exit
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class Output(Console):
-        def on_broken_pipe(self) -> None:
-            _nobody_reads()
-
-    console = Output(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    return console
-
-
-def _print_list(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> None:
-    console = _console()
-    count = census.total.count
-    some = f"{count:,} of {total:,}" if count != total else f"{count:,}"
-    console.print(f"{some} dead letters in {amqp.names.dead}", markup=False, soft_wrap=True)
-    if not count:
-        return
-    console.print(_counts(census))
-    if rows:
-        console.print(_rows(rows, census.now, wide=console.width >= WIDE))
-        if len(rows) < count:
-            _note(f"the first {len(rows):,} of {count:,} are shown; --limit shows more")
-
-
-def _counts(census: Census) -> Any:
-    table = _table()
-    for name in ("reason", "lane"):
-        table.add_column(name, overflow="fold")
-    for name in (
-        "all",
-        *(f"<{name.replace(' ', '').replace('day', 'd').replace('ds', 'd')}" for name, _ in AGES),
-        "older",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for reason, lane, kind in census.lines():
-        table.add_row(_cell(reason), lane, f"{kind.count:,}", *(f"{n:,}" if n else "" for n in kind.ages))
-    if len(census.kinds) > 1:
-        table.add_section()
-        total = census.total
-        table.add_row("total", "", f"{total.count:,}", *(f"{n:,}" if n else "" for n in total.ages))
-    return table
-
-
-def _rows(letters: list[DeadLetter], now: float, *, wide: bool) -> Any:
-    table = _table()
-    table.add_column("message id", overflow="fold", no_wrap=True)
-    table.add_column("bill", overflow="fold")
-    table.add_column("reason", overflow="fold", no_wrap=wide)
-    table.add_column("age", justify="right", no_wrap=True)
-    if wide:
-        table.add_column("lane", no_wrap=True)
-        table.add_column("calls", justify="right")
-        table.add_column("code")
-        table.add_column("batch", overflow="fold")
-        table.add_column("detail", overflow="ellipsis", no_wrap=True, ratio=1)
-        table.expand = True  # the detail takes what is left
-    for letter in letters:
-        cells = [
-            _cell(letter.command_id),
-            _cell(letter.billnumber or "-"),
-            _cell(letter.reason),
-            _age(letter.parked_at, now),
-        ]
-        if wide:
-            cells += [
-                letter.lane or "-",
-                "-" if letter.attempts is None else str(letter.attempts),
-                _cell(letter.response_code or "-"),
-                _cell(letter.batch_id or "-"),
-                _cell(letter.detail),
-            ]
-        table.add_row(*cells)
-    return table
-
-
-def _table() -> Any:
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-
-
-def _cell(value: str) -> Any:
-    """Foreign text: neither markup nor control characters mean anything."""
-    from rich.text import Text
-
-    return Text(printable(value))
-
-
-def _age(moment: float | None, now: float) -> str:
-    if moment is None:
-        return "?"
-    seconds = now - moment
-    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f}{unit}"
-    return "now"
-
-
-def _print_letter(letter: DeadLetter, held: Held, which: str) -> None:
-    from worker.core import jakarta
-
-    parcel = held.parcel
-    facts: list[tuple[str, object]] = [
-        ("message id", f"{letter.command_id}{f'  ({which})' if which else ''}"),
-        ("reason", letter.reason),
-        ("detail", letter.detail or None),
-        (
-            "parked",
-            None
-            if letter.parked_at is None
-            else f"{jakarta.iso(letter.parked_at)} ({_age(letter.parked_at, time.time())})",
-        ),
-        ("lane", letter.lane or "not known: it cannot be redriven"),
-        ("calls", letter.attempts if letter.attempts is not None else "not known"),
-        ("last answer", letter.response_code or None),
-        ("bill", letter.billnumber),
-        ("batch", letter.batch_id),
-    ]
-    for name, value in facts:
-        if value is not None:
-            typer.echo(f"{name:<13}{printable(str(value))}")
-    whole = export_json(letter, parcel)
-    for title in ("properties", "headers"):
-        typer.echo(f"{title}")
-        for name, value in whole[title].items():
-            said = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
-            typer.echo(f"  {printable(str(name))}: {printable(said)}")
-    typer.echo(f"body         {len(parcel.body):,} bytes")
-    typer.echo(pretty(parcel.body))
-    typer.echo("")
+            note(text)

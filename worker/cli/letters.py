@@ -1,0 +1,244 @@
+"""Dead letters as people read them, and what a redrive came to."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import typer
+
+from worker.cli import INTERRUPTED, Trouble
+from worker.core.dead_letter import (
+    AGES,
+    Census,
+    DeadLetter,
+    Filter,
+    as_json,
+    export_json,
+    plain,
+    pretty,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from worker.app.dead_letters import Held, Order, Report
+    from worker.settings import AmqpSettings
+
+PIPE_WIDTH: Final = 200  # a pipe has no width, and lines that are searched must not be folded
+WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
+
+
+def note(text: str) -> None:
+    """A word beside what is printed, on standard error."""
+    print(f"qris-expire: {text}", file=sys.stderr, flush=True)
+
+
+def tell_redrive(report: Report, order: Order) -> int:
+    """What a redrive came to; the exit code, or `Trouble` where the rest stays."""
+    from worker.app.dead_letters import Ended
+
+    typer.echo(f"redrove {report.redriven:,} of {report.there:,} dead letters ({report.matching:,} match)")
+    outcomes = ", ".join(f"{count:,} {status} ({reason})" for (status, reason), count in report.outcomes.most_common())
+    if outcomes:
+        typer.echo(f"outcomes so far: {outcomes}")
+    if report.homeless:
+        note(f"{report.homeless:,} match and stay: their lane is not known, or they cannot be published as they are")
+    match report.ended:
+        case Ended.DONE:
+            return 0
+        case Ended.STOPPED:
+            raise Trouble("stopped; nothing is lost, the same command goes on with the rest", code=INTERRUPTED)
+        case Ended.CANARY:
+            raise Trouble(
+                f"the canary was bad ({outcomes}); the rest stays, see `dead list` and the gateway, then try again"
+            )
+        case Ended.FAILURES:
+            raise Trouble(
+                f"stopped: {report.failures:,} of {report.answered:,} outcomes are not `expired`, "
+                f"{order.stop_at_failures:g} % are allowed; the rest stays, see what they say, then try again"
+            )
+        case Ended.SILENT:
+            raise Trouble(
+                f"no outcome within {order.patience:g} s, {report.unanswered:,} redriven commands wait for theirs; "
+                "the rest stays, see whether a worker runs and the gateway answers, or give a longer --timeout"
+            )
+        case Ended.REFUSED:
+            raise Trouble(f"{report.why}; the rest stays")
+
+
+def print_rehearsal(report: Report, census: Census) -> None:
+    """What a redrive would send."""
+    typer.echo(f"would redrive {census.total.count:,} of {report.there:,} dead letters ({report.matching:,} match)")
+    for reason, lane, kind in census.lines():
+        typer.echo(f"{kind.count:>9,}  {printable(reason)} to {lane}")
+    if report.homeless:
+        note(f"{report.homeless:,} match and would stay: their lane is not known")
+
+
+def listing(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> dict[str, Any]:
+    """`dead list` as data."""
+    names = [*(f"under {name}" for name, _ in AGES), "older"]
+    return {
+        "queue": amqp.names.dead,
+        "total": total,
+        "matching": census.total.count,
+        "counts": [
+            {"reason": reason, "lane": lane, "count": kind.count, "ages": dict(zip(names, kind.ages, strict=True))}
+            for reason, lane, kind in census.lines()
+        ],
+        "letters": [as_json(letter) for letter in rows],
+    }
+
+
+def hint(chosen: Filter, census: Census, there: Census) -> None:
+    """Which reasons there are, when none of them was the one asked for."""
+    if chosen.reasons and there.total.count and not census.total.count:
+        found = ", ".join(sorted({printable(reason) for reason, _, _ in there.lines()})[:10])
+        note(f"none matches; the reasons that are there: {found}")
+
+
+def nobody_reads() -> NoReturn:
+    """`… | head`: no failure, though Typer and rich would exit with 1, and the interpreter complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            nobody_reads()
+
+    console = Output(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def print_list(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> None:
+    """Counts, then the first rows."""
+    console = _console()
+    count = census.total.count
+    some = f"{count:,} of {total:,}" if count != total else f"{count:,}"
+    console.print(f"{some} dead letters in {amqp.names.dead}", markup=False, soft_wrap=True)
+    if not count:
+        return
+    console.print(_counts(census))
+    if rows:
+        console.print(_rows(rows, census.now, wide=console.width >= WIDE))
+        if len(rows) < count:
+            note(f"the first {len(rows):,} of {count:,} are shown; --limit shows more")
+
+
+def _counts(census: Census) -> Any:
+    table = _table()
+    for name in ("reason", "lane"):
+        table.add_column(name, overflow="fold")
+    for name in (
+        "all",
+        *(f"<{name.replace(' ', '').replace('day', 'd').replace('ds', 'd')}" for name, _ in AGES),
+        "older",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for reason, lane, kind in census.lines():
+        table.add_row(_cell(reason), lane, f"{kind.count:,}", *(f"{n:,}" if n else "" for n in kind.ages))
+    if len(census.kinds) > 1:
+        table.add_section()
+        total = census.total
+        table.add_row("total", "", f"{total.count:,}", *(f"{n:,}" if n else "" for n in total.ages))
+    return table
+
+
+def _rows(letters: list[DeadLetter], now: float, *, wide: bool) -> Any:
+    table = _table()
+    table.add_column("message id", overflow="fold", no_wrap=True)
+    table.add_column("bill", overflow="fold")
+    table.add_column("reason", overflow="fold", no_wrap=wide)
+    table.add_column("age", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("lane", no_wrap=True)
+        table.add_column("calls", justify="right")
+        table.add_column("code")
+        table.add_column("batch", overflow="fold")
+        table.add_column("detail", overflow="ellipsis", no_wrap=True, ratio=1)
+        table.expand = True  # the detail takes what is left
+    for letter in letters:
+        cells = [
+            _cell(letter.command_id),
+            _cell(letter.billnumber or "-"),
+            _cell(letter.reason),
+            _age(letter.parked_at, now),
+        ]
+        if wide:
+            cells += [
+                letter.lane or "-",
+                "-" if letter.attempts is None else str(letter.attempts),
+                _cell(letter.response_code or "-"),
+                _cell(letter.batch_id or "-"),
+                _cell(letter.detail),
+            ]
+        table.add_row(*cells)
+    return table
+
+
+def _table() -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _cell(value: str) -> Any:
+    """Foreign text: neither markup nor control characters mean anything."""
+    from rich.text import Text
+
+    return Text(printable(value))
+
+
+def _age(moment: float | None, now: float) -> str:
+    if moment is None:
+        return "?"
+    seconds = now - moment
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f}{unit}"
+    return "now"
+
+
+def print_letter(letter: DeadLetter, held: Held, which: str) -> None:
+    """All that is known of one, and its body."""
+    from worker.core import jakarta
+
+    parcel = held.parcel
+    facts: list[tuple[str, object]] = [
+        ("message id", f"{letter.command_id}{f'  ({which})' if which else ''}"),
+        ("reason", letter.reason),
+        ("detail", letter.detail or None),
+        (
+            "parked",
+            None
+            if letter.parked_at is None
+            else f"{jakarta.iso(letter.parked_at)} ({_age(letter.parked_at, time.time())})",
+        ),
+        ("lane", letter.lane or "not known: it cannot be redriven"),
+        ("calls", letter.attempts if letter.attempts is not None else "not known"),
+        ("last answer", letter.response_code or None),
+        ("bill", letter.billnumber),
+        ("batch", letter.batch_id),
+    ]
+    for name, value in facts:
+        if value is not None:
+            typer.echo(f"{name:<13}{printable(str(value))}")
+    whole = export_json(letter, parcel)
+    for title in ("properties", "headers"):
+        typer.echo(f"{title}")
+        for name, value in whole[title].items():
+            said = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+            typer.echo(f"  {printable(str(name))}: {printable(said)}")
+    typer.echo(f"body         {len(parcel.body):,} bytes")
+    typer.echo(pretty(parcel.body))
+    typer.echo("")

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 @contextmanager
 def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
     """One line on standard error when it ends, however it ends: who, what, how much, from when to when."""
-    import getpass
     import socket
 
     from worker.core import jakarta
+    from worker.shells import operator
     from worker.shells.logs import json_line
 
     began = time.time()
@@ -34,7 +34,7 @@ def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> It
     finally:
         line: dict[str, Any] = {
             "event": event,
-            "user": getpass.getuser(),
+            "user": operator.user(),
             "host": socket.gethostname(),
             "process": os.getpid(),
             "began": jakarta.iso(began),

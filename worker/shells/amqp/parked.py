@@ -37,6 +37,7 @@ from worker.core.dead_letter import Parcel
 from worker.core.delivery import Message
 from worker.core.lanes import LANES
 from worker.core.settlement import Acks, Confirms
+from worker.shells import operator
 from worker.shells.amqp import codec
 from worker.shells.amqp.connection import Connection
 from worker.shells.amqp.session import BrokerError, BrokerUnreachable, broker_error, connect_by
@@ -94,7 +95,7 @@ class ParkedLetters:
         self._card: dict[str, Any] = {
             "what": what,
             "alone": alone,
-            "who": f"{_user()}@{socket.gethostname()}",
+            "who": f"{operator.user()}@{socket.gethostname()}",
             "process": os.getpid(),
             "since": jakarta.iso(time.time(), milliseconds=False),
             "progress": "",
@@ -528,12 +529,3 @@ def _busy(card: Mapping[str, Any], lock: str) -> str:
         f"since {card.get('since')}{progress}) "
         "holds the dead letters; wait until it ends, or stop it there"
     )
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())

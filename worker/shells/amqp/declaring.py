@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-from worker.core.topology import Binding, Exchange, Queue, Topology
+from worker.core.topology import Topology
 from worker.shells.amqp.errors import remedy
-
-Done = Callable[[Any], None]
-Step = tuple[str, Callable[[Any, Done], None]]
+from worker.shells.amqp.steps import declarations, lookups
 
 
 class Declaring:
@@ -27,7 +24,7 @@ class Declaring:
         on_done: Callable[[str | None], None],
         guard: Callable[..., Callable[..., None]],
     ) -> None:
-        self._steps = _declarations(topology) if declare else _verifications(topology)
+        self._steps = declarations(topology) if declare else lookups(topology)
         self._on_done = on_done
         self._guard = guard
         self._doing = ""
@@ -48,48 +45,11 @@ class Declaring:
             self._channel.close()
             self._on_done(None)
             return
-        self._doing, act = step
-        act(self._channel, self._guard(self._next))
+        self._doing = step.subject
+        getattr(self._channel, step.method)(**step.arguments, callback=self._guard(self._next))
 
     def _closed(self, _channel: Any, reason: Any) -> None:
         if not self._finished:
             self._finished = True
             said, code = getattr(reason, "reply_text", reason), getattr(reason, "reply_code", None)
             self._on_done(f"{self._doing}: {said}{remedy(code)}")
-
-
-def _declarations(topology: Topology) -> Iterator[Step]:
-    for exchange in topology.exchanges:
-        yield f"exchange {exchange.name}", partial(_exchange, exchange)
-    for queue in topology.queues:
-        yield f"queue {queue.name}", partial(_queue, queue)
-    for binding in topology.bindings:
-        yield f"binding {binding.exchange} → {binding.queue}", partial(_binding, binding)
-
-
-def _verifications(topology: Topology) -> Iterator[Step]:
-    """Bindings cannot be looked at: AMQP has no passive form of them."""
-    for exchange in topology.exchanges:
-        yield f"exchange {exchange.name}", partial(_existing_exchange, exchange)
-    for queue in topology.queues:
-        yield f"queue {queue.name}", partial(_existing_queue, queue)
-
-
-def _exchange(it: Exchange, channel: Any, done: Done) -> None:
-    channel.exchange_declare(it.name, it.type, durable=True, arguments=dict(it.arguments), callback=done)
-
-
-def _queue(it: Queue, channel: Any, done: Done) -> None:
-    channel.queue_declare(it.name, durable=True, arguments=dict(it.arguments), callback=done)
-
-
-def _binding(it: Binding, channel: Any, done: Done) -> None:
-    channel.queue_bind(it.queue, it.exchange, it.routing_key, callback=done)
-
-
-def _existing_exchange(it: Exchange, channel: Any, done: Done) -> None:
-    channel.exchange_declare(it.name, passive=True, callback=done)
-
-
-def _existing_queue(it: Queue, channel: Any, done: Done) -> None:
-    channel.queue_declare(it.name, passive=True, callback=done)

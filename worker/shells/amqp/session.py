@@ -11,7 +11,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pika
 from pika.adapters.utils.connection_workflow import (
@@ -29,6 +29,7 @@ from worker import __version__
 from worker.core.topology import Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.errors import reason, refusal
+from worker.shells.amqp.steps import Step, declarations, lookups
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
@@ -132,13 +133,13 @@ def session(amqp: AmqpSettings, role: str = "tool") -> Iterator[pika.BlockingCon
 def apply(connection: pika.BlockingConnection, topology: Topology) -> None:
     """Declares everything; what exists stays. Raises `TopologyMismatch` with all that exists otherwise."""
     mismatches: list[str] = []
-    for act in _declarations(topology):
+    for step in declarations(topology):
         try:
-            _perform(connection, act)
+            _perform(connection, step)
         except ChannelClosed as closed:
             if closed.reply_code != 406:
-                raise broker_error(closed, act.subject) from closed
-            mismatches.append(_mismatch(act.subject, closed.reply_text))
+                raise broker_error(closed, step.subject) from closed
+            mismatches.append(_mismatch(step.subject, closed.reply_text))
     if mismatches:
         raise TopologyMismatch(mismatches)
 
@@ -150,13 +151,13 @@ def verify(connection: pika.BlockingConnection, topology: Topology) -> list[str]
     nothing about those.
     """
     missing: list[str] = []
-    for act in _lookups(topology):
+    for step in lookups(topology):
         try:
-            _perform(connection, act)
+            _perform(connection, step)
         except ChannelClosed as closed:
             if closed.reply_code != 404:
-                raise broker_error(closed, act.subject) from closed
-            missing.append(f"{act.subject} is missing; run `qris-expire topology --apply`, or tell its owner")
+                raise broker_error(closed, step.subject) from closed
+            missing.append(f"{step.subject} is missing; run `qris-expire topology --apply`, or tell its owner")
     return missing
 
 
@@ -167,13 +168,13 @@ def differing(connection: pika.BlockingConnection, topology: Topology) -> list[s
     is known.
     """
     mismatches: list[str] = []
-    for look, act in zip(_lookups(topology), _declarations(topology), strict=False):  # bindings come last
+    for look, step in zip(lookups(topology), declarations(topology), strict=False):  # bindings come last
         try:
             _perform(connection, look)
-            _perform(connection, act)
+            _perform(connection, step)
         except ChannelClosed as closed:
             if closed.reply_code == 406:
-                mismatches.append(_mismatch(act.subject, closed.reply_text))
+                mismatches.append(_mismatch(step.subject, closed.reply_text))
     return mismatches
 
 
@@ -257,37 +258,10 @@ def _said(error: Any) -> str:
     return f"{error.reply_code} {error.reply_text}"
 
 
-class _Act(NamedTuple):
-    """One method call on a channel, and the object it is about."""
-
-    subject: str
-    method: str
-    arguments: dict[str, Any]
-
-
-def _declarations(topology: Topology) -> Iterator[_Act]:
-    for exchange in topology.exchanges:
-        properties = {"exchange_type": exchange.type, "durable": True, "arguments": dict(exchange.arguments)}
-        yield _Act(f"exchange {exchange.name}", "exchange_declare", {"exchange": exchange.name, **properties})
-    for queue in topology.queues:
-        properties = {"durable": True, "arguments": dict(queue.arguments)}
-        yield _Act(f"queue {queue.name}", "queue_declare", {"queue": queue.name, **properties})
-    for binding in topology.bindings:
-        ends = {"exchange": binding.exchange, "queue": binding.queue, "routing_key": binding.routing_key}
-        yield _Act(f"binding of queue {binding.queue}", "queue_bind", ends)
-
-
-def _lookups(topology: Topology) -> Iterator[_Act]:
-    for exchange in topology.exchanges:
-        yield _Act(f"exchange {exchange.name}", "exchange_declare", {"exchange": exchange.name, "passive": True})
-    for queue in topology.queues:
-        yield _Act(f"queue {queue.name}", "queue_declare", {"queue": queue.name, "passive": True})
-
-
-def _perform(connection: pika.BlockingConnection, act: _Act) -> None:
+def _perform(connection: pika.BlockingConnection, step: Step) -> None:
     """On a channel of its own: a refusal closes it."""
     channel = connection.channel()
-    getattr(channel, act.method)(**act.arguments)
+    getattr(channel, step.method)(**step.arguments)
     channel.close()
 
 

@@ -102,12 +102,6 @@ class Manifests:
             at[key] = value
         return changed
 
-    def without(self, what: str) -> "Manifests":
-        """A copy that lacks one document."""
-        kind, _, name = what.partition("/")
-        gone = self.one(kind, name)
-        return Manifests([each for each in self.documents if each is not gone], self.secrets)
-
 
 def pod_template(manifest: Manifest) -> Manifest:
     spec = manifest["spec"]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -21,17 +17,6 @@ EPOCHS = st.floats(0, 4_000_000_000)
 NODES = st.integers(0, 10**NODE_DIGITS - 1)
 SERIALS = st.integers(0, 10**8 - 1)
 JAKARTA = timezone(timedelta(hours=7))
-
-
-@pytest.fixture(params=["UTC", "America/New_York", "Asia/Jakarta"])
-def zone(request: pytest.FixtureRequest) -> Iterator[str]:
-    """This process in another zone."""
-    before = os.environ.get("TZ")
-    os.environ["TZ"] = request.param
-    time.tzset()
-    yield request.param
-    os.environ.pop("TZ") if before is None else os.environ.update(TZ=before)
-    time.tzset()
 
 
 def sign_nothing(method: str, path: str, token: str, body: bytes, timestamp: str) -> str:

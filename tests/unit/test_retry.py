@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import time
-from collections.abc import Iterator
 from email.utils import formatdate
 
 import pytest
@@ -27,17 +24,6 @@ POLICIES = st.builds(
     SECONDS,
 )
 DELAYS = st.lists(st.integers(1, 10_000), max_size=5).map(tuple)
-
-
-@pytest.fixture(params=["UTC", "Asia/Jakarta", "America/New_York"])
-def zone(request: pytest.FixtureRequest) -> Iterator[str]:
-    """This process in another zone."""
-    before = os.environ.get("TZ")
-    os.environ["TZ"] = request.param
-    time.tzset()
-    yield request.param
-    os.environ.pop("TZ") if before is None else os.environ.update(TZ=before)
-    time.tzset()
 
 
 @given(POLICIES, st.integers(1, 5_000), st.integers())

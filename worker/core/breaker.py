@@ -32,7 +32,6 @@ class Breaker:
     failures: int = 0
     cooldown: float = 0.0
     probe_at: float = 0.0
-    opened_at: float = 0.0
 
     def record(self, kind: Kind, now: float, *, probe: bool = False) -> None:
         """Counts one attempt's verdict. A late good answer to a call from before is as good as a probe's: it shows
@@ -63,7 +62,6 @@ class Breaker:
 
     def _open(self, now: float) -> None:
         self.cooldown = min(self.initial_cooldown, self.max_cooldown)
-        self.opened_at = now
         self._wait(now)
 
     def _wait(self, now: float) -> None:

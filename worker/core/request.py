@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from worker.core import jakarta
 from worker.core.command import Command
@@ -13,8 +13,6 @@ from worker.core.signing import Sign
 EXTERNAL_ID_DIGITS: Final = 36  # SNAP: a numeric string of at most 36, unique in the day
 NODE_DIGITS: Final = 11
 _SERIAL_DIGITS: Final = EXTERNAL_ID_DIGITS - 17 - NODE_DIGITS
-
-BillField = Literal["billnumber", "billNumber"]
 
 
 class SignedRequest(NamedTuple):

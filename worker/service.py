@@ -33,6 +33,7 @@ from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsErr
 from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
+from worker.shells.clock import SystemClock
 from worker.shells.credentials import KEPT, Credentials, CredentialsError
 from worker.shells.fibers import SLOW as FIBERS_SLOW
 from worker.shells.fibers import Event, Fibers, Lock, Offloaded
@@ -56,13 +57,6 @@ SENDER_SILENT: Final = 120.0
 SECRETS_EVERY: Final = 2.0  # seconds between two looks at mounted secrets
 
 log = structlog.get_logger()
-
-
-class SystemClock:
-    """The `Clock` of the core's ports."""
-
-    epoch = staticmethod(time.time)
-    monotonic = staticmethod(time.monotonic)
 
 
 class Calls:

@@ -23,8 +23,8 @@ from worker.core.rows import Row
 from worker.core.sweep import Batch, Bill, command_message, inbox_name
 from worker.core.topology import Names, topology
 from worker.sandbox.simulator import Script, Simulator
-from worker.service import SystemClock
 from worker.shells.amqp.bulk import WINDOW, Bulk, Route
+from worker.shells.clock import SystemClock
 from worker.shells.journal import Journal, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -34,7 +34,8 @@ class Calling:
         """A token. Raises `Trouble` with what its refusal is a sign of, and `CredentialsError`."""
         from worker.core import diagnosis
         from worker.core.ports import TokenUnavailable
-        from worker.service import SystemClock, endpoint, fetcher, transport
+        from worker.service import endpoint, fetcher, transport
+        from worker.shells.clock import SystemClock
         from worker.shells.credentials import Credentials
         from worker.shells.gateway import GatewayClient
 
@@ -53,7 +54,8 @@ class Calling:
     def expire(self, command: Command, gateway: GatewaySettings) -> Finding:
         """What comes of an expire call, after `fetch`, that is signed as ``gateway`` says."""
         from worker.core import diagnosis, request
-        from worker.service import SystemClock, external_ids, partner
+        from worker.service import external_ids, partner
+        from worker.shells.clock import SystemClock
         from worker.shells.credentials import Credentials
 
         assert self._client is not None

@@ -173,6 +173,7 @@ def redrive(
     Exit code 0: done. 1: stopped by bad outcomes, or the broker. 2: input or settings are wrong. 130: ctrl-C.
     """
     from worker.app.dead_letters import Order, Redrive, rehearse
+    from worker.shells.clock import SystemClock
 
     amqp, chosen = _begin(reason, lane, before, batch, bill)
     if 0 < rate < SLOWEST:
@@ -189,7 +190,7 @@ def redrive(
             parked,
             amqp.names,
             order,
-            clock=_Clock(),
+            clock=SystemClock(),
             hop=lambda: uuid.uuid4().hex,
             stop=signals.received,
             show=progress.show,
@@ -325,18 +326,6 @@ def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None]) -> int:
 
     with _parked(amqp, what) as parked, _Progress(parked, "looking") as progress:
         return look(parked, each, show=progress.show)
-
-
-class _Clock:
-    """The system's."""
-
-    def epoch(self) -> float:
-        """Seconds since the epoch."""
-        return time.time()
-
-    def monotonic(self) -> float:
-        """Seconds."""
-        return time.monotonic()
 
 
 def _ask(question: str, parked: ParkedLetters) -> bool:

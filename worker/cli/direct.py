@@ -28,8 +28,9 @@ def send(journal: Journal, settings: Settings) -> Ended:
     from worker.app.direct import Direct
     from worker.cli.meter import Meter
     from worker.core.lanes import Lanes
-    from worker.service import SystemClock, calls
+    from worker.service import calls
     from worker.shells.amqp.bulk import WINDOW
+    from worker.shells.clock import SystemClock
     from worker.shells.credentials import CredentialsError
     from worker.shells.pool import Pool
 

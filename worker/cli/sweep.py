@@ -231,9 +231,9 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
     from worker.app.sweep import Ended, Sweep
     from worker.cli.meter import Meter
     from worker.core.sweep import inbox
-    from worker.service import SystemClock
     from worker.shells.amqp.bulk import Bulk, Route
     from worker.shells.amqp.session import BrokerError, parameters, session
+    from worker.shells.clock import SystemClock
 
     if wish.republish:
         journal.publish_again()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, assert_never
 
-from worker.app.expire import Delay, Disposition, Expire, Hold, Report
+from worker.app.expire import Delay, Disposition, Expire, GiveBack, Hold, Report
 from worker.app.gate import SendersGate
 from worker.app.sweep import Ended, Screen
 from worker.core.breaker import State
@@ -240,8 +240,10 @@ class Direct:
                     unfinished.append((number, _progress(delivery), self._clock.epoch() + seconds))
                 case Exception():
                     self.crashes.append(result)  # it stays begun, so the next run sends it as what it is, sent maybe
-                case _:
+                case GiveBack() | Hold():
                     unfinished.append((number, _progress(delivery), None))
+                case _:
+                    assert_never(result)
         if told:
             self._standing.add(self._journal.record(told))
         if unfinished:

@@ -13,7 +13,7 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, assert_never
 
 import structlog
 
@@ -389,6 +389,8 @@ class Engine:
             case Take.SETTLED:
                 self._log.info("delivery.settled_before", command_id=delivery.command_id, lane=lane)
                 self._consumer.settle(tag)
+            case _:
+                assert_never(take)
 
     def _take_results(self) -> None:
         if not self._results:
@@ -422,6 +424,8 @@ class Engine:
                     self._loop.call_later(REQUEUE_AFTER, self._guard(lambda tag=tag: self._consumer.requeue(tag)))
             case Hold():
                 raise AssertionError("a held command stays in its lane")
+            case _:
+                assert_never(result)
 
     def _give_back(self, delivery: Delivery) -> None:
         """To its queue. What was never called for goes by closing the channel, which keeps its place; what was called
@@ -470,6 +474,10 @@ class Engine:
                     self._watch.dead_letter(outcome.reason)
             case Delay():
                 self._watch.delayed_retry(lane)
+            case GiveBack() | Hold() | Dropped() | Crashed():
+                pass
+            case _:
+                assert_never(result)
 
     # -- holding, probing, draining ---------------------------------------------------------------------------------
 

@@ -97,10 +97,10 @@ class JournalError(Exception):
 
 
 class Journal:
-    """One batch's file. Not thread-safe."""
+    """One batch's file, for one thread."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Opens it; see `load` for making one. Raises `JournalError`."""
+        """Opens it; see `Load` for making one. Raises `JournalError`."""
         self.path = path
         with _translated(path):
             mode = "ro" if read_only else "rw"

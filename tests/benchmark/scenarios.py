@@ -30,7 +30,7 @@ from tests.benchmark.tables import Table
 from worker.core.lanes import CANCELLATION
 
 SECONDS: Final = 6  # what a run at 0 ms takes, roughly
-FITTING: Final = 5120  # commands per second that the concurrency must carry when the gateway is slow
+FITTING: Final = 3200  # commands per second that the concurrency must carry when the gateway is slow
 TURNS: Final = 60
 """What each sender does at least in a run with a slow gateway: opening 256 connections takes as long as some turns."""
 DEFAULT_CONCURRENCY: Final = 32

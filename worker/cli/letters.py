@@ -22,6 +22,7 @@ from worker.core.dead_letter import (
     pretty,
     printable,
 )
+from worker.core.words import plural
 
 if TYPE_CHECKING:
     from worker.app.dead_letters import Held, Order, Report
@@ -40,7 +41,7 @@ def tell_redrive(report: Report, order: Order) -> int:
     """What a redrive came to; the exit code, or `Trouble` where the rest stays."""
     from worker.app.dead_letters import Ended
 
-    typer.echo(f"redrove {report.redriven:,} of {report.there:,} dead letters ({report.matching:,} match)")
+    typer.echo(f"redrove {report.redriven:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     outcomes = ", ".join(f"{count:,} {status} ({reason})" for (status, reason), count in report.outcomes.most_common())
     if outcomes:
         typer.echo(f"outcomes so far: {outcomes}")
@@ -71,7 +72,9 @@ def tell_redrive(report: Report, order: Order) -> int:
 
 def print_rehearsal(report: Report, census: Census) -> None:
     """What a redrive would send."""
-    typer.echo(f"would redrive {census.total.count:,} of {report.there:,} dead letters ({report.matching:,} match)")
+    typer.echo(
+        f"would redrive {census.total.count:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)"
+    )
     for reason, lane, kind in census.lines():
         typer.echo(f"{kind.count:>9,}  {printable(reason)} to {lane}")
     if report.homeless:
@@ -123,8 +126,8 @@ def print_list(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLe
     """Counts, then the first rows."""
     console = _console()
     count = census.total.count
-    some = f"{count:,} of {total:,}" if count != total else f"{count:,}"
-    console.print(f"{some} dead letters in {amqp.names.dead}", markup=False, soft_wrap=True)
+    some = f"{count:,} of " if count != total else ""
+    console.print(f"{some}{plural(total, 'dead letter')} in {amqp.names.dead}", markup=False, soft_wrap=True)
     if not count:
         return
     console.print(_counts(census))

@@ -1,4 +1,4 @@
-"""Numbers and times as people read them on a status page."""
+"""Numbers and times as people read them."""
 
 from __future__ import annotations
 

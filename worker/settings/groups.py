@@ -224,7 +224,9 @@ class MetricsSettings(Group):
 
     model_config = SettingsConfigDict(env_prefix="METRICS_")
 
-    host: Host = Field(default="0.0.0.0", description="Address of `/metrics`, `/livez` and `/readyz`.")
+    host: Host = Field(
+        default="0.0.0.0", description="Address of the status page `/`, `/metrics`, `/livez` and `/readyz`."
+    )
     port: int = Field(default=9108, ge=1, le=65_535, description="Their port.")
 
 

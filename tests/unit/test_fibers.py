@@ -21,6 +21,7 @@ from worker.shells.fibers import Event, Fibers, Lock, Offloaded
 
 SOON = 20.0  # seconds: far more than a loaded machine needs
 NEVER = 3600.0
+POLL_SECONDS = 5.0  # the longest that pika's loop waits for anything
 
 
 @pytest.fixture(params=["greenlets", "threads with a baton"], autouse=True)
@@ -273,6 +274,22 @@ def test_a_busy_fiber_lets_the_loop_look(fibers: Fibers) -> None:
     fibers.loop.add_callback_threadsafe(over.set)
 
     assert spinning.result(SOON) is None
+
+
+def test_who_is_ready_between_two_turns_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the loop's thread wakes after a turn goes on in the next, though nothing else happens for seconds."""
+    from worker.shells.amqp.connection import new_loop
+
+    monkeypatch.setattr(fibers_module, "TICK", NEVER)
+    alone = Fibers(new_loop())
+    alone.start()
+    began = time.monotonic()
+    alone.soon(lambda: None)
+    alone.turn()
+    took = time.monotonic() - began
+    alone.close()
+
+    assert took < POLL_SECONDS / 2
 
 
 class Foreign(BaseAdapter):

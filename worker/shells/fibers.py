@@ -75,13 +75,13 @@ class Fibers:
 
     def turn(self) -> None:
         """Waits until something happens, then lets everybody who can go on do so."""
+        ready = self._ready
+        if ready:  # they do not wait for anything, but the loop looks at the broker first: nobody may keep it from that
+            self.loop.add_callback_threadsafe(_nothing)
         self.loop.poll()
         self.loop.process_timeouts()
-        ready = self._ready
         for _ in range(len(ready)):
             ready.popleft()()
-        if ready:  # their turn comes when the loop has looked at the broker: nobody may keep it from that
-            self.loop.add_callback_threadsafe(_nothing)
 
     def run(self, stopped: Callable[[], bool]) -> None:
         """All of it, for a thread that has nothing else to do: until ``stopped``, which is asked every tick."""

@@ -107,6 +107,7 @@ class WorkerProcess:
         self._logs: list[Path] = []
         self._errors: list[Path] = []
         self._process: subprocess.Popen[bytes] | None = None
+        self.stdout: int | None = None  # a descriptor instead of the log file
 
     def __enter__(self) -> Self:
         return self.start()
@@ -131,7 +132,7 @@ class WorkerProcess:
                 env=self.environment(),
                 cwd=self._directory,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=log if self.stdout is None else self.stdout,
                 stderr=errors,
                 # A family (WORKER_PROCESSES) is one group, so that nobody is left when it is killed.
                 start_new_session=True,

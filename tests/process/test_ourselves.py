@@ -1,6 +1,11 @@
 """What goes wrong in the worker itself, and what that leaves behind: signals, hangs, crashes, redelivered commands."""
 
+import fcntl
+import os
 import random
+import select
+import struct
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -347,6 +352,28 @@ def test_a_command_that_kills_ends_as_a_dead_letter(amqp_url: str, prefix: str, 
             worker.stop()
             books = take_stock(producer).check()
             assert books.parked == {poison.id}
+
+
+# -- a log that nobody reads
+
+
+def test_a_log_that_nobody_reads_stops_nothing(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Its pipe is full, as when a log collector hangs: commands, heartbeats and a clean end do not wait for it."""
+
+    reader, writer = os.pipe()
+    with Simulator() as gateway, os.fdopen(reader, "rb") as pipe:
+        worker = WorkerProcess(amqp_url, prefix, gateway, tmp_path, LOG_LEVEL="debug")
+        worker.stdout = writer
+        with worker:
+            os.close(writer)
+            worker.wait_ready()
+            with Producer(amqp_url, prefix) as producer:
+                producer.publish_many(bills(1000))
+                producer.collect_all(60)
+                (unread,) = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))
+                assert unread > fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) - 2 * select.PIPE_BUF, "full"
+                worker.stop()
+                check_books(producer, all_ended=True, no_duplicates=True)
 
 
 # -- commands that come again

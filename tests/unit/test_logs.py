@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
@@ -171,7 +172,7 @@ def test_lines_of_several_threads_stay_whole() -> None:
     reader, writer = os.pipe()
     read: list[bytes] = []
     with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb") as end:
-        collector = threading.Thread(target=lambda: read.append(end.read()))
+        collector = threading.Thread(target=lambda: read.extend(end.readline() for _ in range(800)))
         collector.start()
         logs.configure("json", "info", stream)
         log = structlog.get_logger()
@@ -182,10 +183,9 @@ def test_lines_of_several_threads_stay_whole() -> None:
             thread.start()
         for thread in writers:
             thread.join()
-        stream.close()
-        collector.join()
+        collector.join(30)
 
-    assert len([json.loads(line) for line in read[0].splitlines()]) == 800
+    assert [json.loads(line)["text"] for line in read] == ["x" * 500] * 800
 
 
 def test_closed_pipe_does_not_stop_the_worker() -> None:
@@ -197,6 +197,42 @@ def test_closed_pipe_does_not_stop_the_worker() -> None:
         os.close(reader)
 
         structlog.get_logger().info("attempt")
+
+
+def test_a_pipe_that_nobody_reads_stops_nobody() -> None:
+    """Lines wait for a reader, in their order; of those that are too many, one line says how many, in their place."""
+
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb") as end:
+        logs.configure("json", "info", stream)
+        log = structlog.get_logger()
+        logged = fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) // 1000 + logs.MOST_WAITING + 50
+        for number in range(logged):
+            log.info("attempt", number=number, text="x" * 1000)
+        came = [json.loads(end.readline())]
+        while came[-1]["event"] != "log.lost":
+            came.append(json.loads(end.readline()))
+        lost = came.pop()
+        log.info("attempt", number=logged, text="late")
+        assert json.loads(end.readline())["number"] == logged
+
+    numbers = [line["number"] for line in came]
+    assert (lost["level"], lost["lines"]) == ("warning", logged - len(numbers))
+    assert lost["lines"] >= 50
+    assert numbers == list(range(len(numbers)))
+
+
+def test_a_line_longer_than_a_pipe_takes_at_once_stops_nobody() -> None:
+    """A pipe that takes 4 KiB would stop who writes more."""
+
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb") as end:
+        logs.configure("json", "info", stream)
+        text = "x" * 2 * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
+
+        structlog.get_logger().info("attempt", text=text)
+
+        assert json.loads(end.readline())["text"] == text
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,19 @@ Use ``structlog.get_logger()`` anywhere; before `configure` its lines go to stru
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import re
+import select
 import sys
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, Final, Literal, TextIO
 
 import structlog
@@ -28,6 +33,11 @@ FOREIGN_LEVEL: Final = logging.WARNING
 MAX_TRACEBACK: Final = 3_000
 """A pipe takes 4 KiB in one piece; longer lines of several processes could mix. The end says most."""
 
+MOST_WAITING: Final = 10_000
+"""Lines that wait for a reader of the log: some 3 MB. Of those beyond, `log.lost` tells the number."""
+
+LAST_WORDS: Final = 1.0  # seconds that the end of the process waits for a reader of the log
+
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)|(?<=Bearer )\S+", re.IGNORECASE)
 
 
@@ -40,7 +50,8 @@ def configure(format: LogFormat | None = None, level: str = "info", stream: Text
     if format is None:
         format = "console" if stream.isatty() else "json"
     render = json_line if format == "json" else _console(colors=stream.isatty())
-    lines = _Lines(stream)
+    lines = _Lines(stream, render)
+    atexit.register(lines.flush, LAST_WORDS)
     structlog.configure(
         processors=[lambda _, method, event: render(method, event)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -72,32 +83,71 @@ def redact(text: str) -> str:
 
 
 class _Lines:
-    """The stream, a whole line at a time: one write(2) each, so that several processes do not mix."""
+    """The stream, a whole line at a time: one write(2) each, so that several processes do not mix.
 
-    def __init__(self, stream: TextIO) -> None:
+    A pipe that nobody reads is full after 64 KiB, and a write to it would stop whoever logs: here the loop, with its
+    heartbeats and all senders. So once the stream takes nothing, lines wait, and a thread brings them out.
+    """
+
+    def __init__(self, stream: TextIO, render: Render) -> None:
         self._stream = stream
+        self._render = render
+        self._lock = threading.RLock()  # a signal's handler may log in the middle of a line of the same thread
+        self._waiting: deque[bytes] = deque()  # the first one is being written
+        self._lost = 0
+        self._writable = select.poll()
         try:
             self._fd: int | None = stream.fileno()
+            self._writable.register(self._fd, select.POLLOUT)
         except (OSError, ValueError):  # a stream in memory
             self._fd = None
 
     def msg(self, line: str) -> None:
         """Writes it. A full disk or a closed pipe loses the line, never the command that is worked on."""
-        try:
-            if self._fd is None:
-                self._stream.write(line + "\n")
+        if self._fd is None:
+            self._stream.write(line + "\n")
+            return
+        data = _bytes(line)
+        with self._lock:
+            # A pipe or terminal that says it takes something takes PIPE_BUF at once.
+            if not self._waiting and len(data) <= select.PIPE_BUF and self._writable.poll(0):
+                _write(self._fd, data)
+            elif len(self._waiting) < MOST_WAITING:
+                self._waiting.append(data)
+                if len(self._waiting) == 1:
+                    threading.Thread(target=self._catch_up, args=(self._fd,), name="log", daemon=True).start()
             else:
-                _write(self._fd, (line + "\n").encode("utf-8", "backslashreplace"))
-        except OSError:
-            pass
+                self._lost += 1
 
     debug = info = warning = error = critical = msg
 
+    def flush(self, seconds: float) -> None:
+        """Gives what waits so long to come out."""
+        deadline = time.monotonic() + seconds
+        while self._waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _catch_up(self, fd: int) -> None:
+        waiting = True
+        while waiting:
+            _write(fd, self._waiting[0])
+            with self._lock:
+                self._waiting.popleft()
+                if self._lost:
+                    self._waiting.append(_bytes(self._render("warning", {"event": "log.lost", "lines": self._lost})))
+                    self._lost = 0
+                waiting = bool(self._waiting)
+
+
+def _bytes(line: str) -> bytes:
+    return (line + "\n").encode("utf-8", "backslashreplace")
+
 
 def _write(fd: int, data: bytes) -> None:
-    done = os.write(fd, data)
-    while done < len(data):  # only lines beyond a pipe's 4 KiB get here
-        done += os.write(fd, data[done:])
+    with suppress(OSError):
+        done = os.write(fd, data)
+        while done < len(data):  # only lines beyond PIPE_BUF get here
+            done += os.write(fd, data[done:])
 
 
 class _Foreign(logging.Handler):

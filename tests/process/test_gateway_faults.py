@@ -86,7 +86,7 @@ class Shop:
 def shop(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     prefix, folder = new_prefix(), tmp_path_factory.mktemp("shop")
     settings = {
-        **altered(folder, "import worker.shells.amqp.engine as e; e.LOOK_AGAIN = 0.2"),
+        **altered(folder, "import worker.shells.amqp.regulator as r; r.LOOK_AGAIN = 0.2"),
         "WORKER_CONCURRENCY": str(SENDERS),
         "BREAKER_FAILURES": "3",
         "BREAKER_COOLDOWN_SECONDS": "0.2",
@@ -203,7 +203,7 @@ def outage(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with Rabbit(amqp_url) as rabbit:
         rabbit.declare(topology(prefix, "quorum", (1, 2)))
     settings = {
-        **altered(folder, "import worker.shells.amqp.engine as e; e.LOOK_AGAIN = 0.1"),
+        **altered(folder, "import worker.shells.amqp.regulator as r; r.LOOK_AGAIN = 0.1"),
         "WORKER_CONCURRENCY": "16",
         "BREAKER_FAILURES": "3",
         "BREAKER_COOLDOWN_SECONDS": str(COOLDOWN),
@@ -351,7 +351,7 @@ def test_what_is_on_its_way_when_it_opens_is_kept(
     """Deliveries under way while consumption is being paused are kept: sent back, they would count as redelivered."""
 
     settings = {
-        **altered(tmp_path, f"import worker.shells.amqp.engine as e; e.PAUSE_AFTER = {pause_after}"),
+        **altered(tmp_path, f"import worker.shells.amqp.regulator as r; r.PAUSE_AFTER = {pause_after}"),
         "AMQP_QUEUE_TYPE": kind,
         "BREAKER_FAILURES": "3",
         "BREAKER_COOLDOWN_SECONDS": "1.5",

@@ -40,6 +40,7 @@ from worker.shells.amqp.consumer import Consumer
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
+from worker.shells.amqp.regulator import Regulator
 from worker.shells.fibers import Fibers
 from worker.shells.pool import Pool
 
@@ -54,10 +55,6 @@ LONGEST_HOLD: Final = 600.0
 """Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh
 message. The broker closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the
 command."""
-PAUSE_AFTER: Final = 1.0
-"""Seconds between the breaker's opening and the end of consumption; until then, full prefetch windows end it as well. A
-quorum queue takes back what is on its way to a consumer that is cancelled, and counts that against the commands."""
-LOOK_AGAIN: Final = 1.0  # seconds between two looks for a command to probe with, when there was none
 REMEMBERED_CALLS: Final = 2000  # more than a process can have in hand when its connection goes
 REQUEUE_AFTER: Final = 1.0  # a command that crashes senders must not do so as fast as the broker redelivers it
 
@@ -124,6 +121,7 @@ class Engine:
         self._clock = clock
         self._log = structlog.get_logger()
         self._pool: Pool | None = None
+        self._regulator: Regulator | None = None
         self._fibers = fibers
         self._loop = fibers.loop
         self._stopped = False
@@ -167,12 +165,7 @@ class Engine:
         self._settle_at = 0.0
         self._acks_told = dict.fromkeys(LANES, 0)
         self._begun = False
-        self._was_held = False
-        self._ramp = False
         self._breaker = State.CLOSED
-        self._broken_at: float | None = None
-        self._probes = 0
-        self._look_at = 0.0
         self._connected_once = False
         self._connected = False
         self._lost = False
@@ -187,8 +180,7 @@ class Engine:
     def start(self, pool: Pool) -> None:
         """Connects. Nothing is handed to senders before `begin`."""
         self._pool = pool
-        pool.hold()
-        self._was_held = True
+        self._regulator = Regulator(self._gate, pool, self._consumer)
         self._gate.on_hold = self._hold_now
         codec.tolerate()
         self._thread.start()
@@ -393,8 +385,6 @@ class Engine:
                 assert_never(take)
 
     def _take_results(self) -> None:
-        if not self._results:
-            return
         with self._publish_link.corked():
             while self._results:
                 delivery, result = self._results.popleft()
@@ -479,7 +469,7 @@ class Engine:
             case _:
                 assert_never(result)
 
-    # -- holding, probing, draining ---------------------------------------------------------------------------------
+    # -- holding and draining ----------------------------------------------------------------------------------------
 
     def _hold_now(self) -> None:
         """From the sender whose answer began a hold."""
@@ -489,38 +479,12 @@ class Engine:
 
     def _regulate(self) -> None:
         """Makes pool and consumers follow what holds senders, and says so."""
-        holds = self._gate.holds()
+        assert self._regulator is not None
+        holds, ready = self._gate.holds(), self._publisher.ready
         self._tell(holds)
-        broker = not self._publisher.ready
-        pausing = self._gate.draining or self._broken_for(holds) > PAUSE_AFTER
-        if pausing != self._consumer.paused:
-            self._consumer.pause() if pausing else self._consumer.resume()
-        held = holds.any or broker or not self._begun or self._gate.draining
-        assert self._pool is not None
-        if held:
-            self._was_held = True
-            self._ramp = self._ramp or holds.any
-            self._pool.hold()
-        elif self._was_held:
-            self._pool.release(ramp=self._ramp)
-            self._was_held = self._ramp = False
-            if self._gate.holds().any:  # a hold began between our look and the release
-                self._hold_now()
-        if self._gate.draining:
-            return
-        if holds.breaker is State.OPEN and not broker and self._gate.probe_due():
-            self._probe()
-        if holds.any and self._publisher.ready:
+        self._regulator.follow(holds, begun=self._begun, broker=ready)
+        if holds.any and ready and not self._gate.draining:
             self._return_long_held()
-
-    def _broken_for(self, holds: Holds) -> float:
-        """Seconds since the breaker opened."""
-        if holds.breaker is State.CLOSED:
-            self._broken_at = None
-            return 0.0
-        if self._broken_at is None:
-            self._broken_at = time.monotonic()
-        return time.monotonic() - self._broken_at
 
     def _tell(self, holds: Holds) -> None:
         watch = self._watch
@@ -547,41 +511,6 @@ class Engine:
                 event = "breaker.closed" if holds.breaker is State.CLOSED else "breaker.opened"
                 self._log.warning(event, probe_every=self._gate.cooldown())
             self._breaker = holds.breaker
-
-    def _probe(self) -> None:
-        """One command tests the gateway: one that has not been a probe in this outage, from hand or from the queues;
-        else the one whose turn was longest ago."""
-        assert self._pool is not None
-        now = time.monotonic()
-        if now < self._look_at:
-            return
-        self._look_at = now + LOOK_AGAIN
-        fresh = next((d for d in self._ours() if not d.probed), None)
-        if fresh is not None:
-            self._send_probe(fresh)
-        elif self._consumer.up:
-            self._consumer.fetch(self._fetched)
-
-    def _fetched(self, _found: bool) -> None:
-        if not self._gate.probe_due() or self._gate.draining:
-            return
-        ours = self._ours()
-        if ours:
-            self._send_probe(min(ours, key=lambda d: d.probed))
-
-    def _ours(self) -> list[Delivery]:
-        """What waits, but for what the broker took back when its connection went: that may be in other hands by now,
-        and probing with it, one after the other, would test nothing."""
-        assert self._pool is not None
-        return [d for d in self._pool.waiting() if d.entry is not None and not d.entry.orphaned]
-
-    def _send_probe(self, delivery: Delivery) -> None:
-        assert self._pool is not None
-        self._probes += 1
-        delivery.probed = self._probes
-        self._gate.probing()
-        if not self._pool.probe(delivery):
-            self._gate.probe_lost()
 
     def _return_long_held(self) -> None:
         assert self._pool is not None

@@ -185,7 +185,7 @@ def test_published_commands_are_those_of_the_file(desk: Desk, rabbit: Rabbit) ->
 
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        f"published 2 bills to {desk.names.queue('sweep')} as batch b (4 rows: 2 bills, 1 duplicates, 1 invalid)\n"
+        f"published 2 bills to {desk.names.queue('sweep')} as batch b (4 rows: 2 bills, 1 duplicate, 1 invalid)\n"
     )
     sent = rabbit.take(desk.names.queue("sweep"), 2, timeout=10)
     assert [json.loads(message.body) for message in sent] == [

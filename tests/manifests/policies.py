@@ -327,8 +327,6 @@ def secret_settings_are_mounted(manifests: Manifests) -> Complaints:
             for variable, value in manifests.settings().items():
                 if not variable.endswith("_FILE") or not value or not variable.startswith(COMMANDS[command]):
                     continue
-                if command == "sweep" and not variable.startswith("AMQP_"):
-                    continue  # without --direct it asks only for the broker's
                 if not _mounted(manifests, pod, container, PurePosixPath(value)):
                     yield f"{pod.owner}: {variable}={value} is no key of a mounted Secret"
 

@@ -34,6 +34,7 @@ def test_the_demo_adds_up_and_leaves_nothing(amqp_url: str, tmp_path: Path) -> N
 
     assert done.returncode == 0, done.stderr
     assert "60 commands, 60 outcomes" in done.stdout
+    assert "metrics at http" in done.stdout  # no line is broken where nobody reads by columns
     assert list(tmp_path.iterdir()) == [saved]
     messages = [json.loads(line) for line in saved.read_text().splitlines()]
     assert Counter(message["kind"] for message in messages) == {"command": 60, "outcome": 60, "dead letter": 4}

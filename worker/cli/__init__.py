@@ -19,7 +19,7 @@ COMMANDS: Final = {
     "demo": (),
     "simulator": (),
     "publish": ("AMQP_",),
-    "sweep": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_"),
+    "sweep": ("AMQP_",),
     "status": ("AMQP_",),
     "dead": ("AMQP_",),
     "contract": ("AMQP_PREFIX",),
@@ -29,6 +29,9 @@ COMMANDS: Final = {
     "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
 }
 """Every command, in the order of the help, and what the names of the settings that it reads begin with."""
+
+DIRECT: Final = ("GATEWAY_", "RETRY_", "BREAKER_", "WORKER_CONCURRENCY", "WORKER_DRAIN_SECONDS")
+"""What ``sweep --direct`` reads beside AMQP_PREFIX: without it nobody who runs a sweep needs the gateway's."""
 
 HELP: Final = """
 Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo shows everything on this
@@ -56,10 +59,14 @@ class Trouble(Exception):
 
 def _add_settings(ctx: Any, formatter: Any) -> None:
     """Typer prints its part of a help itself; what the formatter holds comes after it."""
-    prefixes = COMMANDS.get(ctx.command_path.split()[1], ())  # of a group's command, the group's
+    command = ctx.command_path.split()[1]  # of a group's command, the group
+    prefixes = COMMANDS.get(command, ())
     if prefixes:
         with formatter.section("Settings (environment, or a .env file)"):
             formatter.write_dl(_settings(prefixes))
+    if command == "sweep":
+        with formatter.section("With --direct also"):
+            formatter.write_dl(_settings(DIRECT))
 
 
 class _Command(TyperCommand):

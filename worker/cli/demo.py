@@ -32,7 +32,7 @@ def demo(
 
     try:
         with _opened(save) as file:
-            for message in show.run(commands, Console()):
+            for message in show.run(commands, Console(soft_wrap=True)):
                 file.write(f"{message.line()}\n")
     except (show.DemoError, broker.BrokerUnavailable) as error:
         raise Trouble(str(error)) from None

@@ -19,6 +19,7 @@ from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble
 from worker.cli.batches import STATE_DIR_HELP, journal_path, open_journal, print_tally, state_directory
 from worker.cli.intake import Input, batch, take_in
+from worker.core.words import plural
 
 if TYPE_CHECKING:
     from worker.core.sweep import Tally
@@ -208,7 +209,7 @@ def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
     journal_path(Path(scratch), batch)  # says what is wrong with the id
     counts = _rows_in_words(bills, duplicates, intake.invalid)
     where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
-    typer.echo(f"{intake.source}: {bills + duplicates + intake.invalid:,} rows: {counts}")
+    typer.echo(f"{intake.source}: {plural(bills + duplicates + intake.invalid, 'row')}: {counts}")
     typer.echo(f"would go {where} as batch {batch}:")
     for bill in first:
         typer.echo(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
@@ -218,7 +219,7 @@ def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
 
 
 def _rows_in_words(bills: int, duplicates: int, invalid: int) -> str:
-    return f"{bills:,} bills, {duplicates:,} duplicates, {invalid:,} invalid"
+    return f"{plural(bills, 'bill')}, {plural(duplicates, 'duplicate')}, {invalid:,} invalid"
 
 
 # -- through the broker ---------------------------------------------------------------------------------------------
@@ -333,12 +334,12 @@ def _close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
 def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: Tally) -> None:
     facts, lane = journal.facts, amqp.names.queue("sweep")
     if before.unsent:
-        fresh = f"published {before.unsent:,} bills to {lane} as batch {facts.batch.id}"
+        fresh = f"published {plural(before.unsent, 'bill')} to {lane} as batch {facts.batch.id}"
     else:
         fresh = (
             f"batch {facts.batch.id} is published already, nothing was sent; another --batch-id sends the input anew"
         )
-    typer.echo(f"{fresh} ({after.rows:,} rows: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
+    typer.echo(f"{fresh} ({plural(after.rows, 'row')}: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
 
 
 # -- without a broker -----------------------------------------------------------------------------------------------

@@ -383,7 +383,7 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
     seen = simulator.report(bills=False)
     answered = ", ".join(f"{code} ×{count}" for code, count in sorted(seen.by_code.items()))
     calls = f"{seen.expire_calls} expire calls, {seen.token_calls} token calls"
-    console.print(f"gateway    {calls}: {answered}", soft_wrap=True)
+    console.print(f"gateway    {calls}: {answered}")
     cancelled = sorted(tally.seconds[CANCELLATION])
     console.print(
         f"speed      {took:.1f} s in all; half of the cancellations were dead within "
@@ -393,11 +393,11 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
     retried = next((o for o in tally.outcomes.values() if o["attempts"] > 1 and o["status"] == "expired"), None)
     if retried is not None:
         console.print("an outcome, as your pipeline receives it:")
-        console.print(json.dumps(retried), soft_wrap=True)
+        console.print(json.dumps(retried))
     console.print("some of its metrics:")
     for line in metrics.splitlines():
         if line.startswith(("qris_expire_outcomes_total", "qris_expire_retries_total")) and not line.endswith(" 0.0"):
-            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"  {line}", highlight=False, markup=False)
     console.print(f"the worker drained and ended with 0: {tally.expected} commands, {counts.total()} outcomes.")
 
 

@@ -103,6 +103,10 @@ _LATE: Final = (
     f"1 - sum({_rate('command_age_seconds_bucket', _IN_TIME)})"
     f" / sum({_rate('command_age_seconds_count', _CANCELLATION)})"
 )
+_TAKES: Final = (
+    f"sum by (response_code) ({_rate('gateway_request_seconds_total', _EXPIRE)})"
+    f" / (sum by (response_code) ({_rate('gateway_requests_total', _EXPIRE)}) > 0)"
+)
 
 ROWS: Final = (
     Row(
@@ -278,6 +282,15 @@ ROWS: Final = (
                     (_quantile(0.95, "gateway_request_duration_seconds", more=_EXPIRE), "95 % within"),
                     (_quantile(0.99, "gateway_request_duration_seconds", more=_EXPIRE), "99 % within"),
                 ],
+                width=6,
+            ),
+            Panel(
+                "Latency by response code",
+                "What an expire call that is answered with this code takes on average. none: what it takes until there "
+                "is no answer.",
+                "s",
+                [(_TAKES, "{{response_code}}")],
+                width=6,
             ),
             Panel(
                 "Answers by response code",
@@ -290,6 +303,7 @@ ROWS: Final = (
                         "{{response_code}}",
                     )
                 ],
+                width=6,
                 stacked=True,
             ),
             Panel(
@@ -302,6 +316,7 @@ ROWS: Final = (
                         "{{response_code}}",
                     ),
                 ],
+                width=6,
             ),
         ],
     ),

@@ -41,6 +41,7 @@ CONTRACT = {
     "command_age_seconds": {"lane"},
     "gateway_requests_total": {"operation", "response_code"},
     "gateway_request_duration_seconds": {"operation"},
+    "gateway_request_seconds_total": {"operation", "response_code"},
     "retries_total": {"reason"},
     "delayed_retries_total": {"lane"},
     "dead_letters_total": {"reason"},
@@ -180,6 +181,18 @@ def test_an_unknown_response_code_is_other_and_an_absent_one_none(metrics: Metri
     assert value(metrics, requests, operation="expire", response_code="other") == 1
     assert value(metrics, requests, operation="expire", response_code="none") == 1
     assert value(metrics, "gateway_request_duration_seconds_count", operation="expire") == 3
+
+
+def test_seconds_are_told_by_response_code(metrics: Metrics) -> None:
+    """How long the answers of a code take, those of unknown codes under "other"."""
+
+    for code, seconds in (("2009300", 0.5), ("2009300", 0.25), ("5009300", 4.0), ("10092081", 2.0)):
+        metrics.request("expire", code, seconds)
+    took = {
+        code: value(metrics, "gateway_request_seconds_total", operation="expire", response_code=code)
+        for code in ("2009300", "5009300", "other", "none")
+    }
+    assert took == {"2009300": 0.75, "5009300": 4.0, "other": 2.0, "none": 0.0}
 
 
 @pytest.mark.parametrize(

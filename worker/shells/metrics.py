@@ -195,6 +195,13 @@ class Metrics:
             for operation in OPERATIONS
             for code in (*RESPONSE_CODES, OTHER, NONE)
         }
+        seconds = self._counter(
+            "gateway_request_seconds_total",
+            "Seconds that these requests took, by responseCode; over gateway_requests_total: how long an answer of this "
+            "code takes. A failure that takes long costs more than one that comes at once: ask the provider why.",
+            ("operation", "response_code"),
+        )
+        self._request_seconds = {pair: seconds.labels(*pair) for pair in self._requests}
         duration = self._histogram(
             "gateway_request_duration_seconds",
             "One request to the gateway, from sending to the whole answer or to giving up. "
@@ -318,8 +325,11 @@ class Metrics:
 
     def request(self, operation: str, response_code: str, seconds: float) -> None:
         """A request of `OPERATIONS` ended; `response_code` is "" when there was none."""
-        known = self._requests.get((operation, response_code or NONE))
-        (known or self._requests[operation, OTHER]).inc()
+        pair = operation, response_code or NONE
+        if pair not in self._requests:
+            pair = operation, OTHER
+        self._requests[pair].inc()
+        self._request_seconds[pair].inc(seconds)
         self._request_duration[operation].observe(seconds)
 
     def token_refresh(self, result: str) -> None:

@@ -1,6 +1,7 @@
 """The systemd units: accepted by systemd, hardened, and of one mind with the worker."""
 
 import ctypes
+import os
 import re
 import shlex
 import shutil
@@ -115,6 +116,25 @@ def test_settings_load(tmp_path: Path) -> None:
     assert settings.amqp.urls() == ["amqps://user:secret@host/%2F"]
     secrets = {loaded.partition(":")[0] for loaded in unit("qris-expire.service")["LoadCredential"]}
     assert {Path(value).name for name, value in found.items() if name.endswith("_FILE")} == secrets
+
+
+def test_people_get_the_worker_s_settings(tmp_path: Path) -> None:
+    """The command for people finds the example's environment and every secret that the unit loads, and passes on."""
+    text, installed = (UNITS / "qris-expire").read_text(), "/opt/qris-expire/bin/qris-expire"
+    given = dict(re.findall(r"^([A-Z_]+)=/etc/qris-expire/(.+)$", text, re.MULTILINE))
+    loaded = dict(line.split("=%d/") for line in unit("qris-expire.service")["Environment"] if "=%d/" in line)
+    assert given == loaded
+    assert unit("qris-expire.service")["ExecStart"] == [f"{installed} run"]
+
+    environment(tmp_path)
+    shutil.copy(UNITS / "qris-expire.env", tmp_path)
+    script = tmp_path / "qris-expire"
+    script.write_text(text.replace("/etc/qris-expire", str(tmp_path)).replace(installed, f"{sys.executable} -m worker"))
+    ours = {"PATH": os.environ["PATH"], "PYTHONPATH": str(K8S.parent)}
+    command = ["sh", str(script), "sign", "B-1", "--merchant-id", "M-1"]
+    done = subprocess.run(command, env=ours, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode, "B-1" in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -197,8 +197,8 @@ class Metrics:
         }
         seconds = self._counter(
             "gateway_request_seconds_total",
-            "Seconds that these requests took, by responseCode; over gateway_requests_total: how long an answer of this "
-            "code takes. A failure that takes long costs more than one that comes at once: ask the provider why.",
+            "Seconds that these requests took, by responseCode; over gateway_requests_total: how long an answer of "
+            "this code takes. A failure that takes long costs more than one that comes at once: ask the provider why.",
             ("operation", "response_code"),
         )
         self._request_seconds = {pair: seconds.labels(*pair) for pair in self._requests}

@@ -44,6 +44,7 @@ OF_EXPIRES: Cases = {
     "bill field": (reply("4009302", "Invalid Mandatory Field billNumber"), "GATEWAY_BILL_FIELD"),
     "blacklisted": (reply("4039319", "Merchant Blacklisted"), "talk to the provider"),
     "forbidden": (reply("4049300", "Unauthorized. Client Forbidden Access API"), "ask the provider to enable"),
+    "unauthorised": (reply("4049300", "Unauthorised"), "ask the provider to enable"),
     "same id": (reply("4099300", "Cannot use same X-EXTERNAL-ID in same day"), "try again"),
     "theirs": (reply("5009300", "General Error"), "try again later"),
     "odd": (reply("4229300", "What"), "ask the provider"),

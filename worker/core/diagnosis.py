@@ -107,7 +107,8 @@ _OF_EXPIRES: Final = (
         "GATEWAY_TIMESTAMP_MILLISECONDS",
     ),
     _Sign(r"4049301", r"", "it does not know the bill; path, signature and channel are right", fine=True),
-    _Sign(r"4049300|40[134]....", r"forbidden|not allowed", _FORBIDDEN),
+    _Sign(r"4049300", r"unauthori[sz]ed|forbidden", _FORBIDDEN),
+    _Sign(r"40[134]....", r"forbidden|not allowed", _FORBIDDEN),
     _Sign(
         r"401..0[13]|401....", r"token", "it refuses the token that it just gave us: is GATEWAY_BASE_URL one system?"
     ),

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -198,15 +199,17 @@ def test_with_the_keyboard(tab: Tab) -> None:
     assert focused() == "livez"
 
 
-def test_dark_and_light(tab: Tab) -> None:
-    """The page is dark where the person's system is, and light where it is not."""
+def test_dark_and_light(tab: Tab, tmp_path: Path) -> None:
+    """The page is dark where the person's system is, and light where it is not; pictures of both are left."""
 
     def ground() -> str:
         return str(tab.run("getComputedStyle(document.body).backgroundColor"))
 
     assert ground() == "rgb(243, 244, 246)"
+    tab.screenshot(tmp_path / "light.png")
     tab.emulate(prefers_color_scheme="dark")
     assert ground() == "rgb(16, 19, 23)"
+    tab.screenshot(tmp_path / "dark.png")
 
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])

@@ -137,7 +137,7 @@ class GatewaySettings(Group):
     )
     transport: Literal["bounded", "requests"] = Field(
         "bounded",
-        description="`bounded`: our adapter, a fifth of the CPU; `requests`: its own. A proxy always takes the latter.",
+        description="`bounded`: our adapter; `requests`: its own, four times the CPU. A proxy always takes the latter.",
     )
     ca_file: ReadableFile | None = Field(
         default=None,

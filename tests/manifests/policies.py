@@ -103,14 +103,14 @@ def _selectors(manifests: Manifests) -> Iterator[tuple[str, str, Mapping[str, st
 
 @policy
 def ports_exist(manifests: Manifests) -> Complaints:
-    """A port is a port; probes, monitors and policies find those that they name; metrics are where they are served."""
+    """A port is a port; probe, monitor, Service and policy find theirs; metrics are where they are served."""
     named: dict[str, int] = {}
     for pod in manifests.pods():
         for container in pod.containers():
             ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
             named |= ports
             for name, number in ports.items():
-                if not 1 <= number <= 65535:
+                if not _is_port(number):
                     yield f"{pod.owner}: port {name} cannot be {number}"
             for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
                 asked = container.get(probe, {})
@@ -123,18 +123,29 @@ def ports_exist(manifests: Manifests) -> Complaints:
         for endpoint in each["spec"]["podMetricsEndpoints"]:
             if endpoint.get("port") not in named:
                 yield f"PodMonitor {each['metadata']['name']} scrapes port {endpoint.get('port')!r}, which no pod has"
-    for name, port in _policy_ports(manifests):
-        if isinstance(port, str) and port not in named:
-            yield f"NetworkPolicy {name} allows port {port!r}, which no pod has"
+    for name, port in [*_policy_ports(manifests), *_service_ports(manifests)]:
+        if port not in named if isinstance(port, str) else not _is_port(port):
+            yield f"{name} has port {port!r}, which no pod has, or nobody"
     if named.get("metrics") != int(manifests.settings()["METRICS_PORT"]):
         yield "the port named metrics is not METRICS_PORT"
+
+
+def _is_port(number: int) -> bool:
+    return 1 <= number <= 65535
 
 
 def _policy_ports(manifests: Manifests) -> Iterator[tuple[str, Any]]:
     for each in manifests.of("NetworkPolicy"):
         for rule in [*each["spec"].get("ingress", []), *each["spec"].get("egress", [])]:
             for port in rule.get("ports", []):
-                yield each["metadata"]["name"], port["port"]
+                yield f"NetworkPolicy {each['metadata']['name']}", port["port"]
+
+
+def _service_ports(manifests: Manifests) -> Iterator[tuple[str, Any]]:
+    for each in manifests.of("Service"):
+        for port in each["spec"]["ports"]:
+            yield f"Service {each['metadata']['name']}", port["port"]
+            yield f"Service {each['metadata']['name']}", port.get("targetPort", port["port"])
 
 
 @policy

@@ -37,6 +37,9 @@ BREAKS: dict[Policy, list[tuple[str, str, Any]]] = {
         (DEPLOYMENT, f"{WORKER}/livenessProbe/httpGet/port", "http"),
         ("PodMonitor/qris-expire", "spec/podMetricsEndpoints/0/port", "http"),
         ("NetworkPolicy/qris-expire-metrics", "spec/ingress/0/ports/0/port", "http"),
+        ("NetworkPolicy/qris-expire-gateway", "spec/egress/0/ports/0/port", 65536),
+        ("dev:Service/rabbitmq", "spec/ports/0/targetPort", "ampq"),
+        ("dev:Service/rabbitmq", "spec/ports/0/port", 0),
         (SETTINGS, "data/METRICS_PORT", "9109"),
     ],
     policies.probes_ask_what_is_served: [

@@ -175,7 +175,7 @@ def test_a_connection_that_the_server_closed_while_idle_is_replaced(adapter: Any
 
     with serving(always(answer(), close=True)) as server:
         post(adapter, server.url)
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
         assert post(adapter, server.url).content == b"ok"
 
     assert (len(server.requests), server.connections) == (2, 2)
@@ -191,7 +191,7 @@ def test_a_connection_that_the_server_reset_while_idle_is_replaced(adapter: Any)
 
     with serving(handler) as server:
         post(adapter, server.url)
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
         assert post(adapter, server.url).content == b"ok"
 
     assert (len(server.requests), server.connections) == (2, 2)
@@ -264,7 +264,7 @@ def test_close_drops_the_connection_and_the_next_call_makes_another(adapter: Any
     with serving(always(answer())) as server:
         post(adapter, server.url)
         adapter.close()
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
         assert post(adapter, server.url).content == b"ok"
 
     assert server.connections == 2
@@ -682,7 +682,7 @@ def test_an_endless_body_is_cut_and_its_connection_dropped(adapter: Any, first: 
 
     with serving(after_request(then)) as server:
         response = post(adapter, server.url)
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
 
     assert (response.status_code, response.content) == (502, b"x" * MAX_BODY_BYTES)
 

@@ -180,7 +180,7 @@ def test_delayed_command_returns_to_its_lane(cli: Cli, broker: dict[str, str], q
     with Rabbit(broker["AMQP_URL"]) as rabbit:
         began = time.monotonic()
         rabbit.publish("", names.retry("sweep", 1), b"late")
-        ((_, body),) = rabbit.get_all(names.queue("sweep"), 1, timeout=20)
+        ((_, body),) = rabbit.get_all(names.queue("sweep"), 1, timeout=30)
 
     assert body == b"late"
     assert time.monotonic() - began >= 0.9
@@ -193,7 +193,7 @@ def test_outcome_that_nobody_asked_for_is_kept(declared: dict[str, str]) -> None
 
     with Rabbit(declared["AMQP_URL"]) as rabbit:
         rabbit.publish(names.outcomes, "sweep.expired", b"{}")
-        assert rabbit.get_all(names.unrouted, 1, timeout=10)[0][1] == b"{}"
+        assert rabbit.get_all(names.unrouted, 1, timeout=30)[0][1] == b"{}"
 
 
 # --- contract
@@ -313,7 +313,7 @@ def test_publish_sends_a_command(cli: Cli, declared: dict[str, str]) -> None:
 
     assert done.returncode == 0, done.stderr
     with Rabbit(declared["AMQP_URL"]) as rabbit:
-        ((properties, body),) = rabbit.get_all(names.queue("sweep"), 1, timeout=10)
+        ((properties, body),) = rabbit.get_all(names.queue("sweep"), 1, timeout=30)
     assert only_line(done.stdout) == f"published {properties.message_id} to {names.queue('sweep')}"
     assert json.loads(body) == {
         "billnumber": "0012",
@@ -403,7 +403,7 @@ def test_wait_ends_without_an_answer(cli: Cli, declared: dict[str, str]) -> None
     assert done.returncode == 1
     assert "no outcome within 0.3 s" in only_line(done.stderr)
     with Rabbit(declared["AMQP_URL"]) as rabbit:
-        wait_until(lambda: rabbit.depth(names.queue("cancellation")) == 1, 10, "the command in its queue")
+        wait_until(lambda: rabbit.depth(names.queue("cancellation")) == 1, 30, "the command in its queue")
 
 
 # --- run

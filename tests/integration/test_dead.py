@@ -281,7 +281,7 @@ def test_list_and_show(desk: Desk) -> None:
         rabbit.publish(desk.names.commands, "sweep", body(), message_id="b-1", headers={"batch-id": "B-2"})
         with Rabbit(desk.url) as crashing:
             _exceed_the_delivery_limit(crashing, desk.names.queue("sweep"))
-        wait_until(lambda: rabbit.depth(desk.names.dead) == 4, 10, "moved by the broker")
+        wait_until(lambda: rabbit.depth(desk.names.dead) == 4, 30, "moved by the broker")
 
     listed = desk.run("list", "--json")
     assert (listed.returncode, listed.stderr) == (0, "")
@@ -461,7 +461,7 @@ def test_redrive_interrupted(desk: Desk) -> None:
     wait_until(lambda: desk.depth(desk.names.queue("sweep")) >= 20, 30, "some redriven")
     second = desk.run("redrive")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
 
     assert (second.returncode, second.stdout) == (1, "")
     assert f"(process {process.pid}, since " in second.stderr
@@ -481,7 +481,7 @@ def test_canary_with_a_worker(desk: Desk, tmp_path: Path) -> None:
         working(desk.url, desk.names.prefix, gateway, tmp_path, RETRY_DELAYS_SECONDS="1,2") as (_, producer),
     ):
         good = desk.run("redrive", "--canary", "2", "--timeout", "20")
-        outcomes = producer.collect(12, 20)
+        outcomes = producer.collect(12, 30)
         desk.park(["x1", "x2", "x3"])
         bad = desk.run("redrive", "--canary", "1", "--timeout", "20")
 
@@ -557,7 +557,7 @@ def test_purge_asks(desk: Desk, answer: bytes, code: int, left: int) -> None:
     assert b"Delete 3 of 3 dead letters for good?" in said
     os.write(ours, answer)
 
-    assert process.wait(20) == code
+    assert process.wait(30) == code
     os.close(ours)
     assert desk.depth() == left
 
@@ -642,5 +642,5 @@ def test_nobody_reads_to_the_end(desk: Desk) -> None:
     process.stdout.close()
     assert process.stderr is not None
 
-    assert (process.wait(20), process.stderr.read()) == (0, "")
+    assert (process.wait(30), process.stderr.read()) == (0, "")
     process.stderr.close()

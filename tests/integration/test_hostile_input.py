@@ -87,13 +87,13 @@ class Bench:
         outcomes = self.producer.collect(number, timeout)
         marker = next(self._signs)
         self.rabbit.publish(self.names.commands, "cancellation", good(marker), message_id=marker)
-        (last,) = self.producer.collect(1, 10)
+        (last,) = self.producer.collect(1, 30)
         assert last.command_id == marker, f"one outcome too many: {last}"
         return outcomes
 
     def parked(self, number: int) -> list[Message]:
         """The dead letters, which are exactly so many."""
-        letters = self.rabbit.take(self.names.dead, number, 10)
+        letters = self.rabbit.take(self.names.dead, number, 30)
         assert self.rabbit.depth(self.names.dead) == 0
         return letters
 
@@ -112,7 +112,7 @@ class Bench:
         self.worker.kill9()
         lanes = [self.names.queue(lane) for lane in LANES]
         for queue in (*lanes, self.names.dead, self.producer.inbox):
-            wait_until(lambda queue=queue: self._emptied(queue), 5, "empty")  # type: ignore[misc]
+            wait_until(lambda queue=queue: self._emptied(queue), 30, "empty")  # type: ignore[misc]
         self._said = len(self.worker.events())
         self.worker.start().wait_ready()
         self.starts += 1

@@ -152,7 +152,7 @@ def test_slow_clients_neither_pile_up_threads_nor_keep_a_probe_waiting(server: H
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
         assert ask(server.port, "/livez")[0].status == 200
         assert handler_threads() <= endpoint.HANDLERS
-    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
+    wait_until(lambda: handler_threads() == 0, 30, "no handler left")
 
 
 def test_a_dripping_client_is_cut_off(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +170,8 @@ def test_a_dripping_client_is_cut_off(server: HealthServer, monkeypatch: pytest.
             except OSError:
                 return True
 
-        wait_until(is_cut, 10, "the slow connection is cut")
-    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
+        wait_until(is_cut, 30, "the slow connection is cut")
+    wait_until(lambda: handler_threads() == 0, 30, "no handler left")
 
 
 def test_a_source_that_hangs_turns_newcomers_away(
@@ -185,12 +185,12 @@ def test_a_source_that_hangs_turns_newcomers_away(
         for _ in range(endpoint.HANDLERS):
             client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-        wait_until(lambda: handler_threads() == endpoint.HANDLERS, 10, "all handlers busy")
+        wait_until(lambda: handler_threads() == endpoint.HANDLERS, 30, "all handlers busy")
         with pytest.raises((OSError, http.client.HTTPException)):
             ask(server.port, "/livez")
         source.held.set()
         source.held = None
-    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
+    wait_until(lambda: handler_threads() == 0, 30, "no handler left")
     assert ask(server.port, "/livez")[0].status == 200
 
 

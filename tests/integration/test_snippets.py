@@ -180,7 +180,7 @@ def test_a_command_is_published_safely(program: Program, fresh: PrivateBroker) -
         rabbit.declare(topology(NAMES.prefix, "quorum", ()))
         done = program.publish("10092081", "ORD-77")
         assert done.returncode == 0, done.stderr
-        message = rabbit.consume(NAMES.queue("cancellation"), 1, 10)[0]
+        message = rabbit.consume(NAMES.queue("cancellation"), 1, 30)[0]
     assert message.properties.delivery_mode == 2
     assert message.properties.message_id == "cancel-ORD-77"
     assert message.properties.content_type == "application/json"

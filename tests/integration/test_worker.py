@@ -76,7 +76,7 @@ class Desk:
     def dead_letter(self, identity: str) -> Message:
         """The dead letter with this message id; what comes before it is remembered."""
         while (found := next((it for it in self._dead if it.properties.message_id == identity), None)) is None:
-            self._dead += self.rabbit.take(self.names.dead, 1, 10)
+            self._dead += self.rabbit.take(self.names.dead, 1, 30)
         return found
 
     def is_parked(self, identity: str) -> bool:
@@ -194,7 +194,7 @@ def test_a_command_without_an_id_is_known_by_its_body(desk: Desk) -> None:
     first = desk.ask("nameless-1", message_id=None)
     seen = len(desk.producer.outcomes)
     desk.producer.publish("nameless-1", message_id=None)
-    (second,) = desk.producer.collect(1, 10)
+    (second,) = desk.producer.collect(1, 30)
     assert len(desk.producer.outcomes) == seen + 1
     assert first.fields["commandId"] == second.fields["commandId"] != ""
     assert first.fields["outcomeId"] == second.fields["outcomeId"]
@@ -208,7 +208,7 @@ def test_a_redelivered_command_keeps_its_ids(desk: Desk) -> None:
     expected = desk.ask("again-1").fields["outcomeId"]
     with Rabbit(desk.url) as other:
         sent = snatched(desk, other, "again-1")
-    (outcome,) = desk.producer.collect(1, 10)
+    (outcome,) = desk.producer.collect(1, 30)
     assert (outcome.command_id, outcome.fields["outcomeId"]) == (sent.id, expected)
     # Nobody knows whether the other consumer has called.
     assert outcome.fields["effectUnknown"] is True
@@ -245,7 +245,7 @@ def test_an_outcome_that_nobody_wants_is_kept(desk: Desk) -> None:
     desk.producer.turn_away()
     try:
         sent = desk.producer.publish("unwanted-1")
-        (message,) = desk.rabbit.take(desk.names.unrouted, 1, 10)
+        (message,) = desk.rabbit.take(desk.names.unrouted, 1, 30)
     finally:
         desk.producer.listen()
     desk.producer.outcomes.append(Outcome(message, json.loads(message.body)))
@@ -342,7 +342,7 @@ def test_strange_properties_harm_nobody(desk: Desk) -> None:
     }
     for body, more in ((command_body("late-3"), {"correlation_id": b"\xfe" * 255}), (b"no command", {})):
         desk.rabbit.publish(desk.names.commands, "cancellation", body, **strange, **more)
-    outcomes = desk.producer.collect(2, 10)
+    outcomes = desk.producer.collect(2, 30)
     assert {outcome.fields["status"] for outcome in outcomes} == {"expired", "invalid"}
     assert {outcome.fields["batchId"] for outcome in outcomes} == {"7"}
     assert desk.worker.components() == dict.fromkeys(desk.worker.components(), "ok")
@@ -453,9 +453,9 @@ def test_commands_with_one_id_do_not_replace_each_other(amqp_url: str, prefix: s
         with Producer(amqp_url, prefix) as producer:
             for bill in bills:
                 producer.publish(bill, message_id="always the same")
-            wait_until(lambda: gateway.report().in_flight == len(bills), 10, "all are in hand")
+            wait_until(lambda: gateway.report().in_flight == len(bills), 30, "all are in hand")
             proxy.reset_all()
-            producer.collect(len(bills), 20)
+            producer.collect(len(bills), 30)
             assert {outcome.fields["billnumber"] for outcome in producer.outcomes} == bills
             worker.stop()
             # In hand when the connection went, so they were joined, not called for again.
@@ -475,7 +475,7 @@ def test_metrics_move_as_the_contract_says(desk: Desk) -> None:
     desk.producer.of(desk.producer.publish_body(b"bad", message_id="bad-9"))
     # Counted when the confirm has come, which may be after the outcome.
     total = before("outcomes_total") + 3
-    after = wait_until(lambda: (now := desk.worker.metrics())("outcomes_total") == total and now, 5, "counted")
+    after = wait_until(lambda: (now := desk.worker.metrics())("outcomes_total") == total and now, 30, "counted")
     assert after
 
     def moved(name: str, **labels: str) -> float:
@@ -494,7 +494,7 @@ def test_metrics_move_as_the_contract_says(desk: Desk) -> None:
     assert moved("retries_total", reason="id_clash") == 1
     assert moved("retries_total") == 2
     assert after("senders") == 8
-    wait_until(lambda: desk.worker.metrics()("acks_total", **lane) - before("acks_total", **lane) == 3, 5, "acked")
+    wait_until(lambda: desk.worker.metrics()("acks_total", **lane) - before("acks_total", **lane) == 3, 30, "acked")
     assert moved("command_duration_seconds_count", **lane) == 3
     assert moved("command_age_seconds_count", **lane) == 1
     assert moved("command_age_seconds_sum", **lane) == pytest.approx(5, abs=1.5)
@@ -522,9 +522,9 @@ def test_the_oldest_command_in_hand(amqp_url: str, prefix: str, tmp_path: Path) 
         published = int(time.time()) - 60
         producer.publish("old-1", "sweep", timestamp=published)
         producer.publish("new-1", "sweep", timestamp=published + 30)
-        assert wait_until(oldest, 5, "in hand") == published + 1
-        producer.collect_all(10)
-        wait_until(lambda: oldest() == 0, 5, "nothing in hand")
+        assert wait_until(oldest, 30, "in hand") == published + 1
+        producer.collect_all(30)
+        wait_until(lambda: oldest() == 0, 30, "nothing in hand")
 
 
 def test_every_series_exists_from_the_start(desk: Desk) -> None:
@@ -554,7 +554,7 @@ def test_the_metrics_port_answers(desk: Desk) -> None:
 def test_the_shared_worker_lost_nothing(desk: Desk) -> None:
     """After all of the above, the books balance and nothing was logged as an error but what was asked for."""
 
-    desk.producer.collect_all(10)
+    desk.producer.collect_all(30)
     parked = {letter.properties.message_id for letter in desk.rabbit.look(desk.names.dead)}
     assert parked <= {sent.id for sent in desk.producer.published} | {None}
     assert desk.worker.running
@@ -570,7 +570,7 @@ def test_a_missing_topology_is_named_and_waited_for(amqp_url: str, prefix: str, 
 
     with Simulator() as gateway, WorkerProcess(amqp_url, prefix, gateway, tmp_path, AMQP_DECLARE="false") as worker:
         missing = f"{prefix}.dead"
-        worker.wait_for(lambda: missing in " ".join(map(str, worker.components().values())), 15, "it is named")
+        worker.wait_for(lambda: missing in " ".join(map(str, worker.components().values())), 30, "it is named")
         assert worker.get("/readyz")[0] == 503
         assert worker.get("/livez")[0] == 200
         assert any(missing in line["reason"] for line in worker.events("broker.bounce"))
@@ -595,7 +595,7 @@ def test_classic_queues_carry_everything_too(amqp_url: str, prefix: str, tmp_pat
         bad = producer.publish_body(b"bad", message_id="bad")
         assert [producer.of(one).fields["status"] for one in sent] == ["expired", "expired"]
         assert producer.of(bad).fields["status"] == "invalid"
-        assert producer.rabbit.take(worker.names.dead, 1, 5)[0].body == b"bad"
+        assert producer.rabbit.take(worker.names.dead, 1, 30)[0].body == b"bad"
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
 
@@ -611,11 +611,11 @@ def test_the_sweep_keeps_to_its_share(amqp_url: str, prefix: str, tmp_path: Path
         ),
     ):
         producer.publish_many(f"sweep-{number}" for number in range(200))
-        producer.collect(20, 15)
+        producer.collect(20, 30)
         assert gateway.report().max_concurrency == 4
         assert worker.metrics()("in_flight", lane="sweep") <= 4
         producer.publish_many((f"urgent-{number}" for number in range(12)), sweep_every=0)
-        producer.collect_all(20)
+        producer.collect_all(30)
         order = [outcome.fields["lane"] for outcome in producer.outcomes]
         last_urgent = max(at for at, lane in enumerate(order) if lane == "cancellation")
         assert order[last_urgent:].count("sweep") >= 20, "they waited for the sweep"
@@ -635,7 +635,7 @@ def test_two_processes_are_one_worker(amqp_url: str, prefix: str, tmp_path: Path
         ),
     ):
         producer.publish_many((f"b-{number}" for number in range(100)), sweep_every=1, of=2)
-        producer.collect_all(20)
+        producer.collect_all(30)
         scrape = wait_until(
             lambda: (now := worker.metrics())("outcomes_total", status="expired") == 100 and now, 5, "counted"
         )

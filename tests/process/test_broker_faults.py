@@ -154,7 +154,7 @@ def test_outcomes_that_nobody_wants(scene: Scene) -> None:
 
     scene.producer.turn_away()
     first, unrouted = len(scene.producer.outcomes), scene.names.unrouted
-    wait_until(lambda: scene.producer.rabbit.depth(unrouted) > 10, 20, "outcomes gather there")
+    wait_until(lambda: scene.producer.rabbit.depth(unrouted) > 10, 30, "outcomes gather there")
     books = scene.settle()
     assert any(outcome.message.redelivered is False for outcome in books.outcomes[first:])
     assert not scene.lookout.unready(since=scene.began)
@@ -299,7 +299,7 @@ def test_a_queue_that_crashes(broker: PrivateBroker, tmp_path: Path) -> None:
         scene.producer.publish_many(f"many-{number}" for number in range(300))
         resource = f'rabbit_misc:r(<<"/">>, queue, <<"{queue}">>)'
         broker.ctl("eval", f"{{ok, Q}} = rabbit_amqqueue:lookup({resource}), exit(amqqueue:get_pid(Q), kill).")
-        wait_until(lambda: f"Restarting crashed queue '{queue}'" in broker.log_tail(200), 20, "it has crashed")
+        wait_until(lambda: f"Restarting crashed queue '{queue}'" in broker.log_tail(200), 30, "it has crashed")
         scene.more_calls()
         scene.settle()
 
@@ -346,7 +346,7 @@ def test_a_connection_lost_during_the_login_is_no_refusal(broker: PrivateBroker,
         network.latency(1.0)
         with WorkerProcess(by_way_of(network.port, broker.url), new_prefix(), gateway, tmp_path) as worker:
             # More than two greetings of 8 bytes: a login has gone out, and the answer takes a second at least.
-            worker.wait_for(lambda: network.bytes_to_server > 100, 20, "the login is on its way")
+            worker.wait_for(lambda: network.bytes_to_server > 100, 30, "the login is on its way")
             network.reset_all()
             network.latency(0)
             worker.wait_ready()
@@ -436,7 +436,7 @@ def waits_and_says(worker: WorkerProcess, text: str) -> None:
     )
     assert said
     assert (worker.get("/livez")[0], worker.get("/readyz")[0]) == (200, 503)
-    worker.wait_for(lambda: text in worker.components()["consumer"], 20, f"/readyz says {text}")
+    worker.wait_for(lambda: text in worker.components()["consumer"], 30, f"/readyz says {text}")
     worker.stop()
 
 
@@ -464,7 +464,7 @@ def test_a_node_killed(broker: PrivateBroker, tmp_path: Path) -> None:
 
     with under_load(broker.url, tmp_path, worker_url=lambda _: broker.url) as scene:
         queues = [queue.name for queue in topology(scene.names.prefix, "quorum", (1, 2)).queues]
-        wait_until(lambda: all(broker.would_remember(queue) for queue in queues), 20, "the node knows its queues")
+        wait_until(lambda: all(broker.would_remember(queue) for queue in queues), 30, "the node knows its queues")
         broker.kill()
         scene.wait_unready()
         scene.wait_said("broker.waiting", "Connection refused")
@@ -484,7 +484,7 @@ def test_a_node_stopped(broker: PrivateBroker, tmp_path: Path) -> None:
         scene.wait_unready()
         prefix = new_prefix()
         with WorkerProcess(broker.url, prefix, scene.gateway, tmp_path) as second:
-            second.wait_for(lambda: second.events("broker.waiting"), 20, "the second one waits")
+            second.wait_for(lambda: second.events("broker.waiting"), 30, "the second one waits")
             assert (second.get("/livez")[0], second.get("/readyz")[0]) == (200, 503)
             broker.start()
             scene.wait_ready()

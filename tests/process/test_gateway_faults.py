@@ -62,7 +62,7 @@ def spent(worker: WorkerProcess) -> dict[str, float]:
 
 def counted(worker: WorkerProcess, facts: dict[str, float]) -> None:
     """Counted when the confirm has come, which may be after the outcome."""
-    wait_until(lambda: spent(worker)["outcomes_total"] >= facts["outcomes_total"], 5, "counted")
+    wait_until(lambda: spent(worker)["outcomes_total"] >= facts["outcomes_total"], 30, "counted")
     assert spent(worker) == facts
 
 
@@ -139,14 +139,14 @@ def test_an_outage_pauses_and_spends_nothing(shop: Shop, trouble: str) -> None:
     """The breaker opens: no outcome, dead letter or delayed round while it lasts, bounded unacked, then all expire."""
 
     gateway, worker, producer = shop.gateway, shop.worker, shop.producer
-    wait_until(lambda: spent(worker)["outcomes_total"] == len(producer.outcomes), 5, "all so far are counted")
+    wait_until(lambda: spent(worker)["outcomes_total"] == len(producer.outcomes), 30, "all so far are counted")
     names, before, known = producer.names, spent(worker), len(worker.events("breaker.opened"))
     TROUBLES[trouble](gateway)
     began = len(producer.published)
     producer.publish_many(bills(trouble.replace(" ", "-").replace("'", ""), 60), sweep_every=1, of=2)
-    worker.wait_for(lambda: len(worker.events("breaker.opened")) > known, 10, "the breaker opens")
+    worker.wait_for(lambda: len(worker.events("breaker.opened")) > known, 30, "the breaker opens")
     at = len(worker.events("attempt"))
-    worker.wait_for(lambda: len(worker.events("attempt")) >= at + 2, 10, "probes fail")
+    worker.wait_for(lambda: len(worker.events("attempt")) >= at + 2, 30, "probes fail")
     assert worker.metrics()("consumption_paused", reason="breaker") == 1
     assert worker.metrics()("breaker_state") > 0
     status, body = worker.get("/readyz")
@@ -160,7 +160,7 @@ def test_an_outage_pauses_and_spends_nothing(shop: Shop, trouble: str) -> None:
     assert {producer.rabbit.depth(names.retry(lane, seconds)) for lane in LANES for seconds in (1, 2)} == {0}
     gateway.start()
     gateway.replace(Script())
-    producer.collect_all(20)
+    producer.collect_all(30)
     ours = {sent.id for sent in producer.published[began:]}
     mine = [outcome for outcome in producer.outcomes if outcome.command_id in ours]
     assert (len(mine), statuses(mine)) == (60, {"expired"})
@@ -216,7 +216,7 @@ def outage(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         WorkerProcess(amqp_url, prefix, gateway, folder, **settings) as worker,
     ):
         producer.publish_many(bills("b", 60), sweep_every=1, of=3)
-        worker.wait_for(lambda: worker.events("breaker.opened"), 20, "it opens")
+        worker.wait_for(lambda: worker.events("breaker.opened"), 30, "it opens")
         (opened,) = worker.events("breaker.opened")
         # Nobody calls between the opening and the first cooldown's end, so what comes later is a probe.
         began = moment(opened) + COOLDOWN / 2
@@ -225,7 +225,7 @@ def outage(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             return [call for call in gateway.report().calls if call.at > began]
 
         worker.wait_for(lambda: len(probes()) >= PROBES, 30, "it probes")
-        wait_until(lambda: gateway.report().in_flight == 0, 5, "the last probe is answered")
+        wait_until(lambda: gateway.report().in_flight == 0, 30, "the last probe is answered")
         gateway.replace(Script(latency=LATENCY))
         failed, lost = probes(), spent(worker)
         producer.collect_all(30)
@@ -328,15 +328,15 @@ def test_the_next_good_command_closes_what_a_bad_bill_alone_has_opened(till: Sho
 
     producer, worker = till.producer, till.worker
     bad = producer.publish("bad-alone")
-    worker.wait_for(lambda: worker.events("breaker.opened"), 15, "it opens")
+    worker.wait_for(lambda: worker.events("breaker.opened"), 30, "it opens")
     calls = till.gateway.report().calls_by_bill["bad-alone"]
-    wait_until(lambda: till.gateway.report().calls_by_bill["bad-alone"] > calls, 10, "it is the probe")
+    wait_until(lambda: till.gateway.report().calls_by_bill["bad-alone"] > calls, 30, "it is the probe")
     began = time.monotonic()
     good = producer.publish("good-at-last")
     assert producer.of(good).fields["status"] == "expired"
-    worker.wait_for(lambda: worker.events("breaker.closed"), 5, "it closes")
+    worker.wait_for(lambda: worker.events("breaker.closed"), 30, "it closes")
     assert time.monotonic() - began < 1 + SLACK
-    assert producer.of(bad, 20).fields["reason"] == "retries_exhausted"
+    assert producer.of(bad, 30).fields["reason"] == "retries_exhausted"
 
 
 # -- the breaker and the broker
@@ -367,11 +367,11 @@ def test_what_is_on_its_way_when_it_opens_is_kept(
             proxy.latency(0.05)
             producer.publish_many(bills("b", 200), sweep_every=1, of=2)
             for outages in range(1, 3):
-                producer.collect(60, 20)
+                producer.collect(60, 30)
                 gateway.replace(always(Fault(code="4019300")))
-                worker.wait_for(lambda n=outages: len(worker.events("breaker.opened")) == n, 10, "it opens")
+                worker.wait_for(lambda n=outages: len(worker.events("breaker.opened")) == n, 30, "it opens")
                 gateway.replace(Script())
-                worker.wait_for(lambda n=outages: len(worker.events("breaker.closed")) == n, 10, "it closes")
+                worker.wait_for(lambda n=outages: len(worker.events("breaker.closed")) == n, 30, "it closes")
             producer.collect_all(30)
             worker.stop()
             check_books(producer, all_ended=True, no_duplicates=True)
@@ -396,14 +396,14 @@ def test_recovery_does_not_wait_for_what_the_broker_took_back(amqp_url: str, pre
         worker.wait_ready()
         with Producer(amqp_url, prefix) as producer:
             producer.publish_many(bills("b", 80), sweep_every=1, of=2)
-            worker.wait_for(lambda: worker.events("breaker.opened"), 10, "it opens")
+            worker.wait_for(lambda: worker.events("breaker.opened"), 30, "it opens")
             proxy.reset_all()
-            worker.wait_for(lambda: worker.metrics()("broker_reconnects_total") == 1, 10, "it is back")
+            worker.wait_for(lambda: worker.metrics()("broker_reconnects_total") == 1, 30, "it is back")
             gateway.replace(Script())
             began = time.monotonic()
-            worker.wait_for(lambda: worker.events("breaker.closed"), 20, "it closes")
+            worker.wait_for(lambda: worker.events("breaker.closed"), 30, "it closes")
             assert time.monotonic() - began < 1 + 1 + SLACK
-            producer.collect_all(20)
+            producer.collect_all(30)
             worker.stop()
             books = check_books(producer, all_ended=True, no_duplicates=True)
             calls = gateway.report().calls_by_bill
@@ -422,9 +422,9 @@ def test_what_the_broker_took_back_is_not_given_back_again(amqp_url: str, prefix
         worker.wait_ready()
         with Producer(amqp_url, prefix) as producer:
             producer.publish_many(bills("b", 40), sweep_every=1, of=2)
-            worker.wait_for(lambda: worker.events("breaker.opened"), 10, "it opens")
+            worker.wait_for(lambda: worker.events("breaker.opened"), 30, "it opens")
             proxy.reset_all()
-            worker.wait_for(lambda: worker.metrics()("broker_reconnects_total") == 1, 10, "it is back")
+            worker.wait_for(lambda: worker.metrics()("broker_reconnects_total") == 1, 30, "it is back")
             worker.stop()
             assert sum(producer.rabbit.depth(producer.names.queue(lane)) for lane in LANES) == 40
             assert len(take_stock(producer).check().waiting) == 40
@@ -446,10 +446,10 @@ def test_an_outage_longer_than_the_hold_limit_returns_commands(amqp_url: str, pr
         ),
     ):
         producer.publish_many(bills("b", 40), sweep_every=1, of=2)
-        worker.wait_for(lambda: worker.events("breaker.opened"), 10, "it opens")
+        worker.wait_for(lambda: worker.events("breaker.opened"), 30, "it opens")
         lanes = [producer.names.queue(lane) for lane in LANES]
         assert sum(producer.rabbit.depth(lane) for lane in lanes) < 40
-        wait_until(lambda: sum(producer.rabbit.depth(lane) for lane in lanes) == 40, 10, "all were returned")
+        wait_until(lambda: sum(producer.rabbit.depth(lane) for lane in lanes) == 40, 30, "all were returned")
         calls = gateway.report().calls_by_bill
         for lane in lanes:
             messages = producer.rabbit.look(lane)
@@ -467,7 +467,7 @@ def test_an_outage_longer_than_the_hold_limit_returns_commands(amqp_url: str, pr
         worker.stop()
         gateway.replace(Script())
         worker.start()
-        producer.collect_all(20)
+        producer.collect_all(30)
         worker.stop()
         books = check_books(producer, all_ended=True, no_duplicates=True)
         calls = gateway.report().calls_by_bill
@@ -506,13 +506,13 @@ class Vault:
     def recovers(self, name: str, mend: Callable[[], None]) -> None:
         """The gateway wants the new secret: it pauses until it is mounted, then everything expires."""
         worker, producer = self.shop.worker, self.shop.producer
-        wait_until(lambda: spent(worker)["outcomes_total"] == len(producer.outcomes), 5, "all so far are counted")
+        wait_until(lambda: spent(worker)["outcomes_total"] == len(producer.outcomes), 30, "all so far are counted")
         before, known = spent(worker), len(worker.events("breaker.opened"))
         producer.publish_many(bills(name, 10))
-        worker.wait_for(lambda: len(worker.events("breaker.opened")) > known, 10, "it opens")
+        worker.wait_for(lambda: len(worker.events("breaker.opened")) > known, 30, "it opens")
         assert spent(worker) == before
         mend()
-        producer.collect_all(20)
+        producer.collect_all(30)
         assert statuses(producer.outcomes) == {"expired"}
 
 
@@ -624,7 +624,7 @@ def test_a_rotated_broker_password_is_taken_over(fresh: PrivateBroker, tmp_path:
             assert producer.of(producer.publish("b-1")).fields["status"] == "expired"
             mount("not a URL")
             fresh.ctl("close_all_user_connections", "worker", "test")
-            worker.wait_for(lambda: worker.events("credentials.kept"), 15, "it keeps the old one")
+            worker.wait_for(lambda: worker.events("credentials.kept"), 30, "it keeps the old one")
             assert producer.of(producer.publish("b-2")).fields["status"] == "expired"
             fresh.ctl("change_password", "worker", "second-password")
             fresh.ctl("close_all_user_connections", "worker", "test")
@@ -655,13 +655,13 @@ def test_a_throttled_answer_holds_every_sender(shop: Shop, form: str) -> None:
     value = formatdate(until, usegmt=True) if form == "date" else "3"
     gateway.replace(Script(patterns=(Pattern(f"^slow-{form}", (Fault(code="4299300", retry_after=value),)),)))
     slow = producer.publish(f"slow-{form}")
-    wait_until(lambda: gateway.report().calls_by_bill.get(f"slow-{form}"), 10, "it is called for")
+    wait_until(lambda: gateway.report().calls_by_bill.get(f"slow-{form}"), 30, "it is called for")
     (call,) = (call for call in gateway.report().calls if call.billnumber == f"slow-{form}")
     began = len(producer.published)
     producer.publish_many(bills(f"held-{form}", 40), sweep_every=1, of=2)
-    worker.wait_for(lambda: worker.metrics()("consumption_paused", reason="throttled") == 1, 3, "it is throttled")
+    worker.wait_for(lambda: worker.metrics()("consumption_paused", reason="throttled") == 1, 30, "it is throttled")
     assert worker.components()["throttle"] == "throttled"
-    producer.collect_all(20)
+    producer.collect_all(30)
     hold = until - call.at if form == "date" else 3
     calls = gateway.report().calls
     early = [late.at - call.at for late in calls if call.at + 0.5 < late.at < call.at + hold - 0.1]
@@ -686,10 +686,10 @@ def test_a_wait_beyond_the_budget_is_spent_in_the_broker(amqp_url: str, prefix: 
     ):
         slow = producer.publish("slow-1")
         waiting = producer.names.retry("cancellation", 3)
-        wait_until(lambda: producer.rabbit.depth(waiting) == 1, 5, "it waits in the broker")
+        wait_until(lambda: producer.rabbit.depth(waiting) == 1, 30, "it waits in the broker")
         held = producer.publish("held-1")
         assert producer.of(held).fields["attempts"] == 1
-        fields = producer.of(slow, 20).fields
+        fields = producer.of(slow, 30).fields
         assert (fields["status"], fields["attempts"]) == ("expired", 2)
         calls = gateway.report().calls
         assert [call.billnumber for call in calls] == ["slow-1", "held-1", "slow-1"]
@@ -718,12 +718,12 @@ def test_the_rate_limit_is_kept(amqp_url: str, prefix: str, tmp_path: Path) -> N
         ) as (worker, producer),
     ):
         producer.publish_many(bills("sweep", 160), sweep_every=1)
-        producer.collect(40, 10)
+        producer.collect(40, 30)
         urgent = time.time()
         for number in range(20):
             producer.publish(f"urgent-{number}")
         published = time.time()
-        producer.collect_all(20)
+        producer.collect_all(30)
         worker.stop()
         calls = gateway.report().calls
     at = sorted(map(signed_at, calls))
@@ -744,14 +744,14 @@ def test_a_stalled_process_does_not_make_up_for_lost_time_at_once(amqp_url: str,
     limit = {"GATEWAY_MAX_REQUESTS_PER_SECOND": str(RATE), "WORKER_CONCURRENCY": "32"}
     with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **limit) as (worker, producer):
         producer.publish_many(bills("b", 100))
-        producer.collect(20, 10)
+        producer.collect(20, 30)
         os.killpg(worker.pid, signal.SIGSTOP)
         seen = gateway.report().expire_calls
         began = time.monotonic()
-        wait_until(lambda: time.monotonic() - began > 1, 5, "a second passes")
+        wait_until(lambda: time.monotonic() - began > 1, 30, "a second passes")
         assert gateway.report().expire_calls <= seen + 1
         os.killpg(worker.pid, signal.SIGCONT)
-        producer.collect_all(20)
+        producer.collect_all(30)
         at = sorted(map(signed_at, gateway.report().calls))
         for number, first in enumerate(at):
             # All 32 at once, and then the usual, would be more than fifty.

@@ -78,9 +78,9 @@ def test_under_load_with_a_stalled_broker_it_is_forced(amqp_url: str, prefix: st
         behind_a_proxy(amqp_url, prefix, gateway, tmp_path, **drain) as (proxy, worker, producer),
     ):
         producer.publish_many(bills(200), sweep_every=1, of=2)
-        producer.collect(50, 15)
+        producer.collect(50, 30)
         proxy.stall()
-        wait_until(lambda: worker.metrics()("publishes_unconfirmed") > 0, 10, "outcomes are on their way")
+        wait_until(lambda: worker.metrics()("publishes_unconfirmed") > 0, 30, "outcomes are on their way")
         began = time.monotonic()
         worker.sigterm()
         assert worker.wait() == 1
@@ -108,13 +108,13 @@ def test_a_stall_that_ends_lets_the_drain_finish(amqp_url: str, prefix: str, tmp
         behind_a_proxy(amqp_url, prefix, gateway, tmp_path) as (proxy, worker, producer),
     ):
         producer.publish_many(bills(200), sweep_every=1, of=2)
-        producer.collect(50, 15)
+        producer.collect(50, 30)
         proxy.stall()
-        wait_until(lambda: worker.metrics()("publishes_unconfirmed") > 0, 10, "outcomes are on their way")
+        wait_until(lambda: worker.metrics()("publishes_unconfirmed") > 0, 30, "outcomes are on their way")
         worker.sigterm()
-        worker.wait_for(lambda: worker.events("drain.started"), 5, "it drains")
+        worker.wait_for(lambda: worker.events("drain.started"), 30, "it drains")
         proxy.resume()
-        assert worker.wait(10) == 0
+        assert worker.wait() == 0
         worker.start()
         producer.collect_all(30)
         worker.stop()
@@ -130,7 +130,7 @@ def test_a_wait_for_the_rate_limit_is_cut_short(amqp_url: str, prefix: str, tmp_
         working(amqp_url, prefix, gateway, tmp_path, GATEWAY_MAX_REQUESTS_PER_SECOND="0.2") as (worker, producer),
     ):
         producer.publish_many(bills(30), sweep_every=1, of=2)
-        producer.collect(1, 10)
+        producer.collect(1, 30)
         assert worker.stop() < AT_ONCE
         books = take_stock(producer).check()
         assert (len(books.ended), len(books.waiting)) == (1, 29)
@@ -144,10 +144,10 @@ def test_a_probe_under_way_is_waited_for(amqp_url: str, prefix: str, tmp_path: P
     with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **settings) as (worker, producer):
         gateway.replace(always(Fault(code="5009300")))
         producer.publish_many(bills(20))
-        worker.wait_for(lambda: worker.events("breaker.opened"), 10, "it opens")
+        worker.wait_for(lambda: worker.events("breaker.opened"), 30, "it opens")
         gateway.replace(Script(latency=1.5))
-        wait_until(lambda: worker.metrics()("breaker_state") == 1, 10, "it probes")
-        wait_until(lambda: gateway.report().in_flight == 1, 10, "the probe is under way")
+        wait_until(lambda: worker.metrics()("breaker_state") == 1, 30, "it probes")
+        wait_until(lambda: gateway.report().in_flight == 1, 30, "the probe is under way")
         assert worker.stop() < 1.5 + AT_ONCE
         books = take_stock(producer).check()
         assert (len(books.ended), len(books.waiting)) == (1, 19)
@@ -227,13 +227,13 @@ def test_a_hang_ends_the_process(amqp_url: str, prefix: str, tmp_path: Path, cod
     with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **quick, **ours) as (worker, producer):
         (tmp_path / "hang").touch()
         producer.publish_many(bills(10))
-        assert worker.wait(15) == 1
+        assert worker.wait() == 1
         (line,) = worker.events("worker.hung")
         assert what in line["reason"]
         assert (line["exit_code"], line["action"]) == (1, "restart")
         (tmp_path / "hang").unlink()
         worker.start()
-        producer.collect_all(15)
+        producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True)
 
@@ -261,13 +261,13 @@ def test_an_exception_on_the_loop_ends_the_process(amqp_url: str, prefix: str, t
     with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **ours) as (worker, producer):
         (tmp_path / "fail").touch()
         producer.publish_many(bills(10))
-        assert worker.wait(10) == 1
+        assert worker.wait() == 1
         (line,) = worker.events("worker.failed")
         assert "nobody expects this" in line["reason"]
         assert "RuntimeError" in worker.events("broker.loop_failed")[0]["exception"]
         (tmp_path / "fail").unlink()
         worker.start()
-        producer.collect_all(15)
+        producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True)
 
@@ -289,8 +289,8 @@ e.parse = fail
         (tmp_path / "fail").touch()
         poison = producer.publish("poison")
         producer.publish_many(bills(50))
-        producer.collect(50, 15)
-        worker.wait_for(lambda: len(worker.events("sender.crashed")) >= 2, 15, "it comes back, after a while")
+        producer.collect(50, 30)
+        worker.wait_for(lambda: len(worker.events("sender.crashed")) >= 2, 30, "it comes back, after a while")
         times = [line["timestamp"] for line in worker.events("sender.crashed")]
         assert len(set(times)) == len(times)
         assert worker.get("/readyz")[0] == 200
@@ -318,7 +318,7 @@ def take_and_die(url: str, queue: str) -> None:
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         channel = connection.channel()
         # What the last one held comes back a moment after its connection went.
-        wait_until(lambda: channel.basic_get(queue)[0], 10, "the command is there")
+        wait_until(lambda: channel.basic_get(queue)[0], 30, "the command is there")
 
 
 def test_a_command_that_kills_ends_as_a_dead_letter(amqp_url: str, prefix: str, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_command_that_kills_ends_as_a_dead_letter(amqp_url: str, prefix: str, 
                 worker.start()
                 assert worker.wait(30) == 9
                 deaths += 1
-                wait_until(lambda: rabbit.depth(lane) + rabbit.depth(names.dead) == 1, 10, "the broker has it again")
+                wait_until(lambda: rabbit.depth(lane) + rabbit.depth(names.dead) == 1, 30, "the broker has it again")
             assert deaths == 2
             (letter,) = rabbit.look(names.dead)
             assert (letter.body, letter.properties.message_id) == (poison.body, poison.id)
@@ -390,12 +390,12 @@ def test_a_lost_connection_calls_nobody_twice(amqp_url: str, prefix: str, tmp_pa
         behind_a_proxy(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="8") as (proxy, worker, producer),
     ):
         in_hand = {producer.publish(bill).id for bill in slow}
-        wait_until(lambda: gateway.report().in_flight == len(slow), 10, "the slow ones are in hand")
+        wait_until(lambda: gateway.report().in_flight == len(slow), 30, "the slow ones are in hand")
         producer.publish_many(bills(600), sweep_every=1, of=2)
         for resets in range(1, 5):
-            producer.collect(60, 20)
+            producer.collect(60, 30)
             proxy.reset_all()
-            worker.wait_for(lambda n=resets: worker.metrics()("broker_reconnects_total") >= n, 15, "it is back")
+            worker.wait_for(lambda n=resets: worker.metrics()("broker_reconnects_total") >= n, 30, "it is back")
         producer.collect_all(30)
         worker.stop()
         books = check_books(producer, all_ended=True)
@@ -418,9 +418,9 @@ def test_a_closed_consumer_connection_duplicates_nothing(fresh: PrivateBroker, t
     ):
         producer.publish_many(bills(3000), sweep_every=1, of=2)
         for closed in range(1, 4):
-            producer.collect(100, 20)
+            producer.collect(100, 30)
             fresh.ctl("close_connection", consuming(fresh), "closed by the test")
-            worker.wait_for(lambda n=closed: worker.metrics()("broker_reconnects_total") >= n, 15, "it is back")
+            worker.wait_for(lambda n=closed: worker.metrics()("broker_reconnects_total") >= n, 30, "it is back")
         producer.collect_all(60)
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
@@ -454,7 +454,7 @@ def test_not_found_is_not_believed_for_what_came_again(amqp_url: str, prefix: st
             fields = producer.of(first).fields
             assert (fields["status"], fields["reason"]) == ("rejected", "not_found")
             assert fields["effectUnknown"] is False
-            (letter,) = producer.rabbit.take(producer.names.dead, 1, 10)
+            (letter,) = producer.rabbit.take(producer.names.dead, 1, 30)
             assert letter.body == again.body
             assert letter.properties.headers["dead-reason"] == "not_found_after_unknown_effect"
             worker.stop()

@@ -142,14 +142,14 @@ def test_a_backoff_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path) -> N
         working(amqp_url, prefix, gateway, tmp_path, **slow) as (worker, producer),
     ):
         producer.publish_many(bills(6))
-        wait_until(lambda: gateway.report().expire_calls >= 6, 10, "all were called for")
+        wait_until(lambda: gateway.report().expire_calls >= 6, 30, "all were called for")
         assert worker.stop() < AT_ONCE
         books = take_stock(producer).check()
         assert (books.outcomes, len(books.waiting)) == ((), 6)
         calls = gateway.report().calls_by_bill
         gateway.replace(Script())
         worker.start()
-        producer.collect_all(15)
+        producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
         for outcome in producer.outcomes:
@@ -176,7 +176,7 @@ def test_a_pause_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path, script
     ):
         gateway.replace(script)
         producer.publish_many(bills(40), sweep_every=1, of=2)
-        wait_until(lambda: worker.metrics()("consumption_paused", reason=pause) == 1, 10, "senders are held")
+        wait_until(lambda: worker.metrics()("consumption_paused", reason=pause) == 1, 30, "senders are held")
         assert worker.get("/readyz")[0] == 503
         assert worker.get("/livez")[0] == 200
         assert worker.stop() < AT_ONCE
@@ -184,7 +184,7 @@ def test_a_pause_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path, script
         assert (books.outcomes, len(books.waiting)) == ((), 40)
         gateway.replace(Script())
         worker.start()
-        producer.collect_all(15)
+        producer.collect_all(30)
         worker.stop()
         books = check_books(producer, all_ended=True, no_duplicates=True)
         assert {str(outcome.fields["status"]) for outcome in books.outcomes} == {"expired"}
@@ -209,15 +209,15 @@ def test_without_a_broker_it_ends_at_once(amqp_url: str, prefix: str, tmp_path: 
         worker.wait_ready()
         with Producer(amqp_url, prefix) as producer:
             producer.publish_many(bills(20))
-            wait_until(lambda: gateway.report().expire_calls >= 8, 10, "senders are in their backoff")
+            wait_until(lambda: gateway.report().expire_calls >= 8, 30, "senders are in their backoff")
             proxy.refuse()
             proxy.reset_all()
-            wait_until(lambda: worker.metrics()("broker_connected") == 0, 10, "it has noticed")
+            wait_until(lambda: worker.metrics()("broker_connected") == 0, 30, "it has noticed")
             assert worker.stop() < AT_ONCE
             gateway.replace(Script())
             proxy.accept()
             worker.start()
-            producer.collect_all(15)
+            producer.collect_all(30)
             worker.stop()
             check_books(producer, all_ended=True, no_duplicates=True)
 
@@ -229,8 +229,8 @@ def test_before_the_first_connection_it_ends_at_once(amqp_url: str, prefix: str,
         for trouble in (proxy.refuse, proxy.stall):
             trouble()
             with WorkerProcess(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path) as worker:
-                worker.wait_for(lambda: proxy.refused >= 2 or proxy.connections >= 2, 15, "it tries")
-                worker.wait_for(lambda: worker.get("/livez")[0] == 200, 10, "it lives")
+                worker.wait_for(lambda: proxy.refused >= 2 or proxy.connections >= 2, 30, "it tries")
+                worker.wait_for(lambda: worker.get("/livez")[0] == 200, 30, "it lives")
                 assert worker.stop() < AT_ONCE
             proxy.accept()
 
@@ -242,7 +242,7 @@ def test_a_silent_token_service_does_not_delay_the_end(amqp_url: str, prefix: st
         Simulator(Script(token_faults=(Fault(hang=60, repeat=True),))) as gateway,
         WorkerProcess(amqp_url, prefix, gateway, tmp_path) as worker,
     ):
-        worker.wait_for(lambda: gateway.report().token_calls == 1, 15, "a token is asked for")
+        worker.wait_for(lambda: gateway.report().token_calls == 1, 30, "a token is asked for")
         assert worker.stop() < AT_ONCE
 
 
@@ -255,9 +255,9 @@ def test_a_second_signal_means_now(amqp_url: str, prefix: str, tmp_path: Path) -
     ):
         gateway.replace(Script(latency=30))
         producer.publish("b-0")
-        wait_until(lambda: gateway.report().in_flight == 1, 10, "it is called for")
+        wait_until(lambda: gateway.report().in_flight == 1, 30, "it is called for")
         worker.sigterm()
-        worker.wait_for(lambda: worker.events("drain.started"), 10, "it drains")
+        worker.wait_for(lambda: worker.events("drain.started"), 30, "it drains")
         began = time.monotonic()
         worker.sigterm()
         assert worker.wait() == 1
@@ -275,7 +275,7 @@ def test_a_drain_that_takes_too_long_is_forced(amqp_url: str, prefix: str, tmp_p
     ):
         gateway.replace(Script(latency=30))
         producer.publish("b-0")
-        wait_until(lambda: gateway.report().in_flight == 1, 10, "it is called for")
+        wait_until(lambda: gateway.report().in_flight == 1, 30, "it is called for")
         began = time.monotonic()
         worker.sigterm()
         assert worker.wait() == 1
@@ -348,7 +348,7 @@ def test_an_absent_broker_is_waited_for(amqp_url: str, prefix: str, tmp_path: Pa
     ):
         proxy.refuse()
         with WorkerProcess(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path) as worker:
-            worker.wait_for(lambda: proxy.refused >= 4, 15, "it tries again")
+            worker.wait_for(lambda: proxy.refused >= 4, 30, "it tries again")
             assert worker.get("/livez")[0] == 200
             assert worker.get("/readyz")[0] == 503
             # What happened, in the system's own words: pika's wrappers have none.
@@ -378,13 +378,13 @@ def test_an_absent_gateway_is_waited_for(amqp_url: str, prefix: str, tmp_path: P
         WorkerProcess(amqp_url, prefix, gateway, tmp_path, **quick) as worker,
     ):
         producer.publish_many(bills(30), sweep_every=1, of=2)
-        worker.wait_for(lambda: len(worker.events("token.refresh")) >= 6, 20, "it tries again and again")
+        worker.wait_for(lambda: len(worker.events("token.refresh")) >= 6, 30, "it tries again and again")
         assert worker.events("gateway.waiting")
         assert worker.get("/livez")[0] == 200
         assert worker.metrics()("breaker_state") > 0
         assert worker.metrics()("outcomes_total") == 0
         with gateway:
-            producer.collect_all(20)
+            producer.collect_all(30)
             worker.wait_ready()
             worker.stop()
         books = check_books(producer, all_ended=True, no_duplicates=True)
@@ -417,9 +417,9 @@ def test_no_secret_is_ever_said(amqp_url: str, prefix: str, tmp_path: Path) -> N
             tokens = set(gateway.books._tokens)
             with Producer(amqp_url, prefix) as producer:
                 producer.publish_many(bills(60))
-                producer.collect(20, 20)
+                producer.collect(20, 30)
                 proxy.reset_all()
-                producer.collect_all(20)
+                producer.collect_all(30)
                 tokens |= set(gateway.books._tokens)
                 metrics = worker.metrics().text
                 worker.stop()

@@ -16,7 +16,7 @@ CHUNK = 65_536
 HELD_BYTES = 64 * 1024 * 1024
 """The most one direction of a stalled connection swallows, so that no runaway writer eats the memory."""
 
-CALL_SECONDS = 5.0
+CALL_SECONDS = 30.0
 """The most a call waits for the loop; it is only ever late when the loop has died."""
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)

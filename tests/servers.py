@@ -27,11 +27,12 @@ from cryptography.x509.oid import NameOID
 from tests.builders import command
 from worker.core.request import Partner, SignedRequest, external_id, sign
 from worker.core.signing import load_private_key, signer, token_signature
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
 from worker.shells.gateway import Endpoint, GatewayClient, Grant, timestamp
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
-_SILENT: Final = 10.0  # seconds after which a server gives a silent client up, so that no failed test hangs
+_SILENT: Final = 60.0  # seconds after which a server gives a silent client up, so that no failed test hangs
 
 
 class Peer:
@@ -254,11 +255,8 @@ def swallowing() -> Iterator[int]:
 
 
 def refusing_port() -> int:
-    """A port on 127.0.0.1 where nobody listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port on 127.0.0.1 where nobody listens; the kernel gives it to nobody else, not even to who calls there."""
+    return free_port()
 
 
 # -- certificates ---------------------------------------------------------------------------------------------------

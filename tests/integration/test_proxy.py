@@ -12,7 +12,7 @@ from tests.rabbit import address, by_way_of
 from tests.waiting import wait_until
 from worker.sandbox.broker import Answer, answers, free_port
 
-SECONDS = 5.0
+SECONDS = 30.0
 
 
 class Echo:

@@ -31,6 +31,8 @@ from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
 from worker.shells.gateway import Endpoint, GatewayClient, Grant, timestamp
 
+PATIENT: Final = 30.0  # seconds for what comes, on a loaded machine too
+
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _SILENT: Final = 60.0  # seconds after which a server gives a silent client up, so that no failed test hangs
 
@@ -356,7 +358,7 @@ class RecordingProbe:
         self.skews.append(seconds)
 
 
-def endpoint(base_url: str, *, connect: float = 5.0, read: float = 5.0) -> Endpoint:
+def endpoint(base_url: str, *, connect: float = PATIENT, read: float = PATIENT) -> Endpoint:
     """Where the services are under a base URL."""
     return Endpoint(f"{base_url}/access-token/b2b", f"{base_url}/qr/qr-mpm-expire-billnumber", connect, read)
 

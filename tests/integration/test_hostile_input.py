@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.rabbit import Message, delete_topology, new_prefix
 from tests.waiting import wait_until
-from tests.worker_process import Outcome, Producer, WorkerProcess, command_body
+from tests.worker_process import Outcome, Producer, Scrape, WorkerProcess, command_body
 from worker.core.delivery import CARRIED_HEADERS, PROGRESS_HEADERS
 from worker.core.lanes import LANES
 from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
@@ -82,7 +82,7 @@ class Bench:
             sent[sign] = message, body
         return sent
 
-    def answers(self, number: int, timeout: float = 15) -> list[Outcome]:
+    def answers(self, number: int, timeout: float = 30) -> list[Outcome]:
         """The next outcomes, and that there are no others."""
         outcomes = self.producer.collect(number, timeout)
         marker = next(self._signs)
@@ -101,11 +101,14 @@ class Bench:
         """It runs, is ready, and never lost a connection or said that something is wrong with itself."""
         assert self.worker.running, self.worker.last_words()
         assert self.worker.components() == dict.fromkeys(self.worker.components(), "ok")
-        metrics = self.worker.metrics()
-        assert metrics("broker_reconnects_total") == 0
-        assert metrics("publishes_unconfirmed") == metrics("in_flight") == 0
+        assert self.worker.metrics()("broker_reconnects_total") == 0
+        # An outcome may be here before its confirm is there.
+        wait_until(lambda: self._settled(self.worker.metrics()), 30, "nothing is unsettled")
         said = self.worker.events()[self._said :]
         assert [line for line in said if line["level"] != "info"] == []
+
+    def _settled(self, metrics: Scrape) -> bool:
+        return metrics("publishes_unconfirmed") == metrics("in_flight") == 0
 
     def restart(self) -> None:
         """After a failure."""

@@ -177,6 +177,21 @@ def test_stall_towards_client_only(client: socket.socket, proxy: FaultProxy, ech
     assert hear(client, 5) == b"hello"
 
 
+def test_stall_towards_client_after_some_bytes(client: socket.socket, proxy: FaultProxy, echo: Echo) -> None:
+    """What the server got before is answered, what it gets later is not."""
+
+    proxy.stall_towards_client_after(5)
+    client.sendall(b"hello")
+    assert hear(client, 5) == b"hello"
+
+    client.sendall(b"again")
+    wait_until(lambda: echo.heard == b"helloagain", SECONDS, "the server hears")
+    assert hears_nothing(client)
+
+    proxy.resume()
+    assert hear(client, 5) == b"again"
+
+
 def test_reset_all_resets_both_ends(client: socket.socket, proxy: FaultProxy, echo: Echo) -> None:
     """After a reset both ends get ECONNRESET, and a new connection works."""
 

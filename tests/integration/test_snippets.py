@@ -226,7 +226,7 @@ def test_outcomes_come_once(program: Program, fresh: PrivateBroker, tmp_path: Pa
                 assert done.returncode == 0, done.stderr
             # In order: when the last one is there, both of the first were handled.
             wait_until(lambda: any("ORD-2" in text for text in _kept(kept)), SECONDS, "the last outcome is kept")
-            assert worker.metrics()("outcomes_total") == 3
+            wait_until(lambda: worker.metrics()("outcomes_total") == 3, 30, "all three are counted")
     assert sorted("ORD-1" in text for text in _kept(kept)) == [False, True]
     assert all('"status":"expired"' in text for text in _kept(kept))
 

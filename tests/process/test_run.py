@@ -220,7 +220,8 @@ def test_without_a_broker_it_ends_at_once(amqp_url: str, prefix: str, tmp_path: 
         worker.wait_ready()
         with Producer(amqp_url, prefix) as producer:
             producer.publish_many(bills(20))
-            wait_until(lambda: len(gateway.report().calls_by_bill) >= 8, 30, "senders are in their backoff")
+            # Six of eight senders are all that the sweep may have.
+            wait_until(lambda: len(gateway.report().calls_by_bill) == 6, 30, "senders are in their backoff")
             proxy.refuse()
             proxy.reset_all()
             wait_until(lambda: worker.metrics()("broker_connected") == 0, 30, "it has noticed")

@@ -276,11 +276,11 @@ def test_rate_limit_comes_before_the_choice(make: Callable[..., Bench]) -> None:
     bench = make(1, rate=2.0)
     slot = Turnstile(bench.fibers, 0)
 
-    def wait_for_slot(_: float) -> bool:
+    def wait_for_slot(timeout: float) -> bool:  # noqa: ARG001  # as long as this test wants
         slot.acquire()
         return False
 
-    bench.gate._draining.wait = wait_for_slot  # type: ignore[method-assign]  # as long as this test wants
+    bench.gate._draining.wait = wait_for_slot  # type: ignore[method-assign]
     bench.offer(SWEEP, "s-0")
     bench.until(1)
     bench.offer(SWEEP, "s-1")

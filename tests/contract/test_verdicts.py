@@ -31,6 +31,7 @@ from tests.servers import (
 from worker.core.outcome import Reason
 from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, Verdict, judge
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Script, Simulator
 from worker.shells.fibers import Fibers
 from worker.shells.gateway import GatewayClient
@@ -339,7 +340,7 @@ def test_a_refused_connection_sent_nothing(transport: Transport) -> None:
 
 def test_a_stopped_gateway_sent_nothing_and_is_found_again(transport: Transport) -> None:
     """The kept connection is seen to be closed; a restarted gateway answers the next call."""
-    with Simulator() as simulator:
+    with Simulator(port=free_port()) as simulator:
         caller = Caller(simulator, transport)
         simulator.stop()
         stopped = caller.verdict(Fault())

@@ -23,8 +23,6 @@ from worker.core.lanes import LANES
 from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
 from worker.shells.amqp import codec
 
-pytestmark = pytest.mark.timeout(180)
-
 MOST_HEADERS = 100 * 1024
 """Bytes of headers that a producer may send: they must fit one frame of 128 KiB."""
 

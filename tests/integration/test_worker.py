@@ -22,8 +22,6 @@ from tests.worker_process import Outcome, Producer, Published, Scrape, WorkerPro
 from worker.core.topology import topology
 from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
 
-pytestmark = pytest.mark.timeout(120)
-
 JAKARTA = timezone(timedelta(hours=7))
 
 GENERAL_ERROR = Fault(code="5009300")

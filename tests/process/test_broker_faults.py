@@ -22,8 +22,6 @@ from worker.core.topology import topology
 from worker.sandbox.broker import PrivateBroker, free_port
 from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
 
-pytestmark = pytest.mark.timeout(120)
-
 CONCURRENCY = 8
 
 CONFIRM_SECONDS = 2.0

@@ -25,10 +25,8 @@ from tests.waiting import wait_until
 from tests.worker_process import Outcome, Producer, WorkerProcess, working
 from worker.core.lanes import LANES
 from worker.core.topology import topology
-from worker.sandbox.broker import PrivateBroker
+from worker.sandbox.broker import PrivateBroker, free_port
 from worker.sandbox.simulator import Call, Fault, Pattern, Rate, Script, Simulator, private_pem
-
-pytestmark = pytest.mark.timeout(120)
 
 BAD_BILL = Script(patterns=(Pattern("^bad", (Fault(code="5009300", repeat=True),)),))
 
@@ -93,7 +91,8 @@ def shop(amqp_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
         "BREAKER_MAX_COOLDOWN_SECONDS": "0.4",
     }
     with (
-        Simulator(keep_calls=100_000) as gateway,
+        # On a port that nobody is given while it is away.
+        Simulator(keep_calls=100_000, port=free_port()) as gateway,
         working(amqp_url, prefix, gateway, folder, **settings) as (worker, producer),
     ):
         yield Shop(gateway, worker, producer)

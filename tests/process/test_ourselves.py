@@ -26,8 +26,6 @@ from worker.sandbox.broker import PrivateBroker
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
 from worker.service import PREFETCH_PER_SENDER
 
-pytestmark = pytest.mark.timeout(120)
-
 AT_ONCE = 10.0
 """Seconds: what a loaded machine may take for something that waits for nothing; a drain's deadline comes later."""
 

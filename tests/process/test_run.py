@@ -17,10 +17,10 @@ from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, working
 from worker.core.lanes import sweep_cap
 from worker.core.topology import topology
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
 from worker.service import PREFETCH_PER_SENDER
-
-pytestmark = pytest.mark.timeout(120)
+from worker.shells.tokens import REFUSALS_AT_ONCE, REFUSALS_EVERY
 
 AT_ONCE = 10.0
 """Seconds: what a loaded machine may take for something that waits for nothing; a drain's deadline comes later."""
@@ -54,10 +54,10 @@ def bills(count: int) -> list[str]:
 # -- a mixed load
 
 
-@pytest.mark.timeout(240)
 def test_five_thousand_mixed_commands_all_expire(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """Of 5,000 commands, one call in ten failing, each has one outcome, `expired`, and few tokens were asked for."""
 
+    began = time.monotonic()
     with Simulator(FAULTY) as gateway:
         with working(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="32") as (worker, producer):
             producer.publish_many(bills(5000), sweep_every=4, of=5)
@@ -68,7 +68,9 @@ def test_five_thousand_mixed_commands_all_expire(amqp_url: str, prefix: str, tmp
     assert Counter(str(outcome.fields["status"]) for outcome in books.outcomes) == {"expired": 5000}
     assert sum(int(outcome.fields["attempts"]) for outcome in books.outcomes) == report.expire_calls > 5200
     assert (report.bills_expired, report.duplicates) == (5000, 0)
-    assert report.token_calls < 20
+    # Its first, and those for which it believed that the last one was refused: the longer it takes, the more.
+    took = time.monotonic() - began
+    assert report.token_calls <= 1 + REFUSALS_AT_ONCE + took / REFUSALS_EVERY + 1
 
 
 # -- ends under load
@@ -383,8 +385,7 @@ def test_an_absent_gateway_is_waited_for(amqp_url: str, prefix: str, tmp_path: P
         "BREAKER_COOLDOWN_SECONDS": "0.3",
         "BREAKER_MAX_COOLDOWN_SECONDS": "0.3",
     }
-    gateway = Simulator().start()
-    gateway.stop()
+    gateway = Simulator(port=free_port())
     with (
         Producer(amqp_url, prefix) as producer,
         WorkerProcess(amqp_url, prefix, gateway, tmp_path, **quick) as worker,

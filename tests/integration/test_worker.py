@@ -576,7 +576,9 @@ def test_a_missing_topology_is_named_and_waited_for(amqp_url: str, prefix: str, 
         worker.wait_for(lambda: missing in " ".join(map(str, worker.components().values())), 30, "it is named")
         assert worker.get("/readyz")[0] == 503
         assert worker.get("/livez")[0] == 200
-        assert any(missing in line["reason"] for line in worker.events("broker.bounce"))
+        worker.wait_for(
+            lambda: any(missing in line["reason"] for line in worker.events("broker.bounce")), 30, "so says the log"
+        )
         with Rabbit(amqp_url) as rabbit:
             assert not rabbit.has_exchange(missing)
             rabbit.declare(topology(prefix, "quorum", (1, 2)))

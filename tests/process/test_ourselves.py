@@ -403,6 +403,8 @@ def test_a_lost_connection_calls_nobody_twice(amqp_url: str, prefix: str, tmp_pa
     ):
         in_hand = {producer.publish(bill).id for bill in slow}
         wait_until(lambda: gateway.report().in_flight == len(slow), 30, "the slow ones are in hand")
+        # Ready a tick before it takes note: what is lost until then was no connection yet.
+        worker.wait_for(lambda: worker.metrics()("broker_connected") == 1, 30, "it is connected")
         proxy.reset_all()
         worker.wait_for(lambda: worker.metrics()("broker_reconnects_total") >= 1, 30, "it is back")
         producer.publish_many(bills(600), sweep_every=1, of=2)

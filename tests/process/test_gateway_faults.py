@@ -746,7 +746,7 @@ def test_a_stalled_process_does_not_make_up_for_lost_time_at_once(amqp_url: str,
 
     limit = {"GATEWAY_MAX_REQUESTS_PER_SECOND": str(RATE), "WORKER_CONCURRENCY": "32"}
     with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path, **limit) as (worker, producer):
-        producer.publish_many(bills("b", 100))
+        producer.publish_many(bills("b", 200))
         producer.collect(20, 30)
         os.killpg(worker.pid, signal.SIGSTOP)
         began = time.monotonic()

@@ -235,7 +235,7 @@ class Scene:
 
     # -- what the worker says
 
-    def wait_unready(self, component: str = "", text: str = "", timeout: float = 20) -> None:
+    def wait_unready(self, component: str = "", text: str = "", timeout: float = 30) -> None:
         """Until /readyz has said 503 since the test began, with `text` about `component`."""
         self.worker.wait_for(
             lambda: self.lookout.unready(component, text, self.began),
@@ -247,7 +247,7 @@ class Scene:
         """Until /readyz says 200 now."""
         self.worker.wait_for(lambda: self.lookout.ready, timeout, "/readyz says 200 again")
 
-    def wait_metric(self, fact: Callable[[Scrape], bool], timeout: float = 20) -> None:
+    def wait_metric(self, fact: Callable[[Scrape], bool], timeout: float = 30) -> None:
         """Until this is true of a scrape."""
         self.worker.wait_for(lambda: fact(self.worker.metrics()), timeout, "the metrics say so")
 
@@ -255,7 +255,7 @@ class Scene:
         """The log lines of these events since the test began."""
         return [line for line in self.worker.events()[self._line :] if line["event"] in events]
 
-    def wait_said(self, event: str, text: str, timeout: float = 20) -> dict[str, Any]:
+    def wait_said(self, event: str, text: str, timeout: float = 30) -> dict[str, Any]:
         """Until a log line of this event holds `text`; that line."""
 
         def said() -> dict[str, Any] | None:
@@ -291,7 +291,7 @@ class Scene:
         assert self.worker.running
         assert len(self.worker.events("worker.starting")) == 1
         # Settled, too: what it holds unacked would come again.
-        self.worker.wait_for(lambda: not self.unsettled(), 10, "nothing is unsettled")
+        self.worker.wait_for(lambda: not self.unsettled(), 30, "nothing is unsettled")
         return take_stock(self.producer).check(all_ended=True, no_duplicates=no_duplicates)
 
     def gather(self, timeout: float) -> None:
@@ -300,7 +300,7 @@ class Scene:
 
         def all_there() -> bool:
             for queue in queues:
-                for message in producer.rabbit.consume(queue, producer.rabbit.depth(queue), 20):
+                for message in producer.rabbit.consume(queue, producer.rabbit.depth(queue), 30):
                     producer.outcomes.append(Outcome(message, json.loads(message.body)))
             return not self.missing()
 
@@ -358,7 +358,7 @@ def under_load(
         scene = Scene(urls or [url], worker, producer, gateway, network, lookout)
         stack.callback(_stop_all, scene)
         lookout.start()
-        wait_until(lambda: lookout.ready, 10, "the lookout sees it ready")
+        wait_until(lambda: lookout.ready, 30, "the lookout sees it ready")
         scene.begin()
         scene.load(*lanes, per_second=per_second)
         yield scene

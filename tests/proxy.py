@@ -16,7 +16,7 @@ CHUNK = 65_536
 HELD_BYTES = 64 * 1024 * 1024
 """The most one direction of a stalled connection swallows, so that no runaway writer eats the memory."""
 
-CALL_SECONDS = 5.0
+CALL_SECONDS = 30.0
 """The most a call waits for the loop; it is only ever late when the loop has died."""
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -133,6 +133,7 @@ class FaultProxy:
         self._latency = 0.0
         self._now = 0.0
         self._stalled_to_server = self._stalled_to_client = False
+        self._answered_bytes: int | None = None
         self._refusing = False
         self._stopping = False
         self._selector = selectors.DefaultSelector()
@@ -172,6 +173,14 @@ class FaultProxy:
     def stall_towards_client(self) -> None:
         """The server gets everything, the client gets nothing: what was done, and the answer is missing."""
         self._call(lambda: self._set_stalls(False, True))
+
+    def stall_towards_client_after(self, sent: int) -> None:
+        """The same, once more than so many bytes went to the server in all: what comes later is never answered."""
+
+        def change() -> None:
+            self._answered_bytes = sent
+
+        self._call(change)
 
     def resume(self) -> None:
         """End every stall; what was held goes on its way, in order."""
@@ -301,6 +310,9 @@ class FaultProxy:
         try:
             if not connection.half_open:
                 self.bytes_to_server += connection.to_server.give(now)
+                if self._answered_bytes is not None and self.bytes_to_server > self._answered_bytes:
+                    self._answered_bytes = None
+                    self._set_stalls(False, True)
                 self.bytes_to_client += connection.to_client.give(now)
         except OSError:
             self._was_reset(connection)

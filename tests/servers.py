@@ -27,11 +27,14 @@ from cryptography.x509.oid import NameOID
 from tests.builders import command
 from worker.core.request import Partner, SignedRequest, external_id, sign
 from worker.core.signing import load_private_key, signer, token_signature
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
 from worker.shells.gateway import Endpoint, GatewayClient, Grant, timestamp
 
+PATIENT: Final = 30.0  # seconds for what comes, on a loaded machine too
+
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
-_SILENT: Final = 10.0  # seconds after which a server gives a silent client up, so that no failed test hangs
+_SILENT: Final = 60.0  # seconds after which a server gives a silent client up, so that no failed test hangs
 
 
 class Peer:
@@ -254,11 +257,8 @@ def swallowing() -> Iterator[int]:
 
 
 def refusing_port() -> int:
-    """A port on 127.0.0.1 where nobody listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port on 127.0.0.1 where nobody listens; the kernel gives it to nobody else, not even to who calls there."""
+    return free_port()
 
 
 # -- certificates ---------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ class RecordingProbe:
         self.skews.append(seconds)
 
 
-def endpoint(base_url: str, *, connect: float = 5.0, read: float = 5.0) -> Endpoint:
+def endpoint(base_url: str, *, connect: float = PATIENT, read: float = PATIENT) -> Endpoint:
     """Where the services are under a base URL."""
     return Endpoint(f"{base_url}/access-token/b2b", f"{base_url}/qr/qr-mpm-expire-billnumber", connect, read)
 

@@ -352,9 +352,9 @@ class Producer:
 
     def sweep_up(self) -> None:
         """Whatever outcomes have come beyond those waited for: duplicates."""
-        self.collect(self.rabbit.depth(self.inbox), 10)
+        self.collect(self.rabbit.depth(self.inbox), 30)
 
-    def of(self, sent: Published, timeout: float = 15) -> Outcome:
+    def of(self, sent: Published, timeout: float = 30) -> Outcome:
         """The first outcome of this command."""
 
         def found() -> Iterator[Outcome]:

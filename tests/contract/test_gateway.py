@@ -156,7 +156,7 @@ def test_a_lifetime_may_be_a_moment(client_for: Build, form: Callable[[datetime]
     """A date-time counts from now; without a zone it is Jakarta's."""
     moment = datetime.now(UTC) + timedelta(seconds=600)
 
-    assert granted(client_for, token_body(expiresIn=form(moment))).lifetime == pytest.approx(600, abs=3)
+    assert granted(client_for, token_body(expiresIn=form(moment))).lifetime == pytest.approx(600, abs=60)
 
 
 def test_a_moment_that_has_passed_leaves_a_second(client_for: Build) -> None:
@@ -172,7 +172,7 @@ def test_the_gateways_forms_of_a_lifetime(client_for: Build, simulator: Simulato
 
     grant = SimulatedPartner(simulator).token(client_for(simulator.base_url))
 
-    assert grant.lifetime == pytest.approx(DEFAULT_LIFETIME if form == "absent" else 600, abs=3)
+    assert grant.lifetime == pytest.approx(DEFAULT_LIFETIME if form == "absent" else 600, abs=60)
 
 
 @pytest.mark.parametrize("fields", [{"responseCode": "2007300"}, {"responseCode": ...}, {"responseCode": "nonsense"}])
@@ -314,9 +314,11 @@ def test_the_clocks_skew_is_read_from_date(
 ) -> None:
     """How far our clock is ahead of the gateway's, to about half a second: Date has whole ones."""
     simulator.replace(Script(clock_offset=offset))
+    began = time.monotonic()
     client_for(simulator.base_url).send(signed())
+    took = time.monotonic() - began
 
-    assert probe.skews == [pytest.approx(-offset, abs=0.8)]
+    assert probe.skews == [pytest.approx(-offset, abs=0.6 + took)]
 
 
 def test_the_skew_is_read_now_and_then(client_for: Build, probe: RecordingProbe, simulator: Simulator) -> None:
@@ -344,7 +346,7 @@ def test_a_date_means_the_same_in_every_time_zone(
         monkeypatch.undo()
         time.tzset()
 
-    assert probe.skews == [pytest.approx(0, abs=2)]
+    assert probe.skews == [pytest.approx(0, abs=60)]
 
 
 @pytest.mark.parametrize("date", [b"yesterday", b"", b"Sun, 99 Nov 2026 25:61:00 GMT", b"0", b"\xff\xfe"])
@@ -370,7 +372,7 @@ def test_a_rotated_authority_takes_effect_with_the_next_call(client_for: Build, 
         kept = [client.send(signed()) for _ in range(3)], server.connections
         contexts.append(ours.trust())
         renewed = client.send(signed()), server.connections
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
         contexts.append(theirs.trust())
         distrusted = client.send(signed())
 
@@ -385,7 +387,7 @@ def test_each_call_under_way_has_a_connection_of_its_own(client_for: Build) -> N
     everyone = threading.Barrier(6)
 
     def echo(peer: Peer) -> None:
-        everyone.wait(5)
+        everyone.wait(30)
         while (request := peer.request()) is not None:
             peer.send(answer(request.partition(b"X-EXTERNAL-ID: ")[2].partition(b"\r\n")[0]))
 
@@ -397,7 +399,7 @@ def test_each_call_under_way_has_a_connection_of_its_own(client_for: Build) -> N
 
         senders = [fibers.ask(partial(calls, number)) for number in range(6)]
         for number, sender in enumerate(senders):
-            assert sender.result(20) == [Reply(200, f"{number}-{call}".encode()) for call in range(20)]
+            assert sender.result(60) == [Reply(200, f"{number}-{call}".encode()) for call in range(20)]
 
     assert server.connections == 6
 

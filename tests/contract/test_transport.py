@@ -37,8 +37,9 @@ from worker.shells.transport import MAX_BODY_BYTES, BoundedAdapter, Lost, NotSen
 
 BODY = b'{"billnumber":"10092081"}'
 TOTAL = 0.5  # seconds for an answer, in tests where it does not come
-SLACK = 0.3  # and how much later the adapter may say so
-GENEROUS = 10.0
+SLACK = 8.0  # and how much later the adapter may say so: a loaded machine is late, and without a bound it takes longer
+GENEROUS = 30.0
+MANY = 20  # addresses: with the whole time for each, a call would be later than SLACK
 
 
 class Adapter(Protocol):
@@ -175,7 +176,7 @@ def test_a_connection_that_the_server_closed_while_idle_is_replaced(adapter: Any
 
     with serving(always(answer(), close=True)) as server:
         post(adapter, server.url)
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
         assert post(adapter, server.url).content == b"ok"
 
     assert (len(server.requests), server.connections) == (2, 2)
@@ -191,7 +192,7 @@ def test_a_connection_that_the_server_reset_while_idle_is_replaced(adapter: Any)
 
     with serving(handler) as server:
         post(adapter, server.url)
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
         assert post(adapter, server.url).content == b"ok"
 
     assert (len(server.requests), server.connections) == (2, 2)
@@ -264,7 +265,7 @@ def test_close_drops_the_connection_and_the_next_call_makes_another(adapter: Any
     with serving(always(answer())) as server:
         post(adapter, server.url)
         adapter.close()
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
         assert post(adapter, server.url).content == b"ok"
 
     assert server.connections == 2
@@ -348,7 +349,7 @@ def test_a_status_without_body_ends_with_its_headers(adapter: Any, status: bytes
     """No length is announced and none is waited for."""
 
     with serving(always(b"HTTP/1.1 " + status + b"\r\n\r\n")) as server:
-        responses = [post(adapter, server.url, total=TOTAL) for _ in range(2)]
+        responses = [post(adapter, server.url) for _ in range(2)]
 
     assert [response.content for response in responses] == [b"", b""]
     assert responses[0].status_code == int(status[:3])
@@ -479,16 +480,16 @@ def test_a_connection_that_does_not_come_about_is_given_up_in_time(adapter: Any)
 
 
 def test_several_addresses_share_the_connect_timeout(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name with three silent addresses takes no longer than one, and a good last address is still tried."""
+    """A name with many silent addresses takes no longer than one, and a good last address is still tried."""
 
     with swallowing() as silent, serving(always(answer())) as server:
-        resolve_to(monkeypatch, silent, silent, silent)
+        resolve_to(monkeypatch, *[silent] * MANY)
         started = time.monotonic()
         with pytest.raises(NotSent, match="timed out"):
             post(adapter, server.url, connect=TOTAL)
         took = time.monotonic() - started
         resolve_to(monkeypatch, silent, silent, server.port)
-        assert post(adapter, server.url, connect=TOTAL).content == b"ok"
+        assert post(adapter, server.url, connect=3 * TOTAL).content == b"ok"
 
     assert took < TOTAL + SLACK
 
@@ -633,11 +634,12 @@ def test_the_timeout_of_a_second_call_counts_from_its_own_start(adapter: Any) ->
 
     def handler(peer: Peer) -> None:
         while peer.request() is not None:
-            peer.gone(0.6 * TOTAL)
+            peer.gone(0.3)
             peer.send(answer())
 
     with serving(handler) as server:
-        assert [post(adapter, server.url, total=TOTAL).content for _ in range(3)] == [b"ok"] * 3
+        # Together they take longer than the total; each alone leaves a loaded machine most of it.
+        assert [post(adapter, server.url, total=2.0).content for _ in range(8)] == [b"ok"] * 8
 
     assert server.connections == 1
 
@@ -682,7 +684,7 @@ def test_an_endless_body_is_cut_and_its_connection_dropped(adapter: Any, first: 
 
     with serving(after_request(then)) as server:
         response = post(adapter, server.url)
-        assert server.closed.acquire(timeout=5)
+        assert server.closed.acquire(timeout=30)
 
     assert (response.status_code, response.content) == (502, b"x" * MAX_BODY_BYTES)
 

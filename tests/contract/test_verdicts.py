@@ -17,6 +17,7 @@ from requests.adapters import BaseAdapter
 from tests.builders import BILL
 from tests.fibers import FiberAdapter, running_fibers
 from tests.servers import (
+    PATIENT,
     Authority,
     RecordingProbe,
     SimulatedPartner,
@@ -30,6 +31,7 @@ from tests.servers import (
 from worker.core.outcome import Reason
 from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, Verdict, judge
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Script, Simulator
 from worker.shells.fibers import Fibers
 from worker.shells.gateway import GatewayClient
@@ -37,7 +39,7 @@ from worker.shells.stock import StockAdapter
 from worker.shells.transport import BoundedAdapter
 
 IMPATIENT = 0.25
-"""Seconds for an answer, in rows where it does not come."""
+"""Seconds for what does not come."""
 
 Judgement = tuple[Kind, Reason | None, bool]
 Transport = Callable[[ssl.SSLContext | None], BaseAdapter]
@@ -191,12 +193,13 @@ def simulator() -> Iterator[Simulator]:
 class Caller:
     """A client with a token, and what it makes of answers."""
 
-    def __init__(self, simulator: Simulator, transport: Transport, *, read: float = 5.0) -> None:
+    def __init__(self, simulator: Simulator, transport: Transport, *, read: float = PATIENT) -> None:
         self.simulator = simulator
         self.partner = SimulatedPartner(simulator)
         self.client = GatewayClient(endpoint(simulator.base_url, read=read), RecordingProbe(), adapter=transport)
         simulator.replace(Script())
-        self.token = self.partner.token(self.client).value
+        patient = GatewayClient(endpoint(simulator.base_url), RecordingProbe(), adapter=transport)
+        self.token = self.partner.token(patient).value
 
     def verdict(self, fault: Fault) -> Verdict:
         """On a call that gets this."""
@@ -224,7 +227,7 @@ def test_each_answer_has_its_verdict(
 ) -> None:
     """The row's kind, reason, and whether it may have taken effect."""
     slow = bool(fault.hang) or fault.trickle > 0.01
-    caller = Caller(simulator, transport, read=IMPATIENT if slow else 5.0)
+    caller = Caller(simulator, transport, read=IMPATIENT if slow else PATIENT)
 
     assert judgement(caller.verdict(fault)) == expected
 
@@ -319,10 +322,12 @@ def test_an_external_id_twice_in_a_day_is_an_id_clash(caller: Caller) -> None:
 # -- nothing was sent -----------------------------------------------------------------------------------------------
 
 
-def unreachable(transport: Transport, base_url: str, context: ssl.SSLContext | None = None) -> Verdict:
+def unreachable(
+    transport: Transport, base_url: str, context: ssl.SSLContext | None = None, *, connect: float = PATIENT
+) -> Verdict:
     """On a call to where no gateway is."""
     client = GatewayClient(
-        endpoint(base_url, connect=IMPATIENT), RecordingProbe(), context=lambda: context, adapter=transport
+        endpoint(base_url, connect=connect), RecordingProbe(), context=lambda: context, adapter=transport
     )
     return judge(client.send(SignedRequest("1" * 36, b"{}", {"X-EXTERNAL-ID": "1" * 36})))
 
@@ -335,7 +340,7 @@ def test_a_refused_connection_sent_nothing(transport: Transport) -> None:
 
 def test_a_stopped_gateway_sent_nothing_and_is_found_again(transport: Transport) -> None:
     """The kept connection is seen to be closed; a restarted gateway answers the next call."""
-    with Simulator() as simulator:
+    with Simulator(port=free_port()) as simulator:
         caller = Caller(simulator, transport)
         simulator.stop()
         stopped = caller.verdict(Fault())
@@ -354,7 +359,7 @@ def test_a_name_that_does_not_resolve_sent_nothing(transport: Transport) -> None
 def test_a_connect_timeout_sent_nothing(transport: Transport) -> None:
     """Packets that nobody answers."""
     with swallowing() as port:
-        verdict = unreachable(transport, f"http://127.0.0.1:{port}")
+        verdict = unreachable(transport, f"http://127.0.0.1:{port}", connect=IMPATIENT)
 
     assert (judgement(verdict), "timed out" in verdict.message) == (NOT_SENT, True)
 

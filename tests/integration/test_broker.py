@@ -76,10 +76,10 @@ def test_answers_tells_refused_from_absent(amqp_url: str) -> None:
     host, _, _ = amqp_url.rpartition("/")
     wrong_login = amqp_url.replace(amqp_url.rpartition("@")[0], "amqp://guest:wrong")
 
-    assert answers(amqp_url, timeout=5) is Answer.READY
-    assert answers(wrong_login, timeout=5) is Answer.REFUSED_LOGIN
-    assert answers(f"{host}/{new_prefix()}", timeout=5) is Answer.REFUSED_LOGIN
-    assert answers(by_way_of(free_port(), amqp_url), timeout=5) is Answer.NOT_THERE
+    assert answers(amqp_url, timeout=30) is Answer.READY
+    assert answers(wrong_login, timeout=30) is Answer.REFUSED_LOGIN
+    assert answers(f"{host}/{new_prefix()}", timeout=30) is Answer.REFUSED_LOGIN
+    assert answers(by_way_of(free_port(), amqp_url), timeout=30) is Answer.NOT_THERE
 
 
 def test_rabbitmq_home_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,15 +117,15 @@ def test_data_survive_a_kill(fresh: PrivateBroker) -> None:
     with Rabbit(url) as rabbit:
         rabbit.declare_queue("kept")
         rabbit.publish("", "kept", b"worth keeping")
-    wait_until(lambda: fresh.would_remember("kept"), 10, "the queue is on disk")
+    wait_until(lambda: fresh.would_remember("kept"), 30, "the queue is on disk")
     fresh.kill()
-    assert answers(url, timeout=5) is Answer.NOT_THERE
+    assert answers(url, timeout=30) is Answer.NOT_THERE
 
     fresh.start()
 
     assert fresh.url == url
     with Rabbit(url) as rabbit:
-        assert rabbit.get_all("kept", 1, timeout=10)[0][1] == b"worth keeping"
+        assert rabbit.get_all("kept", 1, timeout=30)[0][1] == b"worth keeping"
 
 
 def test_reset_empties(fresh: PrivateBroker) -> None:
@@ -171,12 +171,12 @@ def test_killed_parent_leaves_no_process(tmp_path: Path) -> None:
         assert parent.stdout is not None
         broker = int(parent.stdout.readline())
         # It boots: the port mapper, the VM and a child of that.
-        wait_until(lambda: len(processes_of(tmp_path)) > 2, 20, "the broker boots")
+        wait_until(lambda: len(processes_of(tmp_path)) > 2, 30, "the broker boots")
         assert is_alive(broker)
 
         parent.kill()
 
-    wait_until(lambda: not processes_of(tmp_path), 10, "everything is gone")
+    wait_until(lambda: not processes_of(tmp_path), 30, "everything is gone")
     assert not is_alive(broker)
 
 
@@ -192,7 +192,7 @@ def test_close_leaves_no_directory() -> None:
     broker.close()
 
     assert not directory.exists()
-    wait_until(lambda: not processes_of(directory), 5, "no process is left")
+    wait_until(lambda: not processes_of(directory), 30, "no process is left")
 
 
 def test_cluster_survives_one_node(cluster: PrivateCluster) -> None:
@@ -201,7 +201,7 @@ def test_cluster_survives_one_node(cluster: PrivateCluster) -> None:
     queue = new_prefix()
     with Rabbit(cluster.urls[0]) as rabbit:
         rabbit.declare_queue(queue)
-    wait_until(lambda: cluster.nodes[0].would_remember(queue), 10, "the queue is on disk")
+    wait_until(lambda: cluster.nodes[0].would_remember(queue), 30, "the queue is on disk")
     cluster.nodes[0].kill()
 
     wait_until(lambda: is_confirmed(cluster.urls[1], queue, b"still there"), 30, "a confirm of two nodes")

@@ -28,7 +28,7 @@ class FakeSource:
 
     def metrics(self) -> bytes:
         if self.held:
-            self.held.wait(10)
+            self.held.wait(60)
         if self.error:
             raise self.error
         return self.text
@@ -54,7 +54,7 @@ def server(source: FakeSource) -> Iterator[HealthServer]:
 
 
 def ask(port: int, path: str, method: str = "GET", body: bytes | None = None) -> tuple[http.client.HTTPResponse, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request(method, path, body)
         response = connection.getresponse()
@@ -115,7 +115,7 @@ def test_other_methods_are_refused(server: HealthServer, method: str) -> None:
 def test_nonsense_is_a_bad_request(server: HealthServer) -> None:
     """A request that is no HTTP gets 400, and the next one its answer."""
 
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
         client.sendall(b"GET /livez HTTP/x.y\r\n\r\n")
         assert b"400" in client.recv(1000)
     assert ask(server.port, "/livez")[0].status == 200
@@ -149,10 +149,10 @@ def test_slow_clients_neither_pile_up_threads_nor_keep_a_probe_waiting(server: H
 
     with ExitStack() as stack:
         for _ in range(5 * endpoint.HANDLERS):
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
         assert ask(server.port, "/livez")[0].status == 200
         assert handler_threads() <= endpoint.HANDLERS
-    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
+    wait_until(lambda: handler_threads() == 0, 30, "no handler left")
 
 
 def test_a_dripping_client_is_cut_off(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +170,8 @@ def test_a_dripping_client_is_cut_off(server: HealthServer, monkeypatch: pytest.
             except OSError:
                 return True
 
-        wait_until(is_cut, 10, "the slow connection is cut")
-    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
+        wait_until(is_cut, 30, "the slow connection is cut")
+    wait_until(lambda: handler_threads() == 0, 30, "no handler left")
 
 
 def test_a_source_that_hangs_turns_newcomers_away(
@@ -185,12 +185,12 @@ def test_a_source_that_hangs_turns_newcomers_away(
         for _ in range(endpoint.HANDLERS):
             client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-        wait_until(lambda: handler_threads() == endpoint.HANDLERS, 10, "all handlers busy")
+        wait_until(lambda: handler_threads() == endpoint.HANDLERS, 30, "all handlers busy")
         with pytest.raises((OSError, http.client.HTTPException)):
             ask(server.port, "/livez")
         source.held.set()
         source.held = None
-    wait_until(lambda: handler_threads() == 0, 10, "no handler left")
+    wait_until(lambda: handler_threads() == 0, 30, "no handler left")
     assert ask(server.port, "/livez")[0].status == 200
 
 

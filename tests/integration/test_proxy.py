@@ -12,7 +12,7 @@ from tests.rabbit import address, by_way_of
 from tests.waiting import wait_until
 from worker.sandbox.broker import Answer, answers, free_port
 
-SECONDS = 5.0
+SECONDS = 30.0
 
 
 class Echo:
@@ -175,6 +175,21 @@ def test_stall_towards_client_only(client: socket.socket, proxy: FaultProxy, ech
 
     proxy.resume()
     assert hear(client, 5) == b"hello"
+
+
+def test_stall_towards_client_after_some_bytes(client: socket.socket, proxy: FaultProxy, echo: Echo) -> None:
+    """What the server got before is answered, what it gets later is not."""
+
+    proxy.stall_towards_client_after(5)
+    client.sendall(b"hello")
+    assert hear(client, 5) == b"hello"
+
+    client.sendall(b"again")
+    wait_until(lambda: echo.heard == b"helloagain", SECONDS, "the server hears")
+    assert hears_nothing(client)
+
+    proxy.resume()
+    assert hear(client, 5) == b"again"
 
 
 def test_reset_all_resets_both_ends(client: socket.socket, proxy: FaultProxy, echo: Echo) -> None:

@@ -142,7 +142,7 @@ class Partner:
         return base64.b64encode(own_key().sign(message, padding.PKCS1v15(), hashes.SHA256())).decode()
 
     def _post(self, path: str, body: Any, headers: dict[str, str], replaced: dict[str, Any]) -> requests.Response:
-        timeout = replaced.pop("timeout", 5)
+        timeout = replaced.pop("timeout", 30)
         content = replaced.pop("content", body if isinstance(body, bytes) else json.dumps(body).encode())
         for name in replaced.pop("without", ()):
             del headers[name]
@@ -224,7 +224,7 @@ def test_a_token_dies_with_its_lifetime() -> None:
 
     with gateway(Script(token_lifetime=0.05)) as (_, partner):
         partner.log_in()
-        refused = wait_until(lambda: partner.code() == "4019301", 2, "the token to die")
+        refused = wait_until(lambda: partner.code() == "4019301", 30, "the token to die")
 
     assert refused
 
@@ -267,7 +267,7 @@ def test_a_correct_expire_call_succeeds(partner: Partner) -> None:
 def test_a_connection_is_kept(partner: Partner) -> None:
     """Answers, refusals and pages leave the connection open for the next request."""
 
-    link = http.client.HTTPConnection("127.0.0.1", partner.simulator.port, timeout=5)
+    link = http.client.HTTPConnection("127.0.0.1", partner.simulator.port, timeout=30)
     link.connect()
     first = link.sock
     for path in ("/v1.0/access-token/b2b", "/v1.0" + SIGN_PATH, "/nowhere"):
@@ -416,10 +416,10 @@ def test_the_clock_can_be_off() -> None:
 def test_an_unknown_path_is_a_plain_page(partner: Partner) -> None:
     """404 in HTML, as a proxy in front of the gateway would answer; a wrong method is 405."""
 
-    answer = WEB.post(partner.simulator.base_url + "/qr/qr-mpm-expire", data=b"{}", timeout=5)
+    answer = WEB.post(partner.simulator.base_url + "/qr/qr-mpm-expire", data=b"{}", timeout=30)
 
     assert (answer.status_code, answer.headers["Content-Type"]) == (404, "text/html")
-    assert WEB.get(partner.simulator.base_url + SIGN_PATH, timeout=5).status_code == 405
+    assert WEB.get(partner.simulator.base_url + SIGN_PATH, timeout=30).status_code == 405
 
 
 # Faults.
@@ -548,7 +548,7 @@ def test_a_call_given_up_is_not_in_flight(partner: Partner) -> None:
         report = partner.simulator.report()
         return report.by_code.get("hang", 0), report.in_flight
 
-    wait_until(lambda: seen() == (1, 0), 5, "the call to arrive and be given up")
+    wait_until(lambda: seen() == (1, 0), 30, "the call to arrive and be given up")
 
 
 def test_an_answer_can_be_late(partner: Partner) -> None:
@@ -560,19 +560,20 @@ def test_an_answer_can_be_late(partner: Partner) -> None:
     with pytest.raises(requests.ReadTimeout):
         partner.expire("B1", timeout=0.05)
 
-    wait_until(lambda: partner.simulator.report().bills_expired == 1, 5, "the call to take effect")
+    wait_until(lambda: partner.simulator.report().bills_expired == 1, 30, "the call to take effect")
 
 
 def test_an_answer_can_trickle(partner: Partner) -> None:
     """With `trickle`, no wait for a byte is long, but the whole answer is."""
 
+    patience = 3.0  # for a byte; a hundred times what each needs
     partner.log_in()
-    partner.simulator.replace(Script(bills={"B1": (Fault(trickle=0.001),)}))
+    partner.simulator.replace(Script(bills={"B1": (Fault(trickle=0.03),)}))
 
     started = time.monotonic()
-    assert partner.expire("B1", timeout=0.15).status_code == 200
+    assert partner.expire("B1", timeout=patience).status_code == 200
 
-    assert time.monotonic() - started > 0.15
+    assert time.monotonic() - started > patience
 
 
 def test_a_connection_can_be_closed(partner: Partner) -> None:
@@ -589,13 +590,13 @@ def test_down_resets_all_but_the_simulator_itself(partner: Partner) -> None:
 
     partner.expire()
     root = partner.simulator.base_url.removesuffix("/v1.0")
-    WEB.post(f"{root}/_simulator/script", json={"down": True}, timeout=5).raise_for_status()
+    WEB.post(f"{root}/_simulator/script", json={"down": True}, timeout=30).raise_for_status()
 
     for _ in range(2):
         with pytest.raises(requests.ConnectionError):
             partner.expire()
 
-    WEB.post(f"{root}/_simulator/script", json={}, timeout=5).raise_for_status()
+    WEB.post(f"{root}/_simulator/script", json={}, timeout=30).raise_for_status()
     assert partner.code() == "2009300"
     assert partner.simulator.report().by_code["down"] == 2
 
@@ -622,20 +623,20 @@ def test_stopping_ends_calls_in_flight(partner: Partner) -> None:
     partner.simulator.replace(Script(latency=60))
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(partner.expire, timeout=30)
-        wait_until(lambda: partner.simulator.report().in_flight, 2, "the call to arrive")
+        wait_until(lambda: partner.simulator.report().in_flight, 30, "the call to arrive")
         partner.simulator.stop()
-        assert isinstance(call.exception(timeout=5), requests.ConnectionError)
+        assert isinstance(call.exception(timeout=30), requests.ConnectionError)
 
 
 def test_too_many_calls_are_throttled() -> None:
     """More than `requests_per_second` get 4299300 and Retry-After; they use up neither id nor room."""
 
-    with gateway(Script(requests_per_second=0.1)) as (simulator, partner):
+    with gateway(Script(requests_per_second=0.001)) as (simulator, partner):
         answers = [partner.expire(headers={"X-EXTERNAL-ID": str(at)}) for at in range(3)]
 
         assert [answer.status_code for answer in answers] == [200, 429, 429]
         assert answers[1].json()["responseCode"] == "4299300"
-        assert 8 <= int(answers[1].headers["Retry-After"]) <= 10
+        assert 900 <= int(answers[1].headers["Retry-After"]) <= 1000
         simulator.replace(Script())
         assert partner.code(headers={"X-EXTERNAL-ID": "1"}) == "2009300"
         assert simulator.report().throttled == 2
@@ -691,10 +692,10 @@ def test_a_wrong_script_over_http_changes_nothing(partner: Partner) -> None:
     partner.simulator.replace(Script(bills={"B1": (Fault(code="5009300", repeat=True),)}))
     root = partner.simulator.base_url.removesuffix("/v1.0")
 
-    refused = WEB.post(f"{root}/_simulator/script", json={"bils": {}}, timeout=5)
+    refused = WEB.post(f"{root}/_simulator/script", json={"bils": {}}, timeout=30)
 
     assert (refused.status_code, "bils" in refused.json()["error"]) == (400, True)
-    assert WEB.post(f"{root}/_simulator/script", data=b"{", timeout=5).status_code == 400
+    assert WEB.post(f"{root}/_simulator/script", data=b"{", timeout=30).status_code == 400
     assert partner.code("B1") == "5009300"
 
 
@@ -733,14 +734,14 @@ def test_the_report_over_http(partner: Partner) -> None:
     partner.expire("B1")
     root = partner.simulator.base_url.removesuffix("/v1.0")
 
-    plain = WEB.get(f"{root}/_simulator/report", timeout=5).json()
-    full = WEB.get(f"{root}/_simulator/report?bills=1&calls=1", timeout=5).json()
+    plain = WEB.get(f"{root}/_simulator/report", timeout=30).json()
+    full = WEB.get(f"{root}/_simulator/report?bills=1&calls=1", timeout=30).json()
 
     assert plain["expire_calls"] == 1
     assert "calls_by_bill" not in plain
     assert full["calls_by_bill"] == {"B1": 1}
     assert full["calls"][0]["merchant_id"] == "121"
-    assert WEB.get(f"{root}/_simulator/health", timeout=5).json() == {"status": "ok"}
+    assert WEB.get(f"{root}/_simulator/health", timeout=30).json() == {"status": "ok"}
 
 
 def test_concurrency_is_measured() -> None:
@@ -748,7 +749,7 @@ def test_concurrency_is_measured() -> None:
 
     with gateway() as (simulator, partner):
         partner.log_in()
-        simulator.replace(Script(latency=0.5))
+        simulator.replace(Script(latency=2.5))
         barrier = threading.Barrier(8)
 
         def call(at: int) -> str:
@@ -834,10 +835,10 @@ def test_the_command_prints_settings_serves_and_reports(
     lines = list(itertools.takewhile(lambda line: not line.startswith("# ready"), process.stdout))
     settings = dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
     root = settings["GATEWAY_BASE_URL"].removesuffix("/v1.0")
-    WEB.get(f"{root}/_simulator/health", timeout=5).raise_for_status()
+    WEB.get(f"{root}/_simulator/health", timeout=30).raise_for_status()
 
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=30)
 
     assert (process.returncode, errors) == (0, "")
     assert "expire calls" in output
@@ -863,7 +864,7 @@ def test_the_command_refuses_in_one_line(
     (tmp_path / "bad.json").write_text('{"bils": {}}')
 
     process = command("--port", "0", *options)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=30)
 
     assert (process.returncode, output, errors.count("\n")) == (2, "", 1)
     assert complaint in errors

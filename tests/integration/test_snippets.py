@@ -180,7 +180,7 @@ def test_a_command_is_published_safely(program: Program, fresh: PrivateBroker) -
         rabbit.declare(topology(NAMES.prefix, "quorum", ()))
         done = program.publish("10092081", "ORD-77")
         assert done.returncode == 0, done.stderr
-        message = rabbit.consume(NAMES.queue("cancellation"), 1, 10)[0]
+        message = rabbit.consume(NAMES.queue("cancellation"), 1, 30)[0]
     assert message.properties.delivery_mode == 2
     assert message.properties.message_id == "cancel-ORD-77"
     assert message.properties.content_type == "application/json"
@@ -226,7 +226,7 @@ def test_outcomes_come_once(program: Program, fresh: PrivateBroker, tmp_path: Pa
                 assert done.returncode == 0, done.stderr
             # In order: when the last one is there, both of the first were handled.
             wait_until(lambda: any("ORD-2" in text for text in _kept(kept)), SECONDS, "the last outcome is kept")
-            assert worker.metrics()("outcomes_total") == 3
+            wait_until(lambda: worker.metrics()("outcomes_total") == 3, 30, "all three are counted")
     assert sorted("ORD-1" in text for text in _kept(kept)) == [False, True]
     assert all('"status":"expired"' in text for text in _kept(kept))
 

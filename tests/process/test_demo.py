@@ -8,14 +8,11 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.rabbit import Rabbit
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(120)
 def test_the_demo_adds_up_and_leaves_nothing(amqp_url: str, tmp_path: Path) -> None:
     """From a checkout that is not installed, it ends by itself with an outcome for each command, and saves all."""
 
@@ -28,7 +25,7 @@ def test_the_demo_adds_up_and_leaves_nothing(amqp_url: str, tmp_path: Path) -> N
         env={**environment, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
 

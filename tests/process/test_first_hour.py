@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.readme import README
 from tests.waiting import wait_until
 from worker.sandbox.broker import free_port
@@ -80,7 +78,6 @@ class Terminals:
         return done.stdout
 
 
-@pytest.mark.timeout(240)
 def test_the_first_hour(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """Each command of the README's tour prints what stands there."""
     gateway, metrics = str(free_port()), str(free_port())

@@ -17,13 +17,20 @@ from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, working
 from worker.core.lanes import sweep_cap
 from worker.core.topology import topology
-from worker.sandbox.simulator import Fault, Rate, Script, Simulator
+from worker.sandbox.broker import free_port
+from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
 from worker.service import PREFETCH_PER_SENDER
+from worker.shells.tokens import REFUSALS_AT_ONCE, REFUSALS_EVERY
 
-pytestmark = pytest.mark.timeout(120)
+AT_ONCE = 10.0
+"""Seconds: what a loaded machine may take for something that waits for nothing; a drain's deadline comes later."""
 
-AT_ONCE = 3.0
-"""Seconds: what a loaded machine may take for something that waits for nothing."""
+LONG_BACKOFF = {
+    "RETRY_INITIAL_SECONDS": "60",
+    "RETRY_MAX_SECONDS": "60",
+    "RETRY_BUDGET_SECONDS": "900",
+    "BREAKER_FAILURES": "1000",
+}
 
 CONCURRENCY = 16
 UNACKED = PREFETCH_PER_SENDER * (CONCURRENCY + sweep_cap(CONCURRENCY, 0.75))
@@ -50,17 +57,20 @@ def bills(count: int) -> list[str]:
 def test_five_thousand_mixed_commands_all_expire(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """Of 5,000 commands, one call in ten failing, each has one outcome, `expired`, and few tokens were asked for."""
 
+    began = time.monotonic()
     with Simulator(FAULTY) as gateway:
         with working(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="32") as (worker, producer):
             producer.publish_many(bills(5000), sweep_every=4, of=5)
-            producer.collect_all(75)
+            producer.collect_all(180)
             worker.stop()
             books = check_books(producer, all_ended=True, no_duplicates=True)
         report = gateway.report(bills=False)
     assert Counter(str(outcome.fields["status"]) for outcome in books.outcomes) == {"expired": 5000}
     assert sum(int(outcome.fields["attempts"]) for outcome in books.outcomes) == report.expire_calls > 5200
     assert (report.bills_expired, report.duplicates) == (5000, 0)
-    assert report.token_calls < 20
+    # Its first, and those for which it believed that the last one was refused: the longer it takes, the more.
+    took = time.monotonic() - began
+    assert report.token_calls <= 1 + REFUSALS_AT_ONCE + took / REFUSALS_EVERY + 1
 
 
 # -- ends under load
@@ -70,7 +80,7 @@ def test_five_thousand_mixed_commands_all_expire(amqp_url: str, prefix: str, tmp
 def under_load(
     url: str, prefix: str, gateway: Simulator, directory: Path, commands: int
 ) -> Iterator[tuple[WorkerProcess, Producer]]:
-    """A worker that has done a third of its commands, in both lanes."""
+    """A worker that has done a third of its commands, in both lanes; the last third would take it half a minute."""
     settings = {"WORKER_CONCURRENCY": str(CONCURRENCY)}
     with working(url, prefix, gateway, directory, **settings) as (worker, producer):
         producer.publish_many(bills(commands), sweep_every=1, of=2)
@@ -78,16 +88,21 @@ def under_load(
         yield worker, producer
 
 
+# So that something is left when the signal comes, however late that is.
+BUSY = Script(latency=0.02, patterns=(Pattern("^b-1...$", (Fault(latency=1.0, repeat=True),)),))
+
+
 def test_a_drain_under_load_repeats_nothing(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """SIGTERM with every sender busy: exit 0 in time; after a restart every bill was called exactly once."""
 
     with (
-        Simulator(Script(latency=0.02)) as gateway,
+        Simulator(BUSY) as gateway,
         under_load(amqp_url, prefix, gateway, tmp_path, 1500) as (worker, producer),
     ):
         assert worker.stop() < 15
         books = take_stock(producer).check(no_duplicates=True)
         assert books.waiting, "all was done before the signal came"
+        gateway.replace(Script())
         worker.start()
         producer.collect_all(30)
         worker.stop()
@@ -99,10 +114,11 @@ def test_a_kill_under_load_loses_nothing(amqp_url: str, prefix: str, tmp_path: P
     """SIGKILL with every sender busy: after a restart each command has an outcome, and few were called twice."""
 
     with (
-        Simulator(Script(latency=0.02)) as gateway,
+        Simulator(BUSY) as gateway,
         under_load(amqp_url, prefix, gateway, tmp_path, 1500) as (worker, producer),
     ):
         worker.kill9()
+        gateway.replace(Script())
         worker.start()
         producer.collect_all(30)
         worker.stop()
@@ -136,20 +152,19 @@ def test_idle_it_ends_at_once(amqp_url: str, prefix: str, tmp_path: Path) -> Non
 def test_a_backoff_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """SIGTERM during backoff: exit 0 at once, no outcome; the command is back in its lane and its calls are known."""
 
-    slow = {"RETRY_INITIAL_SECONDS": "8", "RETRY_MAX_SECONDS": "8", "BREAKER_FAILURES": "1000"}
     with (
         Simulator(OUT_OF_ORDER) as gateway,
-        working(amqp_url, prefix, gateway, tmp_path, **slow) as (worker, producer),
+        working(amqp_url, prefix, gateway, tmp_path, **LONG_BACKOFF) as (worker, producer),
     ):
         producer.publish_many(bills(6))
-        wait_until(lambda: gateway.report().expire_calls >= 6, 10, "all were called for")
+        wait_until(lambda: len(gateway.report().calls_by_bill) == 6, 30, "all were called for")
         assert worker.stop() < AT_ONCE
         books = take_stock(producer).check()
         assert (books.outcomes, len(books.waiting)) == ((), 6)
         calls = gateway.report().calls_by_bill
         gateway.replace(Script())
         worker.start()
-        producer.collect_all(15)
+        producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
         for outcome in producer.outcomes:
@@ -176,7 +191,7 @@ def test_a_pause_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path, script
     ):
         gateway.replace(script)
         producer.publish_many(bills(40), sweep_every=1, of=2)
-        wait_until(lambda: worker.metrics()("consumption_paused", reason=pause) == 1, 10, "senders are held")
+        wait_until(lambda: worker.metrics()("consumption_paused", reason=pause) == 1, 30, "senders are held")
         assert worker.get("/readyz")[0] == 503
         assert worker.get("/livez")[0] == 200
         assert worker.stop() < AT_ONCE
@@ -184,7 +199,7 @@ def test_a_pause_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path, script
         assert (books.outcomes, len(books.waiting)) == ((), 40)
         gateway.replace(Script())
         worker.start()
-        producer.collect_all(15)
+        producer.collect_all(30)
         worker.stop()
         books = check_books(producer, all_ended=True, no_duplicates=True)
         assert {str(outcome.fields["status"]) for outcome in books.outcomes} == {"expired"}
@@ -201,23 +216,22 @@ def test_without_a_broker_it_ends_at_once(amqp_url: str, prefix: str, tmp_path: 
             prefix,
             gateway,
             tmp_path,
-            RETRY_INITIAL_SECONDS="8",
-            RETRY_MAX_SECONDS="8",
-            BREAKER_FAILURES="1000",
+            **LONG_BACKOFF,
         ) as worker,
     ):
         worker.wait_ready()
         with Producer(amqp_url, prefix) as producer:
             producer.publish_many(bills(20))
-            wait_until(lambda: gateway.report().expire_calls >= 8, 10, "senders are in their backoff")
+            # Six of eight senders are all that the sweep may have.
+            wait_until(lambda: len(gateway.report().calls_by_bill) == 6, 30, "senders are in their backoff")
             proxy.refuse()
             proxy.reset_all()
-            wait_until(lambda: worker.metrics()("broker_connected") == 0, 10, "it has noticed")
+            wait_until(lambda: worker.metrics()("broker_connected") == 0, 30, "it has noticed")
             assert worker.stop() < AT_ONCE
             gateway.replace(Script())
             proxy.accept()
             worker.start()
-            producer.collect_all(15)
+            producer.collect_all(30)
             worker.stop()
             check_books(producer, all_ended=True, no_duplicates=True)
 
@@ -229,8 +243,8 @@ def test_before_the_first_connection_it_ends_at_once(amqp_url: str, prefix: str,
         for trouble in (proxy.refuse, proxy.stall):
             trouble()
             with WorkerProcess(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path) as worker:
-                worker.wait_for(lambda: proxy.refused >= 2 or proxy.connections >= 2, 15, "it tries")
-                worker.wait_for(lambda: worker.get("/livez")[0] == 200, 10, "it lives")
+                worker.wait_for(lambda: proxy.refused >= 2 or proxy.connections >= 2, 30, "it tries")
+                worker.wait_for(lambda: worker.get("/livez")[0] == 200, 30, "it lives")
                 assert worker.stop() < AT_ONCE
             proxy.accept()
 
@@ -242,7 +256,7 @@ def test_a_silent_token_service_does_not_delay_the_end(amqp_url: str, prefix: st
         Simulator(Script(token_faults=(Fault(hang=60, repeat=True),))) as gateway,
         WorkerProcess(amqp_url, prefix, gateway, tmp_path) as worker,
     ):
-        worker.wait_for(lambda: gateway.report().token_calls == 1, 15, "a token is asked for")
+        worker.wait_for(lambda: gateway.report().token_calls == 1, 30, "a token is asked for")
         assert worker.stop() < AT_ONCE
 
 
@@ -255,9 +269,9 @@ def test_a_second_signal_means_now(amqp_url: str, prefix: str, tmp_path: Path) -
     ):
         gateway.replace(Script(latency=30))
         producer.publish("b-0")
-        wait_until(lambda: gateway.report().in_flight == 1, 10, "it is called for")
+        wait_until(lambda: gateway.report().in_flight == 1, 30, "it is called for")
         worker.sigterm()
-        worker.wait_for(lambda: worker.events("drain.started"), 10, "it drains")
+        worker.wait_for(lambda: worker.events("drain.started"), 30, "it drains")
         began = time.monotonic()
         worker.sigterm()
         assert worker.wait() == 1
@@ -275,7 +289,7 @@ def test_a_drain_that_takes_too_long_is_forced(amqp_url: str, prefix: str, tmp_p
     ):
         gateway.replace(Script(latency=30))
         producer.publish("b-0")
-        wait_until(lambda: gateway.report().in_flight == 1, 10, "it is called for")
+        wait_until(lambda: gateway.report().in_flight == 1, 30, "it is called for")
         began = time.monotonic()
         worker.sigterm()
         assert worker.wait() == 1
@@ -348,7 +362,7 @@ def test_an_absent_broker_is_waited_for(amqp_url: str, prefix: str, tmp_path: Pa
     ):
         proxy.refuse()
         with WorkerProcess(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path) as worker:
-            worker.wait_for(lambda: proxy.refused >= 4, 15, "it tries again")
+            worker.wait_for(lambda: proxy.refused >= 4, 30, "it tries again")
             assert worker.get("/livez")[0] == 200
             assert worker.get("/readyz")[0] == 503
             # What happened, in the system's own words: pika's wrappers have none.
@@ -371,20 +385,19 @@ def test_an_absent_gateway_is_waited_for(amqp_url: str, prefix: str, tmp_path: P
         "BREAKER_COOLDOWN_SECONDS": "0.3",
         "BREAKER_MAX_COOLDOWN_SECONDS": "0.3",
     }
-    gateway = Simulator().start()
-    gateway.stop()
+    gateway = Simulator(port=free_port())
     with (
         Producer(amqp_url, prefix) as producer,
         WorkerProcess(amqp_url, prefix, gateway, tmp_path, **quick) as worker,
     ):
         producer.publish_many(bills(30), sweep_every=1, of=2)
-        worker.wait_for(lambda: len(worker.events("token.refresh")) >= 6, 20, "it tries again and again")
+        worker.wait_for(lambda: len(worker.events("token.refresh")) >= 6, 30, "it tries again and again")
         assert worker.events("gateway.waiting")
         assert worker.get("/livez")[0] == 200
         assert worker.metrics()("breaker_state") > 0
         assert worker.metrics()("outcomes_total") == 0
         with gateway:
-            producer.collect_all(20)
+            producer.collect_all(30)
             worker.wait_ready()
             worker.stop()
         books = check_books(producer, all_ended=True, no_duplicates=True)
@@ -417,9 +430,9 @@ def test_no_secret_is_ever_said(amqp_url: str, prefix: str, tmp_path: Path) -> N
             tokens = set(gateway.books._tokens)
             with Producer(amqp_url, prefix) as producer:
                 producer.publish_many(bills(60))
-                producer.collect(20, 20)
+                producer.collect(20, 30)
                 proxy.reset_all()
-                producer.collect_all(20)
+                producer.collect_all(30)
                 tokens |= set(gateway.books._tokens)
                 metrics = worker.metrics().text
                 worker.stop()

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 
 import pytest
 import requests
+from pika.adapters.select_connection import _PollerBase
 from requests.adapters import BaseAdapter
 
 from tests.fibers import running_fibers
@@ -21,7 +22,7 @@ from worker.shells.fibers import Event, Fibers, Lock, Offloaded
 
 SOON = 20.0  # seconds: far more than a loaded machine needs
 NEVER = 3600.0
-POLL_SECONDS = 5.0  # the longest that pika's loop waits for anything
+POLL_SECONDS = 60.0  # the longest that pika's loop waits for anything, where a test says so: a loaded machine is faster
 
 
 @pytest.fixture(params=["greenlets", "threads with a baton"], autouse=True)
@@ -74,17 +75,23 @@ def test_greenlets_share_the_loop_s_thread(fibers: Fibers, kind: str) -> None:
 def test_a_sleep_is_one_fiber_s(fibers: Fibers) -> None:
     """The others go on meanwhile, in the order in which they wake."""
     woken: list[float] = []
+    start = Event(fibers)
 
     def sleeper(seconds: float) -> Callable[[], None]:
         def sleep() -> None:
+            start.wait(NEVER)
             Event(fibers).wait(seconds)
             woken.append(seconds)
 
         return sleep
 
-    together(fibers, *map(sleeper, (0.3, 0.1, 0.2, 0.0)))
+    sleeping = [fibers.ask(sleeper(seconds)) for seconds in (1.2, 0.4, 0.8, 0.0)]
+    wait_until(lambda: len(start._waiting) == 4, SOON, "all wait")
+    start.set()  # in one turn, so that it does not matter how long asking took
+    for each in sleeping:
+        each.result(SOON)
 
-    assert woken == [0.0, 0.1, 0.2, 0.3]
+    assert woken == [0.0, 0.4, 0.8, 1.2]
 
 
 def test_what_a_fiber_raises_reaches_who_asked(fibers: Fibers) -> None:
@@ -281,6 +288,7 @@ def test_who_is_ready_between_two_turns_waits_for_nothing(monkeypatch: pytest.Mo
     from worker.shells.amqp.connection import new_loop
 
     monkeypatch.setattr(fibers_module, "TICK", NEVER)
+    monkeypatch.setattr(_PollerBase, "_MAX_POLL_TIMEOUT", POLL_SECONDS)
     alone = Fibers(new_loop())
     alone.start()
     began = time.monotonic()

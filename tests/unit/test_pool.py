@@ -274,11 +274,19 @@ def test_rate_limit_comes_before_the_choice(make: Callable[..., Bench]) -> None:
     """A cancellation that comes while a sender waits for the rate limit gets that sender's slot."""
 
     bench = make(1, rate=2.0)
+    slot = Turnstile(bench.fibers, 0)
+
+    def wait_for_slot(timeout: float) -> bool:  # noqa: ARG001  # as long as this test wants
+        slot.acquire()
+        return False
+
+    bench.gate._draining.wait = wait_for_slot  # type: ignore[method-assign]
     bench.offer(SWEEP, "s-0")
     bench.until(1)
     bench.offer(SWEEP, "s-1")
-    wait_until(lambda: bench.gate._pacer.free_at >= 1_001.0, SOON, "the sender waits for its slot")
+    wait_until(lambda: len(slot._waiting) == 1, SOON, "the sender waits for its slot")
     bench.offer(CANCELLATION, "c")
+    slot.release(9)
     bench.until(2)
 
     assert bench.names()[:2] == ["s-0", "c"]

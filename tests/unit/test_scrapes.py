@@ -169,14 +169,14 @@ def test_a_silent_process_keeps_its_counters_but_not_its_gauges() -> None:
 
 
 def test_four_scrapes_merge_fast() -> None:
-    """Merging the scrapes of four processes takes less than 50 ms."""
+    """Merging the scrapes of four processes takes less than 50 ms of processor time."""
 
     reasons = {f"status{number}": tuple("abcd") for number in range(4)}
     text = Metrics(reasons={**REASONS, **reasons}, version="1").render().decode()
 
     def seconds() -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         merge([text] * 4)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     assert min(seconds() for _ in range(5)) < 0.05

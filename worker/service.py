@@ -138,6 +138,8 @@ class Worker:
         """One command in one sender's hands. True when it stays in its lane."""
         assert delivery.entry is not None
         if delivery.entry.orphaned:
+            if probe:
+                self.gate.probe_lost()  # or none would ever follow it
             self.engine.finish(delivery, Dropped())
             return False
         self.metrics.in_hand(delivery.lane, 1)

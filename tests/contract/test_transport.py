@@ -698,6 +698,50 @@ def test_a_body_of_just_the_limit_is_whole(adapter: Any) -> None:
     assert (bodies, server.connections) == ([b"x" * MAX_BODY_BYTES] * 2, 1)
 
 
+def test_an_answer_before_the_request_is_not_waited_for(fibers: Fibers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that turns clients away as they connect: all it says may be there by the time a busy loop looks."""
+
+    said = threading.Event()
+    turned_away = answer(b"later", b"Connection: close", status=b"503 Service Unavailable")
+
+    def full(peer: Peer) -> None:
+        peer.send(turned_away)
+        peer.sock.shutdown(socket.SHUT_WR)
+        said.set()
+        peer.request()
+        peer.gone(GENEROUS)
+
+    wait = fibers.wait
+
+    def busy(*arguments: Any) -> None:
+        said.wait(GENEROUS)  # on the loop's thread
+        wait(*arguments)
+
+    monkeypatch.setattr(fibers, "wait", busy)
+    adapter = FiberAdapter(fibers)
+    with serving(full) as server:
+        response = post(adapter, server.url, total=TOTAL)
+    adapter.close()
+
+    assert (response.status_code, response.content) == (503, b"later")
+
+
+def test_an_answer_amid_the_request_is_not_waited_for(fibers: Fibers) -> None:
+    """A server that answers while it is still being sent to, and reads on."""
+
+    more_than_buffers_hold = b"x" * 16_000_000
+
+    def hasty(peer: Peer) -> None:
+        peer.send(answer())
+        peer.request()
+        peer.gone(GENEROUS)
+
+    adapter = FiberAdapter(fibers)
+    with serving(hasty) as server:
+        assert post(adapter, server.url, body=more_than_buffers_hold).content == b"ok"
+    adapter.close()
+
+
 def test_a_server_that_does_not_read_is_given_up_in_time(adapter: Any) -> None:
     """Sending counts against the total as well."""
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 
 import pytest
 import requests
@@ -18,7 +19,8 @@ from tests.fibers import running_fibers
 from tests.waiting import wait_until
 from worker.shells import baton
 from worker.shells import fibers as fibers_module
-from worker.shells.fibers import Event, Fibers, Lock, Offloaded
+from worker.shells.fibers import Event, Fibers, Lock, NoThread, Offloaded
+from worker.shells.transport import NotSent
 
 SOON = 20.0  # seconds: far more than a loaded machine needs
 NEVER = 3600.0
@@ -198,6 +200,29 @@ def test_a_call_that_blocks_for_too_long_is_left_alone(fibers: Fibers) -> None:
     assert together(fibers, work) == ["timed out"]
 
 
+def test_a_call_without_a_thread_fails_and_wakes_nobody(fibers: Fibers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, as trouble of the system's; its deadline does not end the fiber's next wait."""
+
+    def work() -> float:
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(NoThread, match="can't start new thread"):
+                fibers.call(lambda: None, time.monotonic() + 0.05)
+        began = time.monotonic()
+        Event(fibers).wait(0.2)
+        return time.monotonic() - began
+
+    (waited,) = together(fibers, work)
+
+    assert isinstance(waited, float)
+    assert waited > 0.15
+
+
+def refuse(_thread: threading.Thread) -> None:
+    """What a system at its limit says."""
+    raise RuntimeError("can't start new thread")
+
+
 def test_sockets_wake_who_waits_for_them(fibers: Fibers) -> None:
     """Each fiber gets what came on its own connection."""
     pairs = [socket.socketpair() for _ in range(20)]
@@ -241,6 +266,38 @@ def test_a_wait_for_a_socket_ends_at_its_deadline(fibers: Fibers) -> None:
     assert together(fibers, read) == ["timed out"]
     theirs.send(b"late")
     assert together(fibers, lambda: Event(fibers).wait(0.1)) == [False]
+    ours.close()
+    theirs.close()
+
+
+def test_a_socket_that_never_rests_buys_no_time(fibers: Fibers) -> None:
+    """Something happens to it in every turn, as with a trickle on a busy loop: the deadline counts all the same."""
+    ours, theirs = socket.socketpair()
+    began = time.monotonic()
+    over = Event(fibers)
+
+    def read() -> str:
+        ours.setblocking(False)
+        fibers.watch(ours)
+        try:
+            while time.monotonic() - began < SOON:
+                fibers.wait(ours, select.POLLIN, began + 0.2)
+                with suppress(BlockingIOError):  # a new socket can be written to, which is news as well
+                    ours.recv(100)
+        except TimeoutError as error:
+            return str(error)
+        finally:
+            over.set()
+        return "no time-out"
+
+    def feed() -> None:
+        while not over.is_set():
+            theirs.send(b"x")
+            resume = fibers.resumption()
+            resume()
+            fibers.park()
+
+    assert together(fibers, read, feed)[0] == "timed out"
     ours.close()
     theirs.close()
 
@@ -320,3 +377,16 @@ def test_a_foreign_adapter_runs_in_a_helper(fibers: Fibers) -> None:
     response = fibers.ask(lambda: adapter.send(requests.PreparedRequest(), timeout=(1, 1))).result(SOON)
 
     assert response.reason.startswith("helper")
+
+
+def test_a_foreign_adapter_without_a_thread_sends_nothing(fibers: Fibers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what it says, in its own way."""
+    adapter = Offloaded(fibers, Foreign())
+
+    def send() -> None:
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(NotSent, match="can't start new thread"):
+                adapter.send(requests.PreparedRequest(), timeout=(1, 1))
+
+    together(fibers, send)

@@ -25,6 +25,8 @@ from typing import Any, Final, Protocol, TypeVar
 import requests
 from requests.adapters import BaseAdapter
 
+from worker.shells.transport import NotSent
+
 SLOW: str | None = None
 """Why fibers are threads here; None where they are greenlets."""
 try:
@@ -50,6 +52,10 @@ class Loop(Protocol):
     def call_later(self, delay: float, callback: Callable[[], None]) -> Any: ...
     def remove_timeout(self, timeout: Any) -> None: ...
     def add_callback_threadsafe(self, callback: Callable[[], None]) -> None: ...
+
+
+class NoThread(OSError):
+    """What blocks was not begun. Trouble of the system's, like a network's: no bug, and over when that is."""
 
 
 class Fibers:
@@ -130,7 +136,8 @@ class Fibers:
         return resume
 
     def call(self, function: Callable[[], T], deadline: float = math.inf) -> T:
-        """Runs what blocks in a thread; returns or raises what it does, TimeoutError after ``deadline`` (monotonic).
+        """Runs what blocks in a thread; returns or raises what it does, TimeoutError after ``deadline`` (monotonic),
+        `NoThread` when the system has none to give.
 
         The thread is a new one: cheap enough for the rare call that comes here, and as a daemon it keeps no process
         from ending.
@@ -142,10 +149,13 @@ class Fibers:
             _answer(answer, function)
             resume()
 
+        try:
+            threading.Thread(target=work, name="helper", daemon=True).start()
+        except RuntimeError as error:
+            raise NoThread(str(error)) from None
         timer = None
         if deadline < math.inf:
             timer = self.loop.call_later(max(0.0, deadline - time.monotonic()), resume)
-        threading.Thread(target=work, name="helper", daemon=True).start()
         self.park()
         if timer is not None:
             self.loop.remove_timeout(timer)
@@ -160,6 +170,8 @@ class Fibers:
     def wait(self, connection: socket.socket, events: int, deadline: float) -> None:
         """Until something has happened to it, ``events`` or not: try again. Raises TimeoutError after ``deadline``
         (monotonic)."""
+        if deadline <= time.monotonic():  # `_tick` misses a socket to which something happens in every turn
+            raise TimeoutError("timed out")
         self._waiting[connection.fileno()] = (getcurrent(), deadline)
         if not self.park():
             raise TimeoutError("timed out")
@@ -252,7 +264,10 @@ class Offloaded(BaseAdapter):
 
     def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
         """See `requests.adapters.BaseAdapter.send`."""
-        return self._fibers.call(partial(self._adapter.send, request, *arguments, **options))
+        try:
+            return self._fibers.call(partial(self._adapter.send, request, *arguments, **options))
+        except NoThread as error:
+            raise NotSent(str(error), request=request) from None
 
     def close(self) -> None:
         """Drops its connections."""

@@ -169,7 +169,9 @@ class BoundedAdapter(BaseAdapter):
         context = self._context or ssl.create_default_context()
         secured = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
         try:
-            _until_done(self._waiting, secured, deadline, select.POLLIN, secured.do_handshake)
+            _until_done(
+                lambda events: self._waiting.wait(secured, events, deadline), select.POLLIN, secured.do_handshake
+            )
         except BaseException:
             secured.close()
             raise
@@ -184,6 +186,7 @@ class _Line:
         self._waiting = waiting
         self._tls = isinstance(connection, ssl.SSLSocket)
         self._deadline = 0.0
+        self._used = False
         self._early = False
         self.answer = _Answer()
         self._poll = select.poll()
@@ -192,24 +195,24 @@ class _Line:
     def begin(self, total: float) -> None:
         """An exchange of at most ``total`` seconds begins."""
         self._deadline = time.monotonic() + total
+        # No answer can be there yet: a used one was just found `quiet`. A new one may have been turned away already,
+        # TLS may hold bytes that the socket no longer tells of, and who waits (`_wait`) may have used up the news.
+        self._early = self._used and not self._tls
+        self._used = True
         self.answer.begin()
 
     def send(self, data: bytes) -> None:
         """All of it. Raises OSError."""
         rest = data
         while rest:
-            sent = _until_done(self._waiting, self._socket, self._deadline, select.POLLOUT, self._socket.send, rest)
-            rest = rest[sent:]
-        self._early = not self._tls  # TLS may hold bytes already that the socket no longer tells of
+            rest = rest[_until_done(self._wait, select.POLLOUT, self._socket.send, rest) :]
 
     def receive(self) -> bytes:
         """Some of what comes, empty at the end of the connection. Raises OSError."""
-        if self._early:
-            # No answer can be there yet: a try would be a system call for nothing.
-            self._early = False
-            self._waiting.wait(self._socket, select.POLLIN, self._deadline)
+        if self._early:  # a try would be a system call for nothing
+            self._wait(select.POLLIN)
         _left(self._deadline)
-        return _until_done(self._waiting, self._socket, self._deadline, select.POLLIN, self._socket.recv, _READ_BYTES)
+        return _until_done(self._wait, select.POLLIN, self._socket.recv, _READ_BYTES)
 
     def quiet(self) -> bool:
         """Whether nothing has come since the last answer: neither its end nor a surplus answer to an older request."""
@@ -229,15 +232,12 @@ class _Line:
         """Gives the descriptor back."""
         self._socket.close()
 
+    def _wait(self, events: int) -> None:
+        self._early = False
+        self._waiting.wait(self._socket, events, self._deadline)
 
-def _until_done(
-    waiting: Waiting,
-    connection: socket.socket,
-    deadline: float,
-    events: int,
-    operation: Callable[..., T],
-    *arguments: Any,
-) -> T:
+
+def _until_done(wait: Callable[[int], None], events: int, operation: Callable[..., T], *arguments: Any) -> T:
     """The operation's result, waiting for the socket as often as it would block. Raises OSError."""
     while True:
         try:
@@ -248,7 +248,7 @@ def _until_done(
             awaited = select.POLLIN
         except ssl.SSLWantWriteError:
             awaited = select.POLLOUT
-        waiting.wait(connection, awaited, deadline)
+        wait(awaited)
 
 
 class _Answer:

@@ -3,6 +3,7 @@
 import select
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -234,6 +235,35 @@ def test_confirms_that_never_come(broker: PrivateBroker, tmp_path: Path, impatie
             scene.more_calls()
             operator.delete_queue(silent)
         scene.settle()
+
+
+@pytest.mark.slow
+def test_confirms_that_an_alarm_holds_up(broker: PrivateBroker, tmp_path: Path) -> None:
+    """It owed confirms when it blocked, for longer than one may take: it has its time afterwards."""
+
+    patience = 10.0
+    slow = Script(patterns=tuple(Pattern(f"^{seconds}s", (Fault(latency=seconds),)) for seconds in range(3, 9)))
+    impatient = confirm_seconds(tmp_path, patience)
+    with (
+        under_load(broker.url, tmp_path, script=slow, lanes=(), PYTHONPATH=impatient) as scene,
+        Rabbit(broker.url) as operator,
+    ):
+        silent = f"{scene.names.prefix}.silent"
+        operator.declare_queue(silent, "quorum")
+        operator.bind(silent, scene.names.outcomes, "#")
+        server = f"'%2F_{silent}'"
+        broker.ctl("eval", f"sys:suspend({server}).")
+        scene.producer.publish_many(["at-once", *(f"{seconds}s" for seconds in range(3, 9))])
+        with broker.memory_alarm():
+            scene.wait_said("broker.blocked", "memory")
+            began = time.monotonic()
+            wait_until(lambda: time.monotonic() > began + patience, 2 * patience, "no confirm could take so long")
+        scene.wait_said("broker.unblocked", "")
+        broker.ctl("eval", f"sys:resume({server}).")
+        scene.wait_metric(lambda metrics: metrics("publishes_unconfirmed") == 0)
+        assert not scene.lines("broker.bounce")
+        operator.delete_queue(silent)
+        scene.settle(no_duplicates=True)
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ class Publisher(Generic[S]):
         self._confirms: Confirms[Publication[S]] = Confirms()
         self._backlog: deque[Publication[S]] = deque()
         self._delayed = 0
+        self._blocked_at = 0.0
         self._refused: set[Publication[S]] = set()
         self.trouble = ""
         """What keeps the broker from taking messages, though the channel is open."""
@@ -133,9 +134,11 @@ class Publisher(Generic[S]):
         """Counts what is unconfirmed, and notices confirms that do not come."""
         self._watch.unconfirmed(len(self))
         oldest = next(iter(self._confirms), None)
-        if oldest is None or self._link is None or self._link.blocked:
+        if oldest is None or self._link is None:
             return
-        if now - oldest.published_at > CONFIRM_SECONDS:
+        if self._link.blocked:
+            self._blocked_at = now  # what it owes from before may take its time once it reads again
+        elif now - max(oldest.published_at, self._blocked_at) > CONFIRM_SECONDS:
             self.trouble = f"no confirm for {CONFIRM_SECONDS:.0f} s"
             self._link.bounce(self.trouble)
 

@@ -429,6 +429,18 @@ def test_shared_token_failures_count_once() -> None:
     assert bench.observer.retries == [Kind.SYSTEMIC]
 
 
+def test_a_round_that_waited_in_vain_is_not_over() -> None:
+    """Of all that wait for one token request only who made it spends a round: the breaker counts one failure, too."""
+
+    vain = [no_token(Kind.TRANSIENT, shared=True)] * 4
+    bench = Bench(failures=[*vain, *vain, vain[0], no_token(Kind.TRANSIENT)])
+    delivery = builders.delivery()
+
+    assert [bench(delivery), bench(delivery)] == [Hold(), Hold()]
+    assert bench.outcome(delivery).reason is Reason.SUCCESS
+    assert Bench(failures=[*vain[:3], no_token(Kind.TRANSIENT)])() == Delay(30, 1)
+
+
 def test_systemic_answers_keep_the_token() -> None:
     """A bad signature is no reason to ask for a token."""
 

@@ -74,6 +74,7 @@ class _Job:
     probe: bool
     paced: bool = True  # whoever took it from its lane has waited for the rate limit already
     first: Verdict | None = None  # what the first attempt came to, until tenacity has been told
+    in_vain: bool = False  # the last attempt waited for a token that another sender asked for, and there was none
 
 
 class Expire:
@@ -171,7 +172,9 @@ class Expire:
             token = self._tokens.get()
         except TokenUnavailable as failure:
             job.round.calls += 1
+            job.in_vain = failure.shared
             return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared)
+        job.in_vain = False
         if self._clock.monotonic() - started > TOKEN_AT_HAND:
             # All senders may have waited for this token: they must not call together now, nor into a hold or drain.
             self._gate.enter(probe=job.probe, paced=False)
@@ -258,6 +261,10 @@ class Expire:
             return self._report(job, _final_reason(job, verdict), verdict, None)
         if self._gate.outage():
             raise Held(outage=True)  # its round is over because of the outage, so it is not over
+        if job.in_vain:
+            # Nor this one: all senders wait for one request, which counts once. A token service that hangs would end a
+            # round of each of them for every failure that the breaker counts.
+            raise Held(outage=True)
         asked = self._asked_wait(verdict)
         following = self._policy.next_delay(job.delivery.progress.round, asked)
         if following is not None:

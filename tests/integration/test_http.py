@@ -194,6 +194,20 @@ def test_a_source_that_hangs_turns_newcomers_away(
     assert ask(server.port, "/livez")[0].status == 200
 
 
+def test_a_time_without_threads_is_got_over(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More newcomers than handlers while the system has no thread to give: afterwards a probe is answered again."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as exhausted:
+        exhausted.setattr(threading.Thread, "start", refuse)
+        for _ in range(2 * endpoint.HANDLERS):
+            with pytest.raises((OSError, http.client.HTTPException)):
+                ask(server.port, "/livez")
+    assert ask(server.port, "/livez")[0].status == 200
+
+
 def test_a_taken_port_says_what_to_do(server: HealthServer, source: FakeSource) -> None:
     """Starting on a taken port is one line with the address and the setting."""
 

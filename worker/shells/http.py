@@ -209,7 +209,14 @@ class _Server(socketserver.BaseServer):
                 return
         with self._lock:
             self._open[request] = time.monotonic() + CONNECTION_SECONDS
-        threading.Thread(target=self._serve, args=(request, client_address), name="health-request", daemon=True).start()
+        handler = threading.Thread(
+            target=self._serve, args=(request, client_address), name="health-request", daemon=True
+        )
+        try:
+            handler.start()
+        except RuntimeError as error:  # the system has none to give
+            log.warning("health_busy", error=str(error))
+            self._over(request)
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         try:
@@ -217,10 +224,13 @@ class _Server(socketserver.BaseServer):
         except OSError as error:  # the client went away: nobody else is concerned
             log.debug("health_connection_failed", error=repr(error))
         finally:
-            with self._lock:
-                self._open.pop(request, None)
-            self.shutdown_request(request)
-            self._slots.release()
+            self._over(request)
+
+    def _over(self, request: socket.socket) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        self.shutdown_request(request)
+        self._slots.release()
 
     def service_actions(self) -> None:
         self._cut(oldest=False)

@@ -14,10 +14,10 @@ import pytest
 
 from tests.load import Scene, confirm_seconds, under_load
 from tests.proxy import FaultProxy
-from tests.rabbit import Rabbit, address, by_way_of, new_prefix
+from tests.rabbit import Rabbit, address, by_way_of, delete_topology, new_prefix
 from tests.servers import Authority, Peer, serving
 from tests.waiting import wait_until
-from tests.worker_process import Producer, WorkerProcess
+from tests.worker_process import Producer, WorkerProcess, working
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import topology
 from worker.sandbox.broker import PrivateBroker, free_port
@@ -287,6 +287,28 @@ def test_a_silent_publish_path(broker: PrivateBroker, tmp_path: Path, impatient:
         scene.wait_ready()
         scene.more_calls()
         scene.settle()
+
+
+def test_a_silent_lane_while_the_gateway_is_away(broker: PrivateBroker, tmp_path: Path) -> None:
+    """A lane that does not answer when asked for a command to probe with: those in hand serve, again and again."""
+
+    settings = {"BREAKER_FAILURES": "3", "BREAKER_COOLDOWN_SECONDS": "0.2", "BREAKER_MAX_COOLDOWN_SECONDS": "0.2"}
+    prefix = new_prefix()
+    with (
+        Simulator(Script(patterns=(Pattern("", (Fault(code="5009300", repeat=True),)),))) as gateway,
+        working(broker.url, prefix, gateway, tmp_path, **settings) as (worker, producer),
+    ):
+        producer.publish_many(f"bill-{number}" for number in range(2))
+        worker.wait_for(lambda: worker.events("breaker.opened"), 20, "it opens")
+        server = f"'%2F_{producer.names.queue(SWEEP)}'"
+        broker.ctl("eval", f"sys:suspend({server}).")
+        at = len(worker.events("attempt"))
+        worker.wait_for(lambda: len(worker.events("attempt")) > at + 4, 20, "probes go on")
+        gateway.replace(Script())
+        worker.wait_for(lambda: worker.events("breaker.closed"), 20, "it closes")
+        broker.ctl("eval", f"sys:resume({server}).")
+        producer.collect_all(20)
+    delete_topology(broker.url, prefix)
 
 
 # -- a broker that takes deliveries or consumers away

@@ -101,12 +101,14 @@ class Consumer:
             if lane.consumer_tag is None and lane.channel.is_open:
                 self._consume(lane)
 
-    def fetch(self, done: Callable[[bool], None]) -> None:
-        """Takes one command while paused, cancellations first; ``done`` tells whether there was one."""
-        if self._fetching is not None or not self.up:
-            return
+    def fetch(self, done: Callable[[bool], None]) -> bool:
+        """Takes one command while paused, cancellations first; ``done`` tells whether there was one. False when an
+        earlier request is still unanswered: a queue without its quorum answers nothing."""
+        if self._fetching is not None:
+            return False
         self._fetching = done
         self._fetch_from(list(self._lanes.values()))
+        return True
 
     def settle(self, tag: Tag) -> None:
         """The delivery may be acked at the next `flush`; nothing when its channel is gone."""

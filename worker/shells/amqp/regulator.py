@@ -69,8 +69,8 @@ class Regulator:
         fresh = next((d for d in self._ours() if not d.probed), None)
         if fresh is not None:
             self._send(fresh)
-        elif self._consumer.up:
-            self._consumer.fetch(self._fetched)
+        elif self._consumer.up and not self._consumer.fetch(self._fetched):
+            self._fetched(False)
 
     def _fetched(self, _found: bool) -> None:
         if not self._gate.probe_due() or self._gate.draining:

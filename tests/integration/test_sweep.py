@@ -624,6 +624,17 @@ def test_direct_sweep_sits_an_outage_out(away: Desk) -> None:
     assert rows_of(out)["expired success"] == 30
 
 
+def test_direct_sweep_sits_short_holds_out(away: Desk) -> None:
+    """Throttles that are over before the batch's thread looks: senders go on all the same."""
+
+    brief = {"RETRY_INITIAL_SECONDS": "0.0001", "RETRY_MAX_SECONDS": "0.0001"}
+    script = Script.parse({"patterns": [{"match": ".", "faults": [{"code": "4299300"}]}]})
+    with Simulator(script) as gateway:
+        done = away("sweep", away.file(30), "--direct", "--batch-id", "b", **direct(away, gateway, **brief))
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_direct_sweep_tells_what_is_wrong_with_the_credentials(away: Desk) -> None:
     """Before any bill is touched: exit code 1, one line on why, one on how to go on."""
 

@@ -673,6 +673,17 @@ def test_a_throttled_answer_holds_every_sender(shop: Shop, form: str) -> None:
     counted(worker, ended)
 
 
+def test_a_hold_that_is_over_at_once(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Shorter than a turn of the loop, as for a Retry-After that names this very second: senders go on all the same."""
+
+    brief = {"RETRY_INITIAL_SECONDS": "0.0001", "RETRY_MAX_SECONDS": "0.0001"}
+    script = Script(patterns=(Pattern("^slow", (Fault(code="4299300"),)),))
+    with Simulator(script) as gateway, working(amqp_url, prefix, gateway, tmp_path, **brief) as (_, producer):
+        outcomes = [producer.of(producer.publish(bill)) for bill in bills("slow", 20)]
+
+    assert statuses(outcomes) == {"expired"}
+
+
 def test_a_wait_beyond_the_budget_is_spent_in_the_broker(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """A Retry-After longer than the budget: the command goes to the shortest retry queue that covers it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, assert_never
 
 from worker.app.expire import Delay, Disposition, Expire, GiveBack, Hold, Report
@@ -145,7 +146,7 @@ class Direct:
 
     def run(self, senders: Senders) -> Ended:
         """Until every bill has its outcome, or people want it to end."""
-        self._gate.on_hold = senders.hold
+        self._gate.on_hold = partial(self._hold_now, senders)
         while not self._stop():
             self._refill(senders)
             self._regulate(senders)
@@ -197,6 +198,11 @@ class Direct:
             published_at=None,
             headers={BATCH_ID: self._batch},
         )
+
+    def _hold_now(self, senders: Senders) -> None:
+        """In the sender whose answer began a hold. It may be over by the next look."""
+        self._was_held = True
+        senders.hold()
 
     def _regulate(self, senders: Senders) -> None:
         """Makes the senders follow what holds them, and tests a gateway that fails with single bills."""

@@ -473,8 +473,8 @@ class Engine:
 
     def _hold_now(self) -> None:
         """From the sender whose answer began a hold."""
-        if self._pool is not None:
-            self._pool.hold()
+        assert self._regulator is not None
+        self._regulator.hold()
         self._attend()
 
     def _regulate(self) -> None:

@@ -34,6 +34,11 @@ class Regulator:
         self._look_at = 0.0
         pool.hold()
 
+    def hold(self) -> None:
+        """A hold begins: nothing more is handed out, not even until the next `follow`. It may be over by then."""
+        self._held = self._ramp = True
+        self._pool.hold()
+
     def follow(self, holds: Holds, *, begun: bool, broker: bool) -> None:
         """``holds`` is the gate's; ``begun``: senders may start at all; ``broker``: it takes what they bring."""
         draining = self._gate.draining

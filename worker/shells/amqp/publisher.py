@@ -181,16 +181,18 @@ class Publisher(Generic[S]):
             self._link.bounce(self.trouble)
         self._watch.unconfirmed(len(self))
 
-    def _returned(self, channel: Any, method: Any, properties: Any, _body: bytes) -> None:
-        """A return names no sequence number: it is the first pending message with the same address and id."""
+    def _returned(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        """A return names no sequence number: it is the first pending message with the same address, id and body. (The
+        id alone would take an earlier one that was routed for it, and its confirm for this one's.)"""
         if channel is not self._channel:
             return
         for publication in self._confirms:
             message = publication.message
-            if (message.exchange, message.routing_key, message.properties.get("message_id")) == (
+            if (message.exchange, message.routing_key, message.properties.get("message_id"), message.body) == (
                 method.exchange,
                 method.routing_key,
                 properties.message_id,
+                body,
             ) and not self._confirms.is_returned(publication):
                 self._confirms.returned(publication)
                 return

@@ -235,6 +235,25 @@ def test_a_line_longer_than_a_pipe_takes_at_once_stops_nobody() -> None:
         assert json.loads(end.readline())["text"] == text
 
 
+def test_without_a_thread_lines_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system has none to give: whoever logs does not hear of it, and the next line brings the others out."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb") as end:
+        logs.configure("json", "info", stream)
+        log = structlog.get_logger()
+        too_long_to_write_at_once = "x" * 5_000
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            log.info("first", text=too_long_to_write_at_once)
+        log.info("second")
+
+        assert [json.loads(end.readline())["event"] for _ in range(2)] == ["first", "second"]
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

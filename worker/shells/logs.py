@@ -94,6 +94,7 @@ class _Lines:
         self._render = render
         self._lock = threading.RLock()  # a signal's handler may log in the middle of a line of the same thread
         self._waiting: deque[bytes] = deque()  # the first one is being written
+        self._catching_up = False
         self._lost = 0
         self._writable = select.poll()
         try:
@@ -112,12 +113,17 @@ class _Lines:
             # A pipe or terminal that says it takes something takes PIPE_BUF at once.
             if not self._waiting and len(data) <= select.PIPE_BUF and self._writable.poll(0):
                 _write(self._fd, data)
-            elif len(self._waiting) < MOST_WAITING:
+                return
+            if len(self._waiting) < MOST_WAITING:
                 self._waiting.append(data)
-                if len(self._waiting) == 1:
-                    threading.Thread(target=self._catch_up, args=(self._fd,), name="log", daemon=True).start()
             else:
                 self._lost += 1
+            if not self._catching_up:
+                self._catching_up = True
+                try:
+                    threading.Thread(target=self._catch_up, args=(self._fd,), name="log", daemon=True).start()
+                except RuntimeError:  # the system has none to give; the next line asks again
+                    self._catching_up = False
 
     debug = info = warning = error = critical = msg
 
@@ -136,7 +142,7 @@ class _Lines:
                 if self._lost:
                     self._waiting.append(_bytes(self._render("warning", {"event": "log.lost", "lines": self._lost})))
                     self._lost = 0
-                waiting = bool(self._waiting)
+                waiting = self._catching_up = bool(self._waiting)
 
 
 def _bytes(line: str) -> bytes:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import pika.exceptions
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorException
 
+from tests.altered import altered
 from tests.ledger import Ledger, take_stock
 from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, address, by_way_of, delete_topology, new_prefix
 from tests.waiting import wait_until
-from tests.worker_process import ROOT, Outcome, Producer, Published, Scrape, WorkerProcess, command_body
+from tests.worker_process import Outcome, Producer, Published, Scrape, WorkerProcess, command_body
 from worker.core.lanes import LANES
 from worker.core.topology import Names
 from worker.sandbox.simulator import Script, Simulator
@@ -368,9 +369,7 @@ def under_load(
 
 def confirm_seconds(directory: Path, seconds: float) -> str:
     """The PYTHONPATH of a process that waits so long for a confirm. On purpose there is no setting for that."""
-    change = f"import worker.shells.amqp.publisher as publisher\npublisher.CONFIRM_SECONDS = {seconds}\n"
-    (directory / "sitecustomize.py").write_text(change)
-    return f"{directory}:{ROOT}"
+    return altered(directory, f"import worker.shells.amqp.publisher as p; p.CONFIRM_SECONDS = {seconds}")["PYTHONPATH"]
 
 
 def _stop_all(scene: Scene) -> None:

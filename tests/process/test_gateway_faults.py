@@ -465,7 +465,7 @@ def test_an_outage_longer_than_the_hold_limit_returns_commands(amqp_url: str, pr
         assert set(spent(worker).values()) == {0}
         worker.stop()
         gateway.replace(Script())
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         books = check_books(producer, all_ended=True, no_duplicates=True)

@@ -93,7 +93,7 @@ def test_under_load_with_a_stalled_broker_it_is_forced(amqp_url: str, prefix: st
         proxy.reset_all()
         proxy.resume()
         gateway.replace(Script())
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True)
@@ -119,7 +119,7 @@ def test_a_stall_that_ends_lets_the_drain_finish(amqp_url: str, prefix: str, tmp
         worker.wait_for(lambda: worker.events("drain.started"), 30, "it drains")
         proxy.resume()
         assert worker.wait() == 0
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
@@ -177,7 +177,7 @@ def test_kills_at_any_moment_lose_nothing(amqp_url: str, prefix: str, tmp_path: 
         for _ in range(3):
             producer.collect(chance.randrange(40, 160), 30)
             worker.kill9()
-            worker.start()
+            worker.start().wait_ready()
         producer.collect_all(40)
         worker.stop()
         books = check_books(producer, all_ended=True)
@@ -244,7 +244,7 @@ def test_a_hang_ends_the_process(amqp_url: str, prefix: str, tmp_path: Path, cod
         assert (line["exit_code"], line["action"]) == (1, "restart")
         (tmp_path / "hang").unlink()
         (tmp_path / "patient").touch()  # with a loaded machine, which may be as silent as a hang
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True)
@@ -264,7 +264,7 @@ e.Engine.{method} = fail
 
 @pytest.mark.parametrize(
     "method",
-    ["_delivered", pytest.param("_confirmed", marks=pytest.mark.slow), pytest.param("_look", marks=pytest.mark.slow)],
+    ["_delivered", pytest.param("_confirmed", marks=pytest.mark.slow), pytest.param("_tick", marks=pytest.mark.slow)],
 )
 def test_an_exception_on_the_loop_ends_the_process(amqp_url: str, prefix: str, tmp_path: Path, method: str) -> None:
     """In a delivery, a confirm or a timer: exit 1 with what happened; nothing hangs on as a zombie, nothing is lost."""
@@ -278,7 +278,7 @@ def test_an_exception_on_the_loop_ends_the_process(amqp_url: str, prefix: str, t
         assert "nobody expects this" in line["reason"]
         assert "RuntimeError" in worker.events("broker.loop_failed")[0]["exception"]
         (tmp_path / "fail").unlink()
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True)

@@ -103,7 +103,7 @@ def test_a_drain_under_load_repeats_nothing(amqp_url: str, prefix: str, tmp_path
         books = take_stock(producer).check(no_duplicates=True)
         assert books.waiting, "all was done before the signal came"
         gateway.replace(Script())
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
@@ -119,7 +119,7 @@ def test_a_kill_under_load_loses_nothing(amqp_url: str, prefix: str, tmp_path: P
     ):
         worker.kill9()
         gateway.replace(Script())
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         books = check_books(producer, all_ended=True)
@@ -163,7 +163,7 @@ def test_a_backoff_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path) -> N
         assert (books.outcomes, len(books.waiting)) == ((), 6)
         calls = gateway.report().calls_by_bill
         gateway.replace(Script())
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         check_books(producer, all_ended=True, no_duplicates=True)
@@ -198,7 +198,7 @@ def test_a_pause_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path, script
         books = take_stock(producer).check()
         assert (books.outcomes, len(books.waiting)) == ((), 40)
         gateway.replace(Script())
-        worker.start()
+        worker.start().wait_ready()
         producer.collect_all(30)
         worker.stop()
         books = check_books(producer, all_ended=True, no_duplicates=True)
@@ -230,7 +230,7 @@ def test_without_a_broker_it_ends_at_once(amqp_url: str, prefix: str, tmp_path: 
             assert worker.stop() < AT_ONCE
             gateway.replace(Script())
             proxy.accept()
-            worker.start()
+            worker.start().wait_ready()
             producer.collect_all(30)
             worker.stop()
             check_books(producer, all_ended=True, no_duplicates=True)

@@ -29,7 +29,8 @@ from typing import Final
 import structlog
 
 from worker import signals
-from worker.core.scrapes import PREFIX, Tally, merge
+from worker.core.catalogue import FAMILY
+from worker.core.scrapes import Tally, merge, of_family
 from worker.shells.http import Health, HealthServer
 
 SOCKET_VARIABLE: Final = "QRIS_EXPIRE_METRICS_SOCKET"
@@ -206,16 +207,7 @@ class _Family:
 
     def _own_metrics(self) -> str:
         running = sum(child.process is not None for child in self._children)
-        name = PREFIX + "processes_running"
-        total = PREFIX + "process_restarts_total"
-        return (
-            f"# HELP {name} Worker processes under this parent. Below WORKER_PROCESSES for long: see the log.\n"
-            f"# TYPE {name} gauge\n"
-            f"{name} {running}\n"
-            f"# HELP {total} Worker processes started again after an unexpected end. Moves: see the log for why.\n"
-            f"# TYPE {total} counter\n"
-            f"{total} {self._restarts}\n"
-        )
+        return of_family(zip(FAMILY, (running, self._restarts), strict=True))
 
     def live(self) -> Health:
         """Whether every child is; one that has drained already is not missed."""

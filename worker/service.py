@@ -22,8 +22,7 @@ from worker.app.gate import SendersGate
 from worker.core import diagnosis
 from worker.core.breaker import Breaker, Pacer, Throttle
 from worker.core.delivery import Delivery
-from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
-from worker.core.outcome import REASONS
+from worker.core.lanes import CANCELLATION, SWEEP, Lanes, sweep_cap
 from worker.core.ports import TokenUnavailable
 from worker.core.request import NODE_DIGITS, Partner, external_id
 from worker.core.retry import RetryPolicy
@@ -332,8 +331,7 @@ def _server(settings: Settings, worker: Worker) -> HealthServer:
 
 
 def _metrics() -> Metrics:
-    reasons = {str(status): tuple(str(reason) for reason in reasons) for status, reasons in REASONS.items()}
-    return Metrics(LANES, reasons=reasons, version=__version__)
+    return Metrics(__version__)
 
 
 def _gate(settings: Settings, clock: SystemClock, rng: random.Random, fibers: Fibers) -> SendersGate:

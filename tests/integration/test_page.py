@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from worker.core.lanes import LANES
-from worker.core.outcome import REASONS
 from worker.shells import page as status_page
 from worker.shells.http import Health, HealthServer
 from worker.shells.metrics import Metrics
@@ -28,9 +26,7 @@ class Source:
     """A worker's real catalogue of metrics, and a readiness that a test sets."""
 
     def __init__(self) -> None:
-        self.catalogue = Metrics(
-            LANES, reasons={str(s): tuple(map(str, r)) for s, r in REASONS.items()}, version="1.2.3"
-        )
+        self.catalogue = Metrics("1.2.3")
         self.catalogue.broker_connected(True)
         self.health = Health(True, FINE)
         self.scrapes = 0

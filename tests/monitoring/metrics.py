@@ -9,13 +9,8 @@ from typing import Any, Final
 import promql_parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from worker.core.lanes import LANES
-from worker.core.outcome import REASONS
-from worker.core.scrapes import PREFIX
+from worker.core.catalogue import FAMILY
 from worker.shells.metrics import Metrics
-
-OF_FAMILIES: Final = frozenset({"processes_running", "process_restarts_total"})
-"""What only the parent of WORKER_PROCESSES exports; a test of the slow suite sees them."""
 
 FOREIGN: Final = frozenset(
     {
@@ -32,9 +27,8 @@ FOREIGN: Final = frozenset(
 
 def exported() -> dict[str, dict[str, set[str]]]:
     """The worker's metrics: name → label → its values."""
-    reasons = {str(status): tuple(map(str, own)) for status, own in REASONS.items()}
-    text = Metrics(LANES, reasons=reasons, version="1").render().decode()
-    found: dict[str, dict[str, set[str]]] = {PREFIX + name: {} for name in OF_FAMILIES}
+    text = Metrics("1").render().decode()
+    found: dict[str, dict[str, set[str]]] = {metric.full_name: {} for metric in FAMILY}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = found.setdefault(sample.name, {})

@@ -12,10 +12,10 @@ from tests.monitoring.cases import CASES
 from tests.monitoring.metrics import counters, exported, grouped, wrong
 from tests.monitoring.programs import run
 from tests.monitoring.schemas import faults
+from worker.core.catalogue import AGE_BUCKETS
 from worker.core.lanes import LANES
 from worker.core.topology import Names
 from worker.settings import AmqpSettings
-from worker.shells.metrics import AGE_BUCKETS
 
 MONITORING = rules.SOURCE.parent
 ALERTS = rules.alerts()

@@ -73,7 +73,7 @@ CHILD = """
 
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
-        metrics = Metrics(reasons={"expired": ["success"]}, version="1")
+        metrics = Metrics("1")
         for _ in range(5):
             metrics.received("sweep")
         metrics.in_hand("sweep", 1)

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from worker.core.catalogue import RESPONSE_CODES
 from worker.core.condition import RULES, Condition, Level, Process, Situation, condition, kind_of
-from worker.core.lanes import LANES
-from worker.core.outcome import REASONS
 from worker.core.reading import Change, Reading, Sample
 from worker.core.verdict import Kind
-from worker.shells.metrics import RESPONSE_CODES, Metrics, samples
+from worker.shells.metrics import Metrics, samples
 
 NOW = 1_800_000_000.0
 FINE = dict.fromkeys(("consumer", "publisher", "breaker", "throttle", "drain", "start"), "ok")
@@ -21,7 +20,7 @@ class Worker:
     """A worker's figures as the real catalogue writes them; up for an hour, connected, idle."""
 
     def __init__(self) -> None:
-        self.metrics = Metrics(LANES, reasons={str(s): tuple(map(str, r)) for s, r in REASONS.items()}, version="1.2.3")
+        self.metrics = Metrics("1.2.3")
         self.metrics.started(NOW - 3600)
         self.metrics.broker_connected(True)
         self.processes = [Process("", FINE)]

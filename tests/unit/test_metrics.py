@@ -1,69 +1,21 @@
 """The catalogue of metrics: names, labels and what is there before anything happened."""
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from worker.shells import metrics as catalogue
+from worker.core import catalogue
+from worker.core.catalogue import CATALOGUE, FAMILY
+from worker.core.lanes import LANES
+from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.shells.metrics import Metrics
-
-REASONS = {
-    "expired": ("success", "already_expired"),
-    "rejected": (
-        "invalid_field",
-        "bad_request",
-        "not_found",
-        "invalid_merchant",
-        "merchant_blacklisted",
-        "paid",
-        "refused",
-    ),
-    "unresolved": (
-        "retries_exhausted",
-        "deadline_passed",
-        "not_found_after_unknown_effect",
-        "credentials",
-    ),
-    "invalid": ("malformed_json", "invalid_command", "too_large"),
-}
-
-CONTRACT = {
-    "commands_total": {"lane"},
-    "outcomes_total": {"lane", "status", "reason"},
-    "in_flight": {"lane"},
-    "acks_total": {"lane"},
-    "oldest_command_timestamp_seconds": {"lane"},
-    "senders": set(),
-    "command_duration_seconds": {"lane"},
-    "command_age_seconds": {"lane"},
-    "gateway_requests_total": {"operation", "response_code"},
-    "gateway_request_duration_seconds": {"operation"},
-    "gateway_request_seconds_total": {"operation", "response_code"},
-    "retries_total": {"reason"},
-    "delayed_retries_total": {"lane"},
-    "dead_letters_total": {"reason"},
-    "token_refreshes_total": {"result"},
-    "token_expiry_timestamp_seconds": set(),
-    "breaker_state": set(),
-    "consumption_paused": {"reason"},
-    "broker_connected": set(),
-    "broker_reconnects_total": set(),
-    "publish_confirm_seconds": set(),
-    "publishes_unconfirmed": set(),
-    "clock_skew_seconds": set(),
-    "last_outcome_timestamp_seconds": set(),
-    "build_info": {"version"},
-    "held_until_timestamp_seconds": set(),
-    "start_timestamp_seconds": set(),
-}
 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(reasons=REASONS, version="1.2.3")
+    return Metrics("1.2.3")
 
 
 def scrape(metrics: Metrics) -> list[Metric]:
@@ -82,21 +34,22 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return series(metrics)[name, frozenset(labels.items())]
 
 
-def every_call(metrics: Metrics) -> Iterator[None]:
-    for lane in ("cancellation", "sweep"):
+def every_call(metrics: Metrics) -> None:
+    for lane in LANES:
         metrics.received(lane)
+        metrics.undated(lane)
         metrics.in_hand(lane, 1)
         metrics.settled(lane, 0.2)
         metrics.acked(lane, 2)
         metrics.oldest(lane, 1_800_000_000.0)
         metrics.delayed_retry(lane)
+        metrics.breaker(lane, 2)
         for status, reasons in REASONS.items():
             for reason in reasons:
                 metrics.outcome(lane, status, reason, 1.5, 1_800_000_000.0)
-        yield
-    for reason in catalogue.RETRIES:
-        metrics.retry(reason)
-    for status in catalogue.DEAD_LETTERED:
+    for cause in catalogue.RETRIES:
+        metrics.retry(cause)
+    for status in DEAD_LETTERED:
         for reason in REASONS[status]:
             metrics.dead_letter(reason)
     for operation in catalogue.OPERATIONS:
@@ -104,11 +57,12 @@ def every_call(metrics: Metrics) -> Iterator[None]:
             metrics.request(operation, code, 0.1)
     for result in catalogue.REFRESHES:
         metrics.token_refresh(result)
-    for reason in catalogue.PAUSES:
-        metrics.paused(reason, True)
+    for pause in catalogue.PAUSES:
+        metrics.paused(pause, True)
+    for certificate in catalogue.CERTIFICATES:
+        metrics.certificate(certificate, 1_900_000_000.0)
     metrics.senders(32)
     metrics.token_expiry(1_800_000_900.0)
-    metrics.breaker(2)
     metrics.broker_connected(True)
     metrics.broker_reconnected()
     metrics.confirmed(0.01)
@@ -116,20 +70,45 @@ def every_call(metrics: Metrics) -> Iterator[None]:
     metrics.clock_skew(-4.5)
     metrics.held_until(1_800_000_012.0)
     metrics.started(1_800_000_000.0)
-    yield
+    metrics.fleet_members(4)
+    metrics.fleet_leader(True)
+    metrics.member_sick(True)
+    metrics.rate_limit(50.0)
+    metrics.rate_waited(0.1)
 
 
-def test_every_metric_of_the_contract_has_exactly_its_labels(metrics: Metrics) -> None:
-    """The scrape holds the contract's names with the contract's labels, and nothing else."""
+def test_the_scrape_holds_what_the_catalogue_names(metrics: Metrics) -> None:
+    """Names, types, labels and sentences of the scrape are the catalogue's, in its order, and there is nothing else."""
 
-    found = {
-        (family.name + "_total" if family.type == "counter" else family.name): {
-            label for sample in family.samples for label in sample.labels
-        }
-        - {"le"}
+    found = [
+        (
+            family.name + "_total" * (family.type == "counter"),
+            family.type,
+            {label for sample in family.samples for label in sample.labels} - {"le"},
+            family.documentation,
+        )
         for family in scrape(metrics)
-    }
-    assert found == {f"qris_expire_{name}": labels for name, labels in CONTRACT.items()}
+    ]
+    assert found == [(each.full_name, each.kind, set(each.labels), each.text) for each in CATALOGUE]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("outcomes_total", {"lane", "status", "reason"}),
+        ("commands_undated_total", {"lane"}),
+        ("breaker_state", {"lane"}),
+        ("consumption_paused", {"reason"}),
+        ("gateway_requests_total", {"operation", "response_code"}),
+        ("certificate_expiry_timestamp_seconds", {"certificate"}),
+        ("fleet_members", set()),
+        ("rate_limit", set()),
+    ],
+)
+def test_what_others_rely_on_keeps_its_name(name: str, labels: set[str]) -> None:
+    """Dashboards and alerts of others know these names and labels."""
+
+    assert set(catalogue.BY_NAME[f"qris_expire_{name}"].labels) == labels
 
 
 def test_everything_starts_at_zero(metrics: Metrics) -> None:
@@ -144,8 +123,7 @@ def test_no_series_appears_later(metrics: Metrics) -> None:
     """Every known label value exists from the start: using them all adds no series."""
 
     before = set(series(metrics))
-    for _ in every_call(metrics):
-        pass
+    every_call(metrics)
     after = series(metrics)
     assert set(after) == before
     untouched = {
@@ -160,14 +138,16 @@ def test_a_status_has_only_its_own_reasons(metrics: Metrics) -> None:
     pairs = [
         (dict(labels)["status"], dict(labels)["reason"]) for name, labels in series(metrics) if name == "outcomes_total"
     ]
-    assert sorted(pairs) == sorted(2 * [(status, reason) for status, own in REASONS.items() for reason in own])
+    assert sorted(pairs) == sorted(
+        2 * [(str(status), str(reason)) for status, own in REASONS.items() for reason in own]
+    )
 
 
 def test_dead_letters_have_the_reasons_of_dead_lettered_statuses(metrics: Metrics) -> None:
     """dead_letters_total knows the reasons of unresolved and invalid, and no others."""
 
     reasons = {dict(labels)["reason"] for name, labels in series(metrics) if name == "dead_letters_total"}
-    assert reasons == {*REASONS["unresolved"], *REASONS["invalid"]}
+    assert reasons == {str(reason) for status in DEAD_LETTERED for reason in REASONS[status]}
 
 
 def test_an_unknown_response_code_is_other_and_an_absent_one_none(metrics: Metrics) -> None:
@@ -211,6 +191,9 @@ def test_seconds_are_told_by_response_code(metrics: Metrics) -> None:
         lambda metrics, bill: metrics.dead_letter(bill),
         lambda metrics, bill: metrics.token_refresh(bill),
         lambda metrics, bill: metrics.paused(bill, True),
+        lambda metrics, bill: metrics.undated(bill),
+        lambda metrics, bill: metrics.breaker(bill, 1),
+        lambda metrics, bill: metrics.certificate(bill, 1.0),
     ],
 )
 def test_a_bill_cannot_become_a_label(metrics: Metrics, call) -> None:  # type: ignore[no-untyped-def]
@@ -257,18 +240,19 @@ def test_a_producers_clock_that_is_ahead_does_not_take_the_sum_back(metrics: Met
     assert value(metrics, "command_age_seconds_count", lane="sweep") == 1
 
 
-def test_every_help_is_a_sentence(metrics: Metrics) -> None:
-    """Each metric's help says what it is, in whole sentences."""
+@pytest.mark.parametrize("metric", [*CATALOGUE, *FAMILY], ids=lambda metric: metric.name)
+def test_every_metric_says_what_it_is_and_what_to_do(metric: catalogue.Metric) -> None:
+    """Each text is whole sentences on one line."""
 
-    for family in scrape(metrics):
-        assert len(family.documentation) > 40
-        assert family.documentation.endswith(".")
+    assert len(metric.text) > 40
+    assert metric.text.endswith(".")
+    assert "\n" not in metric.text
 
 
 def test_two_instances_do_not_meet() -> None:
     """Each instance has a registry of its own."""
 
-    one, other = (Metrics(("sweep",), reasons=REASONS, version="1") for _ in range(2))
+    one, other = (Metrics("1") for _ in range(2))
     one.received("sweep")
     assert value(other, "commands_total", lane="sweep") == 0
 

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
-PREFIX: Final = "qris_expire_"
-
-Rule = Callable[[float, float], float]
+from worker.core.catalogue import BY_NAME, Metric, Rule, total
 
 
-def _first(one: float, _other: float) -> float:
-    return one
-
-
-def _farthest(one: float, other: float) -> float:
-    """The one farther from zero, with its sign."""
-    return max(one, other, key=abs)
-
-
-def _soonest(one: float, other: float) -> float:
-    """The smaller one; 0 stands for none."""
-    return min(one or math.inf, other or math.inf) if one or other else 0.0
-
-
-def _sum(one: float, other: float) -> float:
-    return one + other
-
-
-GAUGES: Final[Mapping[str, Rule]] = {
-    PREFIX + "in_flight": _sum,
-    PREFIX + "senders": _sum,
-    PREFIX + "oldest_command_timestamp_seconds": _soonest,
-    PREFIX + "publishes_unconfirmed": _sum,
-    PREFIX + "breaker_state": max,
-    PREFIX + "consumption_paused": max,
-    PREFIX + "last_outcome_timestamp_seconds": max,
-    PREFIX + "clock_skew_seconds": _farthest,
-    PREFIX + "broker_connected": min,
-    PREFIX + "held_until_timestamp_seconds": _soonest,
-    PREFIX + "start_timestamp_seconds": _soonest,
-    PREFIX + "token_expiry_timestamp_seconds": _soonest,
-    PREFIX + "build_info": _first,
-}
-"""How the gauges of several processes make one; a gauge that is not listed is summed."""
-
-LASTING_GAUGES: Final = frozenset({PREFIX + "last_outcome_timestamp_seconds"})
-"""Gauges that stay true when their process is gone."""
+def of_family(values: Iterable[tuple[Metric, float]]) -> str:
+    """What the parent of several processes counts itself, in the same format."""
+    return "".join(
+        f"# HELP {metric.full_name} {metric.text}\n"
+        f"# TYPE {metric.full_name} {metric.kind}\n"
+        f"{metric.full_name} {_number(float(value))}\n"
+        for metric, value in values
+    )
 
 
 @dataclass
-class _Metric:
+class _Scraped:
     """One metric of a scrape: its HELP and TYPE lines as they came, and its samples by series, in order."""
 
     name: str
@@ -62,19 +30,24 @@ class _Metric:
 
     @property
     def lasts(self) -> bool:
-        return self.kind != "gauge" or self.name in LASTING_GAUGES
+        return self.kind != "gauge" or (self.name in BY_NAME and BY_NAME[self.name].lasts)
+
+    @property
+    def merge(self) -> Rule:
+        """How two processes' values make one; a gauge that is not in the catalogue is summed."""
+        return BY_NAME[self.name].merge if self.kind == "gauge" and self.name in BY_NAME else total
 
 
-def _read(text: str) -> Iterator[_Metric]:
+def _read(text: str) -> Iterator[_Scraped]:
     """The metrics of a scrape in format 0.0.4 as our children write it: HELP, TYPE, samples without times."""
-    metric: _Metric | None = None
+    metric: _Scraped | None = None
     for line in text.split("\n"):
         if line.startswith("# "):
             _, keyword, name, *rest = line.split(" ", 3)
             if metric is None or name != metric.name:
                 if metric:
                     yield metric
-                metric = _Metric(name)
+                metric = _Scraped(name)
             metric.lines.append(line)
             if keyword == "TYPE":
                 metric.kind = rest[0]
@@ -86,7 +59,7 @@ def _read(text: str) -> Iterator[_Metric]:
         yield metric
 
 
-def _write(metrics: Iterable[_Metric]) -> str:
+def _write(metrics: Iterable[_Scraped]) -> str:
     lines: list[str] = []
     for metric in metrics:
         lines += metric.lines
@@ -101,25 +74,24 @@ def _number(value: float) -> str:
 
 
 def merge(texts: Sequence[str]) -> str:
-    """Several scrapes as one: counters and histograms summed, gauges by `GAUGES`, in the order of the first.
+    """Several scrapes as one: counters and histograms summed, gauges as the catalogue says, in the order of the first.
 
     Input and output are Prometheus text format 0.0.4. A series that only some of them have counts as it is.
     """
-    merged: dict[str, _Metric] = {}
+    merged: dict[str, _Scraped] = {}
     for text in texts:
         for metric in _read(text):
             known = merged.setdefault(metric.name, metric)
             if known is metric:
                 continue
-            rule = GAUGES.get(metric.name, _sum) if metric.kind == "gauge" else _sum
-            samples = known.samples
+            rule, samples = metric.merge, known.samples
             for series, value in metric.samples.items():
                 samples[series] = rule(samples[series], value) if series in samples else value
     return _write(merged.values())
 
 
 def lasting(text: str) -> str:
-    """The part of a scrape that outlives its process: counters, histograms and `LASTING_GAUGES`."""
+    """The part of a scrape that outlives its process: counters, histograms and the gauges that last."""
     return _write(metric for metric in _read(text) if metric.lasts)
 
 

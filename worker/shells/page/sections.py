@@ -248,7 +248,7 @@ def _retries(situation: Situation) -> str:
 
 def _holds(situation: Situation) -> str:
     now, change = situation.now, situation.change
-    breaker = ("closed", "half-open", "open")[int(now.value("breaker_state"))]
+    breaker = ("closed", "half-open", "open")[int(max(now.by("lane", "breaker_state").values(), default=0.0))]
     pauses = [PAUSES.get(reason, reason) for reason, on in now.by("reason", "consumption_paused").items() if on]
     connected = bool(now.value("broker_connected"))
     expiry = now.value("token_expiry_timestamp_seconds")

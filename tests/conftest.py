@@ -8,8 +8,9 @@ from typing import TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.brokers import PrivateBroker, PrivateCluster
 from tests.rabbit import delete_topology, new_prefix
-from worker.sandbox.broker import Answer, BrokerUnavailable, PrivateBroker, PrivateCluster, answers
+from worker.sandbox.broker import Answer, BrokerUnavailable, answers
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
 
@@ -72,9 +73,13 @@ def running(broker: Broker) -> Iterator[Broker]:
 
 @pytest.fixture(scope="session")
 def amqp_url() -> Iterator[str]:
-    """A broker that tests share: AMQP_URL or the machine's own, else one started for this session."""
+    """A broker that tests share: AMQP_URL or the machine's own, else one started for this session.
+
+    Whoever chooses an installation by RABBITMQ_HOME means that one, not the broker that the machine happens to run.
+    """
     url = (os.environ.get("AMQP_URL") or DEFAULT_AMQP_URL).partition(",")[0]
-    if answers(url, timeout=10) is Answer.READY:
+    chosen = "RABBITMQ_HOME" in os.environ and "AMQP_URL" not in os.environ
+    if not chosen and answers(url, timeout=10) is Answer.READY:
         yield url
         return
     with running(PrivateBroker()) as broker:
@@ -112,14 +117,15 @@ def fresh(private_broker: PrivateBroker, _used: list[PrivateBroker]) -> PrivateB
     return private_broker
 
 
-@pytest.fixture(scope="session")
-def _session_cluster() -> Iterator[PrivateCluster]:
-    with running(PrivateCluster()) as cluster:
+@pytest.fixture(scope="session", params=["3.10", "4.3"])
+def _session_cluster(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
+    with running(PrivateCluster(version=request.param)) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def cluster(_session_cluster: PrivateCluster) -> PrivateCluster:
-    """Three nodes, all running. A test that asks for it is slow, and uses a prefix of its own."""
+    """Three nodes, all running: of the oldest RabbitMQ, then of the newest. A test that asks for it is slow, and uses a
+    prefix of its own."""
     _session_cluster.start()
     return _session_cluster

@@ -21,7 +21,8 @@ from tests.benchmark import machine, packages, scenarios
 from tests.benchmark.contenders import CONTENDERS, BenchmarkError, Contender
 from tests.benchmark.scenarios import Plan
 from tests.benchmark.tables import Table
-from worker.sandbox.broker import Answer, BrokerUnavailable, PrivateBroker, answers
+from tests.brokers import PrivateBroker
+from worker.sandbox.broker import Answer, BrokerUnavailable, answers
 
 LOCAL: Final = "amqp://guest:guest@127.0.0.1:5672/%2F"
 

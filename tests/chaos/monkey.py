@@ -14,11 +14,11 @@ from typing import Any
 import pika
 import pika.exceptions
 
+from tests.brokers import PrivateBroker
 from tests.ledger import Ledger, take_stock
 from tests.rabbit import Rabbit
 from tests.worker_process import Producer, Published, WorkerProcess, command_body
 from worker.core.topology import Names, topology
-from worker.sandbox.broker import PrivateBroker
 from worker.sandbox.simulator import Script, Simulator
 
 DELAYS = (1, 2, 4, 8)

@@ -9,18 +9,11 @@ from pathlib import Path
 import pika.exceptions
 import pytest
 
+from tests.brokers import INSTALLER, VERSIONS, PrivateBroker, PrivateCluster
+from tests.conftest import running
 from tests.rabbit import Rabbit, by_way_of, new_prefix
 from tests.waiting import wait_until
-from worker.sandbox.broker import (
-    Answer,
-    BrokerUnavailable,
-    PrivateBroker,
-    PrivateCluster,
-    answers,
-    find_server,
-    free_port,
-    install,
-)
+from worker.sandbox.broker import Answer, BrokerUnavailable, answers, find_server, free_port, install
 
 needs_binaries = pytest.mark.skipif(
     find_server() is None and not os.environ.get("CI"), reason="RabbitMQ is not installed"
@@ -91,6 +84,24 @@ def test_rabbitmq_home_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RABBITMQ_HOME", str(tmp_path))
 
     assert find_server() == script
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_node_is_of_the_version_asked_for(version: str) -> None:
+    """A private node of each version that is supported starts, and says that it is this version."""
+
+    with running(PrivateBroker(version=version)) as broker:
+        assert broker.ctl("version").strip().startswith(f"{version}.")
+
+
+def test_a_version_that_cannot_be_had(tmp_path: Path) -> None:
+    """The installer gives the reason in one line, and leaves nothing behind."""
+
+    done = subprocess.run([INSTALLER, "9.9", tmp_path / "it"], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr == "RabbitMQ 9.9 cannot be had: choose 3.10, 4.0 or 4.3\n"
+    assert not (tmp_path / "it").exists()
 
 
 def test_install_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.brokers import PrivateBroker
 from tests.commands import call
 from tests.conftest import running
 from tests.rabbit import Rabbit, address
 from tests.servers import Authority, refusing_port, swallowing
 from tests.worker_process import WorkerProcess
 from worker.core.topology import topology
-from worker.sandbox.broker import PrivateBroker, free_port
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
 
 ROOT = Path(__file__).parents[2]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pika
 
+from tests.brokers import PrivateBroker
 from tests.rabbit import Rabbit, new_prefix
 from tests.waiting import wait_until
 from worker.core.delivery import Message
-from worker.sandbox.broker import PrivateBroker
 from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.link import Link
 from worker.shells.amqp.publisher import Publication, Publisher

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.brokers import PrivateBroker
 from tests.rabbit import Rabbit
 from tests.waiting import wait_until
 from tests.worker_process import WorkerProcess
 from worker.core.command import Command, parse
 from worker.core.topology import Names, topology
-from worker.sandbox.broker import PrivateBroker
 from worker.sandbox.simulator import Simulator
 
 SNIPPETS = Path(__file__).parents[1] / "snippets"

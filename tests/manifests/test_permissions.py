@@ -13,13 +13,13 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.brokers import PrivateBroker
 from tests.conftest import running
 from tests.manifests.rendering import Manifests
 from tests.manifests.test_worker import declared
 from tests.rabbit import Rabbit
 from tests.waiting import wait_until
 from tests.worker_process import ROOT, Producer, WorkerProcess
-from worker.sandbox.broker import PrivateBroker
 from worker.sandbox.simulator import Script, Simulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -12,13 +12,14 @@ from typing import Any, Final
 
 import yaml
 
+from tests.brokers import PrivateBroker
 from tests.monitoring import dashboard, rules
 from tests.monitoring.programs import Prometheus, prometheus
 from tests.rabbit import Rabbit
 from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, command_body
 from worker.core.topology import Names, topology
-from worker.sandbox.broker import LOOPBACK, PrivateBroker
+from worker.sandbox.broker import LOOPBACK
 from worker.sandbox.simulator import Script, Simulator
 
 DELAYS: Final = (1, 3)

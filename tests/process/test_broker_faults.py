@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.brokers import PrivateBroker
 from tests.load import Scene, confirm_seconds, under_load
 from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, address, by_way_of, delete_topology, new_prefix
@@ -20,7 +21,7 @@ from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, working
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import topology
-from worker.sandbox.broker import PrivateBroker, free_port
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
 
 CONCURRENCY = 8

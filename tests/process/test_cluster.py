@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.brokers import PrivateBroker, PrivateCluster
 from tests.load import Scene, confirm_seconds, under_load
 from worker.core.lanes import CANCELLATION
-from worker.sandbox.broker import PrivateBroker, PrivateCluster
 from worker.sandbox.simulator import Script
 
 pytestmark = pytest.mark.timeout(280)

@@ -17,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.altered import altered
+from tests.brokers import PrivateBroker
 from tests.ledger import check_books, take_stock
 from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, address, by_way_of, delete_topology, new_prefix
@@ -25,7 +26,7 @@ from tests.waiting import wait_until
 from tests.worker_process import Outcome, Producer, WorkerProcess, working
 from worker.core.lanes import LANES
 from worker.core.topology import topology
-from worker.sandbox.broker import PrivateBroker, free_port
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Call, Fault, Pattern, Rate, Script, Simulator, private_pem
 
 BAD_BILL = Script(patterns=(Pattern("^bad", (Fault(code="5009300", repeat=True),)),))

@@ -15,6 +15,7 @@ import pika
 import pytest
 
 from tests.altered import altered
+from tests.brokers import PrivateBroker
 from tests.ledger import check_books, take_stock
 from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, address, by_way_of, new_prefix
@@ -22,7 +23,6 @@ from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, working
 from worker.core.lanes import LANES, sweep_cap
 from worker.core.topology import LANE_DELIVERY_LIMIT, topology
-from worker.sandbox.broker import PrivateBroker
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
 from worker.service import PREFETCH_PER_SENDER
 

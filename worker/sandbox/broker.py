@@ -1,4 +1,4 @@
-"""RabbitMQ nodes of our own, from the installed binaries, for the demo and the tests.
+"""A RabbitMQ node of our own, from the installed binaries, for the demo. The tests build on it.
 
 A private node needs no root, no service manager and no file outside its own directory: cookie, data, logs
 and ports are its own, and so is the port mapper (epmd) by which Erlang nodes find each other. It listens on
@@ -18,7 +18,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -35,9 +34,6 @@ START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 """The most a node may take to stop by itself before it is killed, so that nobody waits for a wedged one."""
 
-CTL_SECONDS = 90.0
-"""The most one `rabbitmqctl` may take, so that a node that hangs fails its test not the suite."""
-
 PORTS = range(20_000, 29_000)
 """Ports of private nodes lie below the range (from 32768) that the kernel hands to outgoing connections.
 Inside it, any client could take the port of a stopped node, and one that keeps dialling that port would in
@@ -46,8 +42,6 @@ the end connect to itself. `rabbitmqctl` also adds 10000 to one of them, which m
 _TAKEN = re.compile(r"dist_port_already_used|eaddrinuse|address already in use", re.IGNORECASE)
 
 _COMPLAINT = re.compile(r"\[error\] <[\d.]+> +((?!BOOT FAILED|=)\S.*)")
-
-_LISTENERS = {"rabbitmq_management": "management.tcp", "rabbitmq_prometheus": "prometheus.tcp"}
 
 _INSTALL = "apt-get install -y --no-install-recommends rabbitmq-server"
 
@@ -110,7 +104,7 @@ def install() -> None:
     for arguments in (["update"], _INSTALL.split()[1:]):
         done = subprocess.run([apt, *arguments], env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            complaint = _last_line(done.stderr)
+            complaint = last_line(done.stderr)
     if find_server() is None:
         raise BrokerUnavailable(f"apt could not install RabbitMQ ({complaint}); try: {_INSTALL}")
 
@@ -126,33 +120,30 @@ class PrivateBroker:
     """One node. As a context manager it starts, and leaves neither process nor (own) directory behind.
 
     `directory` holds everything and is kept; without one, a temporary directory is made and removed on
-    `close`. `plugins` are names such as `rabbitmq_management`; the listeners of management and prometheus get
-    ports of their own, see `http_port`. `config` is added to rabbitmq.conf. Without `port` a free one is
-    taken; it stays the same over `stop`, `kill` and `start`, and so do the data.
+    `close`. Without `port` a free one is taken; it stays the same over `stop`, `kill` and `start`, and so do
+    the data. Nodes that share a `home` can form a cluster; each needs a `name` of its own.
     """
+
+    plugins: Sequence[str] = ()
 
     def __init__(
         self,
         directory: Path | None = None,
         *,
-        plugins: Sequence[str] = (),
-        config: Mapping[str, str] | None = None,
         port: int | None = None,
         name: str = "rabbit",
-        home: "_Home | None" = None,
+        home: "Home | None" = None,
     ) -> None:
-        self._home = home or _Home(directory)
+        self._home = home or Home(directory)
         self._shared = home is not None
-        self._at = self._home.directory / name
-        self._plugins = tuple(plugins)
-        self._config = dict(config or {})
+        self.node_directory = self._home.directory / name
         self._fixed_port = port
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._settled = False
         self._log_start = 0
         self.node = f"{name}@localhost"
-        self._choose_ports()
+        self.choose_ports()
 
     def __repr__(self) -> str:
         return f"PrivateBroker({self.node}, port={self.port}, {'running' if self.running else 'stopped'})"
@@ -191,9 +182,13 @@ class PrivateBroker:
         """Holds everything that it writes."""
         return self._home.directory
 
-    def http_port(self, plugin: str) -> int:
-        """Where `rabbitmq_management` or `rabbitmq_prometheus` listens."""
-        return self._http_ports[plugin]
+    def server(self) -> Path:
+        """The script that starts it; raises BrokerUnavailable where RabbitMQ is not installed."""
+        return server_script()
+
+    def config(self) -> dict[str, str]:
+        """The lines of rabbitmq.conf."""
+        return {"listeners.tcp.default": f"{LOOPBACK}:{self.port}", "log.console": "false"}
 
     def start(self) -> None:
         """Start and wait until it speaks AMQP; raises BrokerUnavailable."""
@@ -204,14 +199,14 @@ class PrivateBroker:
         """Start and do not wait, so that the nodes of a cluster boot together."""
         if self.running:
             return
-        server = _server()
+        server = self.server()
         self._reap()
         # Looked at beforehand: another broker there would answer our login, and ours would seem to be ready.
         if not _is_free(self.port):
             raise BrokerUnavailable(f"port {self.port} is taken; stop what listens there or choose another")
-        self._home.open()
+        self._home.open(server)
         self._write_files()
-        self._process = _spawn([str(server)], self._environment(), self._at)
+        self._process = _spawn([str(server)], self.environment(), self.node_directory)
 
     def wait_ready(self, timeout: float = START_SECONDS) -> None:
         """Wait until it speaks AMQP; raises BrokerUnavailable, and nothing is left running then."""
@@ -221,7 +216,7 @@ class PrivateBroker:
             # Ports that clients were told once are kept: a node that comes back elsewhere has not come back.
             if not self.running and moves and not self._settled and self._ports_were_taken():
                 moves -= 1
-                self._choose_ports()
+                self.choose_ports()
                 self.launch()
             elif not self.running or time.monotonic() > deadline:
                 self.kill()
@@ -251,27 +246,10 @@ class PrivateBroker:
             self._home.close()
 
     def kill(self) -> None:
-        """The power cut: SIGKILL, at once. See `would_remember` for quorum queues that are a second old."""
+        """Stop it with SIGKILL, as a power cut would."""
         if self.running:
             os.kill(self.pid, signal.SIGKILL)
         self._reap()
-
-    def would_remember(self, queue: str) -> bool:
-        """Whether this quorum queue would come back after `kill`; only of the default virtual host.
-
-        A node writes the queue into its list of members (names.dets) a second after its declaration, though
-        publishes are confirmed before. Killed in between and started again, RabbitMQ 3.10.8 lets all use of
-        that queue time out.
-        """
-        names = self._at / "data" / self.node / "quorum" / self.node / "names.dets"
-        # With its length before it, so that no longer name passes for this one.
-        member = f"%2F_{queue}".encode()
-        return names.is_file() and bytes([len(member)]) + member in names.read_bytes()
-
-    def restart(self) -> None:
-        """Stop and start on the same data and ports."""
-        self.stop()
-        self.start()
 
     def close(self) -> None:
         """Stop for good; a temporary directory is removed."""
@@ -280,48 +258,8 @@ class PrivateBroker:
         if not self._shared:
             self._home.remove()
 
-    def reset(self) -> None:
-        """Empty it: every queue, exchange and connection goes, guest stays. Takes a second or two."""
-        self.ctl("delete_vhost", "/")
-        self.ctl("add_vhost", "/")
-        self.ctl("set_permissions", "-p", "/", "guest", ".*", ".*", ".*")
-
-    @contextmanager
-    def memory_alarm(self) -> Iterator[None]:
-        """While inside, the broker blocks every connection that publishes."""
-        self.ctl("set_vm_memory_high_watermark", "0.00001")
-        try:
-            yield
-        finally:
-            self.ctl("set_vm_memory_high_watermark", "0.4")
-
-    def ctl(self, *arguments: str) -> str:
-        """Run `rabbitmqctl` against this node (up to a second of CPU each) and return what it prints."""
-        command = [str(_server().with_name("rabbitmqctl")), "-q", "-n", self.node, *arguments]
-        try:
-            done = subprocess.run(
-                command,
-                env=self._environment(),
-                cwd=self._at,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=CTL_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise BrokerUnavailable(f"rabbitmqctl {arguments[0]} hung for {CTL_SECONDS:g} s") from None
-        if done.returncode != 0:
-            said = _last_line(done.stderr) or _last_line(done.stdout)
-            raise BrokerUnavailable(f"rabbitmqctl {arguments[0]} failed: {said}")
-        return done.stdout
-
-    def log_tail(self, lines: int = 30) -> str:
-        """The end of what the node printed and logged."""
-        return "\n".join(self._log_text().splitlines()[-lines:])
-
-    def _log_text(self) -> str:
-        logs = [self._at / "console.log", self._at / "log" / f"{self.node}.log"]
+    def log_text(self) -> str:
+        logs = [self.node_directory / "console.log", self.node_directory / "log" / f"{self.node}.log"]
         return "\n".join(log.read_text(errors="replace") for log in logs if log.is_file())
 
     def _reason(self) -> str:
@@ -330,16 +268,16 @@ class PrivateBroker:
         if self._ports_were_taken():
             return "one of its ports was taken meanwhile; try again"
         # The first complaint is the cause; what follows, at great length, are its consequences.
-        complaint = _COMPLAINT.search(self._log_text()[self._log_start :])
-        return complaint.group(1) if complaint else f"it exited; see the logs in {self._at}"
+        complaint = _COMPLAINT.search(self.log_text()[self._log_start :])
+        return complaint.group(1) if complaint else f"it exited; see the logs in {self.node_directory}"
 
     def _ports_were_taken(self) -> bool:
-        return _TAKEN.search(self._log_text()[self._log_start :]) is not None
+        return _TAKEN.search(self.log_text()[self._log_start :]) is not None
 
-    def _choose_ports(self) -> None:
+    def choose_ports(self) -> None:
+        """Free ones, but for a port that was asked for."""
         self.port = self._fixed_port or free_port()
         self._dist_port = free_port()
-        self._http_ports = {plugin: free_port() for plugin in self._plugins if plugin in _LISTENERS}
 
     def _reap(self) -> None:
         if self._process is not None:
@@ -348,22 +286,19 @@ class PrivateBroker:
         self._ready = False
 
     def _write_files(self) -> None:
-        self._at.mkdir(parents=True, exist_ok=True)
-        (self._at / "conf.d").mkdir(exist_ok=True)
-        (self._at / "empty").touch()
-        (self._at / "rabbitmq.conf").write_text(self._rabbitmq_conf())
-        (self._at / "advanced.config").write_text("[].\n")
-        (self._at / "enabled_plugins").write_text(f"[{','.join(self._plugins)}].\n")
-        self._log_start = len(self._log_text())
+        self.node_directory.mkdir(parents=True, exist_ok=True)
+        (self.node_directory / "conf.d").mkdir(exist_ok=True)
+        (self.node_directory / "empty").touch()
+        (self.node_directory / "rabbitmq.conf").write_text(self._rabbitmq_conf())
+        (self.node_directory / "advanced.config").write_text("[].\n")
+        (self.node_directory / "enabled_plugins").write_text(f"[{','.join(self.plugins)}].\n")
+        self._log_start = len(self.log_text())
 
     def _rabbitmq_conf(self) -> str:
-        lines = {"listeners.tcp.default": f"{LOOPBACK}:{self.port}", "log.console": "false"}
-        for plugin, port in self._http_ports.items():
-            lines |= {f"{_LISTENERS[plugin]}.ip": LOOPBACK, f"{_LISTENERS[plugin]}.port": str(port)}
-        return "".join(f"{key} = {value}\n" for key, value in (lines | self._config).items())
+        return "".join(f"{key} = {value}\n" for key, value in self.config().items())
 
-    def _environment(self) -> dict[str, str]:
-        at = self._at
+    def environment(self) -> dict[str, str]:
+        at = self.node_directory
         return self._home.environment() | {
             # Makes the start script become the VM. Otherwise it stays around it, and a kill hits the shell.
             "RUNNING_UNDER_SYSTEMD": "true",
@@ -382,63 +317,7 @@ class PrivateBroker:
         }
 
 
-class PrivateCluster:
-    """Several nodes that form one cluster, so that quorum queues have a quorum to lose."""
-
-    def __init__(self, nodes: int = 3, *, config: Mapping[str, str] | None = None) -> None:
-        self._home = _Home(None)
-        names = [f"rabbit{number}" for number in range(1, nodes + 1)]
-        discovery = {"cluster_formation.peer_discovery_backend": "classic_config"} | {
-            f"cluster_formation.classic_config.nodes.{number}": f"{name}@localhost"
-            for number, name in enumerate(names, 1)
-        }
-        self.nodes = tuple(
-            PrivateBroker(name=name, home=self._home, config=discovery | dict(config or {})) for name in names
-        )
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def urls(self) -> list[str]:
-        """One per node, in the order of `nodes`."""
-        return [node.url for node in self.nodes]
-
-    def start(self) -> None:
-        """Start every node that is not running, together, and wait until all see each other."""
-        for node in self.nodes:
-            node.launch()
-        for node in self.nodes:
-            node.wait_ready()
-        self.nodes[0].ctl("await_online_nodes", str(len(self.nodes)), "--timeout", "60")
-
-    def stop(self) -> None:
-        """Stop all together; data and ports are kept."""
-        for node in self.nodes:
-            node.terminate()
-        for node in self.nodes:
-            node.wait_stopped()
-        self._home.close()
-
-    def close(self) -> None:
-        """Stop for good; the temporary directory is removed, so nobody waits for tidy data."""
-        for node in self.nodes:
-            node.kill()
-        self._home.close()
-        self._home.remove()
-
-
-class _Home:
+class Home:
     """What nodes that may talk to each other share: the directory with the cookie, and the port mapper.
 
     The port mapper is ours, too. The machine's may belong to another user, and a node that finds none starts
@@ -455,8 +334,8 @@ class _Home:
         self._mapper: subprocess.Popen[bytes] | None = None
         self._mapper_port = 0
 
-    def open(self) -> None:
-        """Write the cookie, start the port mapper."""
+    def open(self, server: Path) -> None:
+        """Write the cookie, start the port mapper that belongs to `server`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         cookie = self.directory / ".erlang.cookie"
         if not cookie.exists():
@@ -468,7 +347,7 @@ class _Home:
             if self._mapper_runs():
                 return
             self._mapper_port = free_port()
-            self._mapper = _spawn([_port_mapper()], self.environment(), self.directory)
+            self._mapper = _spawn([_port_mapper(server)], self.environment(), self.directory)
             self._wait_for_mapper(self._mapper)
         raise BrokerUnavailable("epmd, Erlang's port mapper, does not start; is Erlang installed properly?")
 
@@ -559,7 +438,7 @@ def _version(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", str(path))]
 
 
-def _server() -> Path:
+def server_script() -> Path:
     server = find_server()
     if server is None:
         raise BrokerUnavailable(_how_to_install())
@@ -570,9 +449,11 @@ def _how_to_install() -> str:
     return f"RabbitMQ is not installed here; run as root: {_INSTALL}"
 
 
-def _port_mapper() -> str:
+def _port_mapper(server: Path) -> str:
+    # Its own comes first: there may be no other Erlang here.
+    own = server.with_name("epmd")
     installed = map(str, Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))
-    found = shutil.which("epmd") or next(installed, None)
+    found = str(own) if own.is_file() else shutil.which("epmd") or next(installed, None)
     if found is None:
         raise BrokerUnavailable(f"epmd of Erlang is not installed here; run as root: {_INSTALL}")
     return found
@@ -608,5 +489,5 @@ def _speaks_amqp(host: str, port: int, timeout: float) -> bool:
         return False
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1]

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 
 from tests.rabbit import Rabbit
 from tests.waiting import wait_until
 from worker.cli import COMMANDS
 from worker.core.topology import Names, topology
-from worker.settings import AmqpSettings
+from worker.settings import AmqpSettings, Secret
 from worker.shells.amqp.session import BrokerError, connect, parameters, verify
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +63,7 @@ def surroundings(environ: dict[str, str]) -> dict[str, str]:
 
 
 def at(url: str) -> AmqpSettings:
-    return AmqpSettings(url=SecretStr(url))
+    return AmqpSettings(url=Secret(url))
 
 
 def only_line(text: str) -> str:
@@ -311,7 +310,7 @@ def test_unusable_tls_files_are_told(tmp_path: Path) -> None:
     empty.write_text("nothing")
 
     with pytest.raises(BrokerError, match="AMQP_CA_FILE holds no CA certificates"):
-        parameters(AmqpSettings(url=SecretStr("amqps://host"), ca_file=empty))
+        parameters(AmqpSettings(url=Secret("amqps://host"), ca_file=empty))
 
 
 # --- publish

@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from pydantic import SecretStr
 
 from tests.builders import body
 from tests.rabbit import Rabbit
@@ -34,7 +33,7 @@ from worker.core import jakarta
 from worker.core.dead_letter import Filter
 from worker.core.topology import Names, QueueType, topology
 from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
-from worker.settings import AmqpSettings
+from worker.settings import AmqpSettings, Secret
 from worker.shells.amqp import lock
 from worker.shells.amqp.parked import Busy, Interrupted, ParkedLetters
 
@@ -50,7 +49,7 @@ class Desk:
         self.names = Names(prefix)
         self.kind = kind
         self.directory = directory
-        self.amqp = AmqpSettings(url=SecretStr(url), prefix=prefix, queue_type=kind)
+        self.amqp = AmqpSettings(url=Secret(url), prefix=prefix, queue_type=kind)
         with Rabbit(url) as rabbit:
             rabbit.declare(topology(prefix, kind, (1, 2)))
 

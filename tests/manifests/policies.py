@@ -355,8 +355,8 @@ def _mounted(manifests: Manifests, pod: Pod, container: Manifest, path: PurePosi
 def setting(manifests: Manifests, group: type[Group], name: str) -> Any:
     """A setting as the worker would have it, default included; those that are secrets or files aside."""
     value = manifests.settings().get(group.variable(name), "")
-    field = group.model_fields[name]
-    return field.get_default() if value == "" else type(field.get_default())(value)
+    field = group.declared()[name]
+    return field.default if value == "" else type(field.default)(value)
 
 
 @policy
@@ -609,7 +609,7 @@ def delays_have_their_queue(manifests: Manifests) -> Complaints:
         return
     names = Names(setting(manifests, AmqpSettings, "prefix"))
     written = manifests.settings().get("RETRY_DELAYS_SECONDS", "")
-    default = RetrySettings.model_fields["delays_seconds"].get_default()
+    default = RetrySettings.declared()["delays_seconds"].default
     delays = [int(text) for text in written.split(",")] if written else default
     there = {
         each["spec"]["name"] for each in read((K8S / "broker" / "topology.yaml").read_text()) if each["kind"] == "Queue"

@@ -134,7 +134,7 @@ def test_every_file_is_used() -> None:
 def test_the_prefix_is_one(rendered: dict[str, Manifests]) -> None:
     """The permissions cover exactly the prefix of the settings."""
 
-    prefix = AmqpSettings.model_fields["prefix"].get_default()
+    prefix = AmqpSettings.declared()["prefix"].default
 
     (worker,) = (
         each for each in rendered["broker"].of("Permission") if each["metadata"]["name"] == "qris-expire-worker"
@@ -160,4 +160,4 @@ def test_retry_delays_are_the_default(production: Manifests) -> None:
 
     written = production.settings()["RETRY_DELAYS_SECONDS"]
 
-    assert tuple(map(int, written.split(","))) == RetrySettings.model_fields["delays_seconds"].get_default()
+    assert tuple(map(int, written.split(","))) == RetrySettings.declared()["delays_seconds"].default

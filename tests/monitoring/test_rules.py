@@ -97,7 +97,7 @@ def test_the_objective_is_a_boundary() -> None:
 def test_queues_are_those_of_the_default_prefix() -> None:
     """The rules name the queues as the worker declares them by default."""
 
-    assert AmqpSettings.model_fields["prefix"].default == rules.PREFIX
+    assert AmqpSettings.declared()["prefix"].default == rules.PREFIX
     names = Names(rules.PREFIX)
     wanted = {*(names.queue(lane) for lane in LANES), names.dead, names.unrouted}
     patterns = {p for expr in rules.expressions() for p in re.findall(r'queue=~?"([^"]+)"', expr)}

@@ -410,18 +410,20 @@ def test_sign_path_follows_the_expire_path(required: dict[str, str]) -> None:
     assert load(GatewaySettings, environ=signed, env_file=None).sign_path == "/v1.0/x"
 
 
-@pytest.mark.parametrize(("text", "delays"), [("none", ()), ("1", (1,)), (" 1, 20 ,300", (1, 20, 300))])
+@pytest.mark.parametrize(
+    ("text", "delays"), [("none", ()), ("1", (1,)), (" 1, 20 ,300", (1, 20, 300)), ("60,60,60", (60, 60, 60))]
+)
 def test_delays(text: str, delays: tuple[int, ...]) -> None:
-    """Whole seconds that increase, or `none`."""
+    """Whole seconds that do not decrease, or `none`; entries may repeat."""
 
     retry = load(RetrySettings, environ={"RETRY_DELAYS_SECONDS": text}, env_file=None)
 
     assert retry.delays_seconds == delays
 
 
-@pytest.mark.parametrize("text", ["0", "1,1", "2,1", "1.5", "1,", "-1", "x", "700000", TOO_MANY])
+@pytest.mark.parametrize("text", ["0", "2,1", "0,1", "1.5", "1,", "-1", "x", "700000", TOO_MANY])
 def test_delays_that_are_refused(text: str) -> None:
-    """Fractions, zero, repeats and falling delays are refused; so is one beyond a week."""
+    """Fractions, zero and falling delays are refused; so is one beyond a week."""
 
     assert problem(RetrySettings, RETRY_DELAYS_SECONDS=text).startswith("RETRY_DELAYS_SECONDS: must ")
 
@@ -473,7 +475,7 @@ def test_bytes_that_are_no_text_are_refused() -> None:
 # --- secrets stay secret
 
 SECRETS = st.text(min_size=0, max_size=20).map(lambda text: f"{MARK}{text}{MARK}")
-VARIABLES = sorted(group.variable(name) for group in GROUPS for name in group.model_fields)
+VARIABLES = sorted(group.variable(name) for group in GROUPS for name in group.declared())
 
 
 @given(secret=SECRETS, scheme=st.sampled_from(["amqp", "amqps", "http", ""]))

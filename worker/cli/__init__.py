@@ -164,8 +164,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         raise
     except Exception as error:  # noqa: BLE001  # the last door: a person reads one line, not a traceback
-        _tell_unexpected(error, arguments)
-        return 1
+        return _failed(error, arguments)
 
 
 def _tell(*lines: str) -> None:
@@ -191,16 +190,22 @@ def _usage(error: typer.TyperException) -> str:
     return f"{said.rstrip('.')}. Try `{path} --help`."
 
 
-def _tell_unexpected(error: Exception, arguments: Sequence[str]) -> None:
+def _failed(error: Exception, arguments: Sequence[str]) -> int:
+    """Tells what is wrong with the settings, or that something unexpected happened; the exit code."""
     import os
 
+    from worker.settings import SettingsError
     from worker.shells.logs import redact
 
+    if isinstance(error, SettingsError):
+        _tell(*error.problems)
+        return INVALID
     text = redact(" ".join(str(error).split()))
     if "--debug" in arguments or os.environ.get("LOG_LEVEL", "").lower() == "debug":
         # Without local variables: they hold settings.
         _tell(redact("".join(traceback.format_exception(error)).rstrip()))
     _tell(f"unexpected: {type(error).__name__}: {text}; `qris-expire --debug …` shows where")
+    return 1
 
 
 def _settings(prefixes: Sequence[str]) -> list[tuple[str, str]]:

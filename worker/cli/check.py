@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
 from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
-from worker.core.command import Command, is_identifier
+from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 
 if TYPE_CHECKING:
     from worker.core.diagnosis import Finding
@@ -74,7 +75,7 @@ def check(
 def _check_ids(bill: str | None, merchant: str | None) -> None:
     for name, value in (("--probe", bill), ("--merchant-id", merchant)):
         if value is not None and not is_identifier(value):
-            raise Trouble(f"{name} must be 1 to 64 printable ASCII characters without blanks", code=INVALID)
+            raise Trouble(f"{name} must be {IDENTIFIER_RULE}", code=INVALID)
 
 
 class _Report:
@@ -106,7 +107,7 @@ class _Report:
             problems = error.problems
             self.line("settings", lambda: _fail(*problems))
         else:
-            self.line("settings", lambda: f"{sum(len(group.model_fields) for group in GROUPS)} in order")
+            self.line("settings", lambda: f"{sum(len(group.declared()) for group in GROUPS)} in order")
         return _valid(AmqpSettings), _valid(RetrySettings), _valid(GatewaySettings)
 
     @staticmethod
@@ -228,7 +229,7 @@ def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: S
     ways = list(other_ways(Way(ours.sign_path, ours.signature), ours.base_url, ours.expire_path))
     say("probe", "sending", f"{refused.text}; trying up to {len(ways)} other ways to sign")
     for way in ways:
-        other = ours.model_copy(update={"sign_path": way.sign_path, "signature": way.scheme})
+        other = replace(ours, sign_path=way.sign_path, signature=way.scheme)
         tried = calling.expire(command, other)
         if tried.taken:
             raise _Failed(f"{_change(ours, other)}: signed so, the call is taken. Then: {tried.text}")

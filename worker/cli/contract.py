@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from worker.cli import INVALID, Trouble
+from worker.cli import Trouble
 
 if TYPE_CHECKING:
     from worker.core.contract import Examples
@@ -45,7 +45,9 @@ def contract(
 
     Within a major version nothing is taken away and nothing more is demanded. Outcomes may get further fields.
     """
-    made = documents(_prefix())
+    from worker.settings import AmqpSettings, load
+
+    made = documents(load(AmqpSettings).prefix)
     if output is None:
         typer.echo(made[document], nl=False)
         return
@@ -76,12 +78,3 @@ def examples() -> Examples:
 
     kept = json.loads((files("worker") / "contract" / "examples.json").read_text(encoding="utf-8"))
     return Examples(**{kind: [Example(**each) for each in found] for kind, found in kept.items()})
-
-
-def _prefix() -> str:
-    from worker.settings import AmqpSettings, SettingsError, load
-
-    try:
-        return load(AmqpSettings).prefix
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None

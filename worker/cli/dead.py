@@ -285,16 +285,13 @@ def _begin(
     bill: list[str] | None = None,
 ) -> tuple[AmqpSettings, Filter]:
     from worker.core.command import parse_rfc3339
-    from worker.settings import AmqpSettings, SettingsError, load
+    from worker.settings import AmqpSettings, load
 
     try:
         moment = None if before is None else parse_rfc3339(before)
     except ValueError as error:
         raise Trouble(f"--before: {error}", code=INVALID) from None
-    try:
-        amqp = load(AmqpSettings)
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None
+    amqp = load(AmqpSettings)
     signals.install()
     chosen = Filter(
         frozenset(reason or ()),

@@ -58,8 +58,10 @@ def publish(
 
     Exit code 0: published, with --wait expired. 1: not expired, or no answer. 2: input or settings are wrong.
     """
+    from worker.settings import AmqpSettings, load
+
     order = _Order(str(uuid.uuid4()), lane.value, _body(bill, merchant_id, reference, not_after))
-    amqp = _settings()
+    amqp = load(AmqpSettings)
     with _broker(amqp) as channel:
         inbox = _inbox(channel, amqp.names, order.lane) if wait else ""
         _publish(channel, amqp.names, order)
@@ -90,15 +92,6 @@ def _body(bill: str, merchant_id: str | None, reference: str | None, not_after: 
     if isinstance(command, Invalid):
         raise Trouble(f"{command.detail}; nothing was published", code=INVALID)
     return body
-
-
-def _settings() -> AmqpSettings:
-    from worker.settings import AmqpSettings, SettingsError, load
-
-    try:
-        return load(AmqpSettings)
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None
 
 
 @contextmanager

@@ -23,22 +23,15 @@ def run() -> int:
     or the gateway refuses our credentials at the start.
     """
     signals.install()
-    settings = _settings()
+    from worker.settings import load
+
+    settings = load()
     from worker.shells import logs
 
     logs.configure(settings.log.format, settings.log.level, sys.stdout)
     if signals.received():
         return 0  # told to drain before anything was taken
     return _supervise(settings) if settings.worker.processes > 1 else _serve(settings)
-
-
-def _settings() -> Settings:
-    from worker.settings import SettingsError, load
-
-    try:
-        return load()
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None
 
 
 def _serve(settings: Settings) -> int:

@@ -11,7 +11,7 @@ import typer
 
 from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
-from worker.core.command import Command, is_identifier
+from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 
 if TYPE_CHECKING:
     from worker.core.request import SignedRequest
@@ -72,14 +72,12 @@ class _Recorder:
 
 
 def _settings() -> tuple[GatewaySettings, Credentials]:
-    from worker.settings import GatewaySettings, SettingsError, load
+    from worker.settings import GatewaySettings, load
     from worker.shells.credentials import Credentials, CredentialsError
 
+    gateway = load(GatewaySettings)
     try:
-        gateway = load(GatewaySettings)
         return gateway, Credentials(gateway, gateway.reread)
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None
     except CredentialsError as error:
         raise Trouble(str(error), code=INVALID) from None
 
@@ -90,7 +88,7 @@ def _command(bill: str, merchant_id: str | None, gateway: GatewaySettings) -> Co
         raise Trouble("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID", code=INVALID)
     for name, value in (("BILL", bill), ("--merchant-id", merchant)):
         if not is_identifier(value):
-            raise Trouble(f"{name} must be 1 to 64 printable ASCII characters without blanks", code=INVALID)
+            raise Trouble(f"{name} must be {IDENTIFIER_RULE}", code=INVALID)
     return Command(bill, merchant)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli import INVALID, Trouble
+from worker.cli import Trouble
 from worker.cli.batches import STATE_DIR_HELP, open_journal, output, print_tally, state_directory
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def status(
 
     Exit code 0: shown, whatever it is. 2: there is no such batch.
     """
-    amqp = _settings()
+    from worker.settings import AmqpSettings, load
+
+    amqp = load(AmqpSettings)
     directory = state_directory(amqp.prefix, state_dir)
     if prune is not None:
         _prune(directory, prune)
@@ -39,15 +41,6 @@ def status(
     else:
         _show(amqp, directory, batch)
     return 0
-
-
-def _settings() -> AmqpSettings:
-    from worker.settings import AmqpSettings, SettingsError, load
-
-    try:
-        return load(AmqpSettings)
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None
 
 
 def _prune(directory: Path, days: int) -> None:

@@ -125,7 +125,7 @@ def sweep(
 
 
 def _check(wish: _Wish) -> None:
-    from worker.core.command import is_identifier
+    from worker.core.command import IDENTIFIER_RULE, is_identifier
 
     if (wish.file is None) == (wish.follow is None):
         raise Trouble("give a FILE (or - for standard input), or --follow BATCH", code=INVALID)
@@ -134,7 +134,7 @@ def _check(wish: _Wish) -> None:
     if wish.direct and wish.republish:
         raise Trouble("--direct publishes nothing; leave out --republish", code=INVALID)
     if wish.merchant_id is not None and not is_identifier(wish.merchant_id):
-        raise Trouble("--merchant-id must be 1 to 64 printable ASCII characters without blanks", code=INVALID)
+        raise Trouble(f"--merchant-id must be {IDENTIFIER_RULE}", code=INVALID)
     if wish.report is not None and not wish.report.absolute().parent.is_dir():
         raise Trouble(
             f"{wish.report.parent} is no directory; correct --report, the report would have no place", code=INVALID
@@ -143,12 +143,9 @@ def _check(wish: _Wish) -> None:
 
 def _settings(wish: _Wish) -> Any:
     """`Settings` for the gateway, or only the broker's."""
-    from worker.settings import AmqpSettings, SettingsError, load
+    from worker.settings import AmqpSettings, load
 
-    try:
-        return load() if wish.direct else load(AmqpSettings)
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None
+    return load() if wish.direct else load(AmqpSettings)
 
 
 def _silence() -> None:

@@ -38,12 +38,9 @@ def topology(
 
 
 def _settings() -> tuple[AmqpSettings, Topology]:
-    from worker.settings import AmqpSettings, RetrySettings, SettingsError, load
+    from worker.settings import AmqpSettings, RetrySettings, load
 
-    try:
-        amqp, retry = load(AmqpSettings, RetrySettings)
-    except SettingsError as error:
-        raise Trouble(*error.problems, code=INVALID) from None
+    amqp, retry = load(AmqpSettings, RetrySettings)
     return amqp, plan(amqp.prefix, amqp.queue_type, retry.delays_seconds)
 
 

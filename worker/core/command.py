@@ -14,12 +14,13 @@ MAX_REFERENCE: Final = 128
 MAX_DETAIL: Final = 300  # error text travels in headers; a header frame is bounded (128 KiB by default)
 
 IDENTIFIER: Final = r"[!-~]{1,64}"
+IDENTIFIER_RULE: Final = "1 to 64 printable ASCII characters without blanks"
 RFC3339: Final = (
     r"([0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01]))[Tt]"
     r"((?:[01][0-9]|2[0-3]):[0-5][0-9]):([0-5][0-9]|60)(?:\.([0-9]+))?"
     r"([Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
-"""Both without anchors and in the syntax that Python and ECMA-262 share: the JSON Schema of commands has them, too."""
+"""Patterns without anchors, in the syntax that Python and ECMA-262 share: the JSON Schema of commands has them, too."""
 
 _IDENTIFIER = re.compile(IDENTIFIER + r"\Z")
 _RFC3339 = re.compile(RFC3339 + r"\Z")
@@ -99,7 +100,7 @@ def command_id(message_id: str | None, body: bytes) -> str:
 
 
 def is_identifier(text: str) -> bool:
-    """1 to 64 printable ASCII characters without blanks: the rule for bills and merchants."""
+    """Whether a bill number or a merchant id follows `IDENTIFIER_RULE`."""
     return _IDENTIFIER.match(text) is not None
 
 
@@ -172,7 +173,7 @@ def _identifier(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise _Refused(f"{name} must be a string")
     if not is_identifier(value):
-        raise _Refused(f"{name} must be 1 to 64 printable ASCII characters without blanks")
+        raise _Refused(f"{name} must be {IDENTIFIER_RULE}")
     return value
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from worker.core.command import MAX_REFERENCE, Invalid, is_identifier, parse, parse_rfc3339
+from worker.core.command import IDENTIFIER_RULE, MAX_REFERENCE, Invalid, is_identifier, parse, parse_rfc3339
 
 DELIMITERS: Final = (",", ";", "\t", "|")
 
@@ -17,7 +17,6 @@ _NEEDLESS = re.compile(r"[\s_-]+")
 _SEPARATOR_LINE = re.compile(r"sep=(.)\Z", re.IGNORECASE)
 _MANGLED = re.compile(r'[+-]?\d(?:[.,]\d+)?[eE]\+\d+\Z|=".*"\Z')
 _DIGITS, _LETTERS = re.compile(r"\d+"), re.compile(r"[A-Za-z]+")
-_IDENTIFIER_RULE: Final = "must be 1 to 64 printable ASCII characters without blanks"
 
 
 class Row(NamedTuple):
@@ -143,10 +142,10 @@ def _csv_row(header: _Header, cells: Sequence[str], line: int, merchant: str, me
     if _MANGLED.match(bill):
         raise _Bad(f"billnumber {bill[:40]} is what a spreadsheet made of it; export that column as text")
     if not is_identifier(bill):
-        raise _Bad(f"billnumber {_IDENTIFIER_RULE}")
+        raise _Bad(f"billnumber must be {IDENTIFIER_RULE}")
     own = header.cell(cells, "merchant") or merchant
     if own and not is_identifier(own):
-        raise _Bad(f"merchantId {_IDENTIFIER_RULE}")
+        raise _Bad(f"merchantId must be {IDENTIFIER_RULE}")
     if merchant_needed and not own:
         raise _Bad(_MERCHANT_MISSING)
     reference = header.cell(cells, "reference") or None
@@ -241,7 +240,7 @@ def _json_row(line: str, number: int, merchant: str, merchant_needed: bool) -> R
     info = fields.get("additionalInfo") or {}
     given = [value for value in (info.get("merchantId"), fields.get("merchantId")) if value is not None]
     if any(not isinstance(value, str) or not is_identifier(value) for value in given):
-        raise _Bad(f"merchantId {_IDENTIFIER_RULE}")
+        raise _Bad(f"merchantId must be {IDENTIFIER_RULE}")
     if len(set(given)) > 1:
         raise _Bad("merchantId and additionalInfo.merchantId differ")
     if command.reference is not None and any("\ud800" <= letter <= "\udfff" for letter in command.reference):

@@ -89,8 +89,8 @@ class Topology:
 
 
 def topology(prefix: str, queue_type: QueueType, delays: Iterable[int]) -> Topology:
-    """What must exist under ``prefix``; one retry queue per lane for each of ``delays``, in whole seconds."""
-    names, delays = Names(prefix), tuple(delays)
+    """What must exist under ``prefix``; one retry queue per lane for each of ``delays``, in whole seconds, once."""
+    names, delays = Names(prefix), tuple(dict.fromkeys(delays))
     return Topology(_exchanges(names), tuple(_queues(names, queue_type, delays)), _bindings(names))
 
 

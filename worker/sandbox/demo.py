@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import pika
-from pydantic import SecretStr
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -29,7 +28,7 @@ from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import Names, Topology, topology
 from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port, install
 from worker.sandbox.simulator import Script, Simulator
-from worker.settings import AmqpSettings
+from worker.settings import AmqpSettings, Secret
 from worker.shells.amqp.session import apply, connect
 
 HOME: Final = Path(__file__).parents[2]
@@ -144,7 +143,7 @@ def run(size: int, console: Console) -> list[Seen]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qris-expire-demo-")))
         url = _broker(stack, console)
-        amqp = AmqpSettings(url=SecretStr(url), prefix=f"demo.{secrets.token_hex(4)}")
+        amqp = AmqpSettings(url=Secret(url), prefix=f"demo.{secrets.token_hex(4)}")
         simulator = stack.enter_context(Simulator(Script.parse(FAULTS)))
         console.print(f"gateway    simulated at {simulator.base_url}, with faults on one call in ten")
         channel, inbox = stack.enter_context(_prepared(amqp))

@@ -1,23 +1,17 @@
-"""A group of settings: its variables, its mounted files, and what is wrong with its values in words."""
+"""A group of settings: how a setting is declared, how its value is read, and what is wrong with it in words."""
 
 from __future__ import annotations
 
 import re
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeVar, Union, get_args, get_origin
-
-from annotated_types import Ge, Gt, Le, MaxLen
-from pydantic import SecretStr, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from typing import Any, Final, Self, TypeVar, dataclass_transform
 
 G = TypeVar("G", bound="Group")
 
 MAX_SECRET_BYTES: Final = 65_536
-"""A path that leads to a log or a device must not fill the memory."""
+"""The path of a secret may lead to a log or a device; reading it must not fill the memory."""
 
 
 class SettingsError(Exception):
@@ -28,49 +22,97 @@ class SettingsError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-class Group(BaseSettings):
-    """Settings with one prefix. `load` makes them; called directly they take values only."""
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """Text that neither ``str`` nor ``repr`` shows."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    _text: str
+
+    def get_secret_value(self) -> str:
+        """The text in clear, for the code that needs it and for nothing else."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "Secret('***')"
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What is declared about one setting.
+
+    ``rule`` makes the value from the text of the variable. It raises `ValueError` with a text for people that does not
+    repeat the value, since that may be a secret in the wrong variable. ``default`` is `MISSING` for a required setting.
+    ``shown`` is what the documentation shows as the default where the default itself says nothing.
+    """
+
+    rule: Callable[[str], Any]
+    meaning: str
+    default: Any
+    shown: str | None
+
+    @property
+    def required(self) -> bool:
+        """Whether the setting has no default."""
+        return self.default is MISSING
+
+
+def setting(rule: Callable[[str], Any], meaning: str, *, default: Any = MISSING, shown: str | None = None) -> Any:
+    """Declares one setting; the arguments are those of `Declared`."""
+    return field(default=default, metadata={"declared": Declared(rule, meaning, default, shown)})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
+class Group:
+    """Settings whose variables begin with one prefix. `load` makes them from text; a direct call takes values."""
+
+    _prefix = ""
+
+    def __init_subclass__(cls, *, variables: str) -> None:
+        super().__init_subclass__()
+        cls._prefix = variables
+        dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Values only: `load` alone knows how a ``_FILE`` relates to the plain form in another source."""
-        return (init_settings,)
+    def declared(cls) -> dict[str, Declared]:
+        """Field → its declaration, in the order of the documentation."""
+        return {each.name: each.metadata["declared"] for each in fields(cls)}  # type: ignore[arg-type]  # by __init_subclass__
 
     @classmethod
     def prefix_of_variables(cls) -> str:
-        """As ``AMQP_``."""
-        return cls.model_config.get("env_prefix", "")
+        """What the names of the variables begin with, for example ``AMQP_``."""
+        return cls._prefix
 
     @classmethod
     def variable(cls, name: str) -> str:
-        """The name outside: ``AMQP_URL`` for ``url``."""
-        return f"{cls.prefix_of_variables()}{name.upper()}"
+        """The name of the variable: ``AMQP_URL`` for the field ``url``."""
+        return f"{cls._prefix}{name.upper()}"
 
     @classmethod
     def file_forms(cls) -> dict[str, str]:
         """Field → the field that holds the path of its mounted file."""
-        return {name: f"{name}_file" for name in cls.model_fields if f"{name}_file" in cls.model_fields}
+        names = cls.declared()
+        return {name: f"{name}_file" for name in names if f"{name}_file" in names}
+
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Field and problem, where values that are valid alone exclude each other.
+
+        ``values`` lacks the fields that are invalid themselves: one complaint about them is enough.
+        """
+        return iter(())
 
     def reread(self) -> Self:
-        """The same settings with mounted secrets as they are now. Raises `SettingsError`."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set}
+        """The same settings with the mounted secrets as they are now. Raises `SettingsError`."""
+        texts: dict[str, str] = {}
         wrong: dict[str, str] = {}
         for name, file_field in self.file_forms().items():
-            if values.get(file_field) is not None:
-                read_mounted(type(self), name, values[file_field], values, wrong)
-        return build(type(self), values, wrong)
+            path = getattr(self, file_field)
+            if path is not None:
+                read_mounted(type(self), name, path, texts, wrong)
+        return build(type(self), texts, wrong, others=self)
 
 
-def read_secret_file(path: Path) -> SecretStr:
+def read_secret_file(path: Path) -> Secret:
     """What a mounted file holds, without its trailing newline. Raises `ValueError` with a text for people."""
     try:
         with path.open("rb") as file:
@@ -86,35 +128,53 @@ def read_secret_file(path: Path) -> SecretStr:
     text = re.sub(r"\r?\n\Z", "", content.decode())
     if not text:
         raise ValueError("is empty; write the secret into it")
-    return SecretStr(text)
+    return Secret(text)
 
 
-def read_mounted(group: type[Group], name: str, path: Path, values: dict[str, Any], wrong: dict[str, str]) -> None:
+def read_mounted(group: type[Group], name: str, path: Path, texts: dict[str, str], wrong: dict[str, str]) -> None:
+    """Puts the text of a mounted secret and its path into ``texts``, or what is wrong with it into ``wrong``."""
     file_field = group.file_forms()[name]
     try:
-        values |= {name: read_secret_file(path), file_field: path}
+        texts |= {name: read_secret_file(path).get_secret_value(), file_field: str(path)}
     except ValueError as error:
         wrong[name] = f"{group.variable(file_field)}: {error}"
 
 
-def build(group: type[G], values: Mapping[str, Any], wrong: Mapping[str, str]) -> G:
-    """The group; or all that was wrong before and every broken rule, in one `SettingsError`."""
-    found: list[ErrorDetails] = []
-    try:
-        made = group(**values)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-    # Raised outside the handler, or the traceback would carry pydantic's error and with it the values.
-    problems = [
-        *wrong.values(),
-        *(_problem(group, values, each) for each in found if each["loc"][0] not in wrong),
-    ]
+def build(group: type[G], texts: Mapping[str, str], wrong: Mapping[str, str], *, others: G | None = None) -> G:
+    """The group, made from the texts of its variables; the other fields are those of ``others``, or defaults.
+
+    Raises one `SettingsError` with ``wrong`` (field → problem) and every rule that is broken.
+    """
+    problems, values, file_forms = dict(wrong), {}, group.file_forms()
+
+    def variable(name: str) -> str:
+        """The variable that people set: the path of the mounted file, where the value came from one."""
+        return group.variable(file_forms[name] if file_forms.get(name) in texts else name)
+
+    for name, declared in group.declared().items():
+        if name in wrong:
+            continue
+        if name in texts:
+            try:
+                values[name] = declared.rule(texts[name])
+            except ValueError as error:
+                problems[name] = f"{variable(name)}: {error}"
+        elif others is not None:
+            values[name] = getattr(others, name)
+        elif declared.required:
+            either = f" (or {group.variable(file_forms[name])})" if name in file_forms else ""
+            problems[name] = f"{variable(name)}: is not set; set it{either}. {plain(declared.meaning)}"
+        else:
+            values[name] = declared.default
+    for name, problem in group.conflicts(values):
+        problems.setdefault(name, f"{variable(name)}: {problem}")
     if problems:
-        raise SettingsError(problems)
-    return made
+        raise SettingsError(problems.values())
+    return group(**values)
 
 
 def is_utf8(content: bytes) -> bool:
+    """Whether the bytes are UTF-8."""
     try:
         content.decode()
     except UnicodeDecodeError:
@@ -122,40 +182,6 @@ def is_utf8(content: bytes) -> bool:
     return True
 
 
-def _problem(group: type[Group], values: Mapping[str, Any], detail: ErrorDetails) -> str:
-    name = str(detail["loc"][0])
-    field, file_form = group.model_fields[name], group.file_forms().get(name)
-    if detail["type"] == "missing":
-        either = f" (or {group.variable(file_form)})" if file_form else ""
-        return f"{group.variable(name)}: is not set; set it{either}. {plain(field.description or '')}"
-    shown = file_form if file_form in values else name
-    if detail["type"] == "value_error":
-        return f"{group.variable(str(shown))}: {detail['ctx']['error']}"
-    return f"{group.variable(str(shown))}: must be {_expected(field)}"
-
-
-def _expected(field: FieldInfo) -> str:
-    """The rule of a field in words, from its type and bounds."""
-    kind = next((kind for kind in _alternatives(field.annotation) if kind is not types.NoneType), str)
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if kind is bool:
-        return "true or false"
-    if kind in (int, float):
-        return f"a {'whole ' if kind is int else ''}number {_bounds(field)}".rstrip()
-    longest = next((rule.max_length for rule in field.metadata if isinstance(rule, MaxLen)), None)
-    return f"text of at most {longest} characters" if longest else "text"
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-
-def _bounds(field: FieldInfo) -> str:
-    words = {Gt: "above {0.gt}", Ge: "of at least {0.ge}", Le: "and at most {0.le}"}
-    rules = {type(rule): rule for rule in field.metadata}
-    return " ".join(text.format(rules[kind]) for kind, text in words.items() if kind in rules)
-
-
 def plain(text: str) -> str:
+    """Documentation without its marks for code and its last full stop."""
     return text.replace("`", "").rstrip(".")

@@ -2,70 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import SettingsConfigDict
-
-from worker.core.topology import Names
+from worker.core.topology import Names, QueueType
 from worker.core.urls import is_loopback, split_amqp_urls
-from worker.settings.group import Group
-from worker.settings.rules import (
-    AmqpPrefix,
-    AmqpUrls,
-    BaseUrl,
-    Delays,
-    HeaderNames,
-    HeaderValue,
-    Host,
-    LogFormat,
-    LogLevel,
-    Member,
-    Merchant,
-    QueueType,
-    ReadableFile,
-    Seconds,
-    Signature,
-    UrlPath,
-    lower,
-)
+from worker.settings import rules
+from worker.settings.group import Group, Secret, setting
+
+Signature = Literal["hmac-sha512", "rsa-sha256", "rsa-sha256-no-token"]
+LogFormat = Literal["json", "console"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class AmqpSettings(Group):
+class AmqpSettings(Group, variables="AMQP_"):
     """The broker."""
 
-    model_config = SettingsConfigDict(env_prefix="AMQP_")
-
-    url: AmqpUrls = Field(
-        default=SecretStr("amqp://guest:guest@localhost:5672/%2F"),
-        description="One URL, or several separated by commas for the nodes of a cluster; `amqps://` for TLS.",
+    url: Secret = setting(
+        rules.amqp_urls,
+        "One URL, or several separated by commas for the nodes of a cluster; `amqps://` for TLS.",
+        default=Secret("amqp://guest:guest@localhost:5672/%2F"),
     )
-    url_file: Path | None = Field(default=None, description="Path of a mounted file that holds `AMQP_URL`.")
-    prefix: AmqpPrefix = Field(default="qris.expire", description="Prefix of every exchange and queue.")
-    queue_type: QueueType = Field(default="quorum", description="`quorum`, or `classic`.")
-    declare: bool = Field(
+    url_file: Path | None = setting(Path, "Path of a mounted file that holds `AMQP_URL`.", default=None)
+    prefix: str = setting(rules.amqp_prefix, "Prefix of every exchange and queue.", default="qris.expire")
+    queue_type: QueueType = setting(rules.one_of("quorum", "classic"), "`quorum`, or `classic`.", default="quorum")
+    declare: bool = setting(
+        rules.flag,
+        "`false`: somebody else declares the topology; the worker only verifies it and says what is missing.",
         default=True,
-        description="`false`: the topology is someone else's; verify it passively, say what is missing.",
     )
-    ca_file: ReadableFile | None = Field(
-        default=None,
-        description="CA certificates of the broker.",
-        json_schema_extra={"default": "the system's"},
+    ca_file: Path | None = setting(
+        rules.readable_file, "CA certificates of the broker.", default=None, shown="the system's"
     )
-    cert_file: ReadableFile | None = Field(default=None, description="Client certificate for mutual TLS.")
-    key_file: ReadableFile | None = Field(
-        default=None, validate_default=True, description="Private key of that certificate."
-    )
+    cert_file: Path | None = setting(rules.readable_file, "Client certificate for mutual TLS.", default=None)
+    key_file: Path | None = setting(rules.readable_file, "Private key of that certificate.", default=None)
 
-    @field_validator("key_file")
     @classmethod
-    def _pair(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if "cert_file" in info.data and (value is None) != (info.data["cert_file"] is None):
-            raise ValueError("goes together with AMQP_CERT_FILE; set both or neither")
-        return value
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """A certificate without its key, and the other way round."""
+        if {"cert_file", "key_file"} <= values.keys() and (values["cert_file"] is None) != (values["key_file"] is None):
+            yield "key_file", "goes together with AMQP_CERT_FILE; set both or neither"
 
     @property
     def names(self) -> Names:
@@ -77,172 +56,163 @@ class AmqpSettings(Group):
         return split_amqp_urls(self.url.get_secret_value())
 
 
-class GatewaySettings(Group):
+class GatewaySettings(Group, variables="GATEWAY_"):
     """The payment gateway."""
 
-    model_config = SettingsConfigDict(env_prefix="GATEWAY_")
-
-    allow_http: bool = Field(default=False, description="`true` allows plain http to other hosts than this one.")
-    base_url: BaseUrl = Field(
-        description="The gateway with its version, as `https://host/v1.0`; plain http only for loopback."
+    allow_http: bool = setting(rules.flag, "`true` allows plain http to other hosts than this one.", default=False)
+    base_url: str = setting(
+        rules.base_url, "The gateway with its version, as `https://host/v1.0`; plain http only for loopback."
     )
-    token_path: UrlPath = Field(
-        default="/access-token/b2b", description="Path of the token service, after the base URL."
+    token_path: str = setting(
+        rules.url_path, "Path of the token service, after the base URL.", default="/access-token/b2b"
     )
-    expire_path: UrlPath = Field(
-        default="/qr/qr-mpm-expire-billnumber", description="Path of the expire service, after the base URL."
+    expire_path: str = setting(
+        rules.url_path, "Path of the expire service, after the base URL.", default="/qr/qr-mpm-expire-billnumber"
     )
-    sign_path: UrlPath = Field(
+    sign_path: str = setting(
+        rules.url_path,
+        "Path that is signed, where it is not the one that is called.",
         default="",
-        validate_default=True,
-        description="Path that is signed, where it is not the one that is called.",
-        json_schema_extra={"default": "the same as `GATEWAY_EXPIRE_PATH`"},
+        shown="the same as `GATEWAY_EXPIRE_PATH`",
     )
-    client_id: HeaderValue = Field(description="The id given at onboarding.")
-    client_secret: SecretStr = Field(description="The secret given at onboarding.")
-    client_secret_file: Path | None = Field(
-        default=None, description="Path of a mounted file that holds `GATEWAY_CLIENT_SECRET`."
+    client_id: str = setting(rules.header_value, "The id given at onboarding.")
+    client_secret: Secret = setting(Secret, "The secret given at onboarding.")
+    client_secret_file: Path | None = setting(
+        Path, "Path of a mounted file that holds `GATEWAY_CLIENT_SECRET`.", default=None
     )
-    private_key_file: ReadableFile = Field(description="PEM file of the RSA private key, PKCS#8 or PKCS#1.")
-    private_key_passphrase: SecretStr | None = Field(default=None, description="Passphrase of that key, if it has one.")
-    private_key_passphrase_file: Path | None = Field(
-        default=None, description="Path of a mounted file that holds `GATEWAY_PRIVATE_KEY_PASSPHRASE`."
+    private_key_file: Path = setting(rules.readable_file, "PEM file of the RSA private key, PKCS#8 or PKCS#1.")
+    private_key_passphrase: Secret | None = setting(Secret, "Passphrase of that key, if it has one.", default=None)
+    private_key_passphrase_file: Path | None = setting(
+        Path, "Path of a mounted file that holds `GATEWAY_PRIVATE_KEY_PASSPHRASE`.", default=None
     )
-    channel_id: HeaderValue = Field(description="The merchant's channel id.")
-    channel_headers: HeaderNames = Field(
+    channel_id: str = setting(rules.header_value, "The merchant's channel id.")
+    channel_headers: tuple[str, ...] = setting(
+        rules.header_names,
+        "Headers that carry the channel id, separated by commas.",
         default=("CHANNEL-ID", "X-CHANNEL-ID"),
-        description="Headers that carry the channel id, separated by commas.",
     )
-    merchant_id: Merchant | None = Field(default=None, description="Merchant of the commands that carry none.")
-    signature: Signature = Field(
+    merchant_id: str | None = setting(rules.identifier, "Merchant of the commands that carry none.", default=None)
+    signature: Signature = setting(
+        rules.one_of("hmac-sha512", "rsa-sha256", "rsa-sha256-no-token"),
+        "How an expire is signed: `hmac-sha512`, `rsa-sha256` or `rsa-sha256-no-token`.",
         default="hmac-sha512",
-        description="How an expire is signed: `hmac-sha512`, `rsa-sha256` or `rsa-sha256-no-token`.",
     )
-    bill_field: Member = Field(
-        default="billnumber", description="Name of the bill in the gateway's body, or `billNumber`."
+    bill_field: str = setting(
+        rules.member, "Name of the bill in the gateway's body, or `billNumber`.", default="billnumber"
     )
-    timestamp_milliseconds: bool = Field(
-        default=True, description="`false` leaves the milliseconds out of `X-TIMESTAMP`."
+    timestamp_milliseconds: bool = setting(
+        rules.flag, "`false` leaves the milliseconds out of `X-TIMESTAMP`.", default=True
     )
-    connect_timeout_seconds: Seconds = Field(default=5, le=300, description="Longest wait for a connection.")
-    read_timeout_seconds: Seconds = Field(
-        default=20, le=600, description="Longest wait for a whole answer, body included."
+    connect_timeout_seconds: float = setting(rules.seconds(most=300), "Longest wait for a connection.", default=5)
+    read_timeout_seconds: float = setting(
+        rules.seconds(most=600), "Longest wait for a whole answer, body included.", default=20
     )
-    max_requests_per_second: float = Field(
+    max_requests_per_second: float = setting(
+        rules.number(least=0, most=100_000),
+        "Most expire calls in any second over the whole fleet, without bursts; 0 for no limit.",
         default=0,
-        ge=0,
-        le=100_000,
-        allow_inf_nan=False,
-        description="Most expire calls in any second, without bursts; 0 for no limit.",
     )
-    transport: Literal["bounded", "requests"] = Field(
-        "bounded",
-        description="`bounded`: our adapter; `requests`: its own, four times the CPU. A proxy always takes the latter.",
+    transport: Literal["bounded", "requests"] = setting(
+        rules.one_of("bounded", "requests"),
+        "`bounded`: our adapter; `requests`: its own, four times the CPU. A proxy always takes the latter.",
+        default="bounded",
     )
-    ca_file: ReadableFile | None = Field(
-        default=None,
-        description="CA certificates of the gateway.",
-        json_schema_extra={"default": "the system's"},
+    ca_file: Path | None = setting(
+        rules.readable_file, "CA certificates of the gateway.", default=None, shown="the system's"
     )
 
-    @field_validator("base_url")
+    def __post_init__(self) -> None:
+        """The path that is signed is the one that is called, unless it is set."""
+        if not self.sign_path:
+            object.__setattr__(self, "sign_path", self.expire_path)
+
     @classmethod
-    def _encrypted(cls, value: str, info: ValidationInfo) -> str:
-        parts = urlsplit(value)
-        allowed = info.data.get("allow_http", True)  # missing where it is itself invalid: one complaint is enough
-        if parts.scheme == "http" and not allowed and not is_loopback(parts.hostname or ""):
-            raise ValueError("plain http is only for loopback; use https, or set GATEWAY_ALLOW_HTTP=true")
-        return value
-
-    @field_validator("sign_path", mode="before")
-    @classmethod
-    def _as_called(cls, value: object, info: ValidationInfo) -> object:
-        return value if value != "" else info.data.get("expire_path", "/")
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Plain http to another host that is not allowed."""
+        url = urlsplit(values.get("base_url", ""))
+        if url.scheme == "http" and not values.get("allow_http", True) and not is_loopback(url.hostname or ""):
+            yield "base_url", "plain http is only for loopback; use https, or set GATEWAY_ALLOW_HTTP=true"
 
 
-class RetrySettings(Group):
-    """Repeating one command: rounds in process, and delayed rounds in the broker."""
+class RetrySettings(Group, variables="RETRY_"):
+    """How one command is retried: attempts in process, and delayed rounds in the broker."""
 
-    model_config = SettingsConfigDict(env_prefix="RETRY_")
-
-    max_attempts: int = Field(default=4, ge=1, le=100, description="Most calls in a round; all of them count.")
-    initial_seconds: Seconds = Field(default=0.5, le=60, description="First backoff; it doubles, with full jitter.")
-    max_seconds: Seconds = Field(default=8, le=300, description="Longest backoff between two calls.")
+    max_attempts: int = setting(rules.whole(least=1, most=100), "Most calls in a round; all of them count.", default=4)
+    initial_seconds: float = setting(
+        rules.seconds(most=60), "First backoff; it doubles, with full jitter.", default=0.5
+    )
+    max_seconds: float = setting(rules.seconds(most=300), "Longest backoff between two calls.", default=8)
     # The broker takes a command back that is unacked for 30 minutes; a round must end long before.
-    budget_seconds: Seconds = Field(default=20, le=900, description="Longest time that a round may take.")
-    delays_seconds: Delays = Field(
+    budget_seconds: float = setting(rules.seconds(most=900), "Longest time that a round may take.", default=20)
+    delays_seconds: tuple[int, ...] = setting(
+        rules.delays,
+        "Whole seconds before each delayed round, which waits in the broker; entries may repeat; `none` for none.",
         default=(30, 300, 1800),
-        description="Whole seconds before each delayed round, which waits in the broker; `none` for none.",
     )
 
-    @field_validator("max_seconds")
     @classmethod
-    def _ceiling(cls, value: float, info: ValidationInfo) -> float:
-        if value < info.data.get("initial_seconds", 0):
-            raise ValueError("must not be below RETRY_INITIAL_SECONDS")
-        return value
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """A longest backoff below the first one."""
+        if _below(values, "max_seconds", "initial_seconds"):
+            yield "max_seconds", "must not be below RETRY_INITIAL_SECONDS"
 
 
-class BreakerSettings(Group):
+class BreakerSettings(Group, variables="BREAKER_"):
     """When to stop calling a gateway that fails."""
 
-    model_config = SettingsConfigDict(env_prefix="BREAKER_")
-
-    failures: int = Field(
-        default=10, ge=1, le=10_000, description="Failures in a row, over all commands, that open it."
+    failures: int = setting(
+        rules.whole(least=1, most=10_000), "Failed attempts of a lane in a row that open its breaker.", default=10
     )
-    cooldown_seconds: Seconds = Field(default=15, le=3_600, description="Pause before the first probe; it doubles.")
-    max_cooldown_seconds: Seconds = Field(default=300, le=86_400, description="Longest pause between two probes.")
+    cooldown_seconds: float = setting(
+        rules.seconds(most=3_600), "Pause before the first probe; it doubles.", default=15
+    )
+    max_cooldown_seconds: float = setting(rules.seconds(most=86_400), "Longest pause between two probes.", default=60)
 
-    @field_validator("max_cooldown_seconds")
     @classmethod
-    def _ceiling(cls, value: float, info: ValidationInfo) -> float:
-        if value < info.data.get("cooldown_seconds", 0):
-            raise ValueError("must not be below BREAKER_COOLDOWN_SECONDS")
-        return value
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """A longest cooldown below the first one."""
+        if _below(values, "max_cooldown_seconds", "cooldown_seconds"):
+            yield "max_cooldown_seconds", "must not be below BREAKER_COOLDOWN_SECONDS"
 
 
-class WorkerSettings(Group):
+class WorkerSettings(Group, variables="WORKER_"):
     """How much is done at once."""
 
-    model_config = SettingsConfigDict(env_prefix="WORKER_")
-
-    concurrency: int = Field(default=32, ge=1, le=1024, description="Requests in flight per process.")
-    sweep_share: float = Field(
+    concurrency: int = setting(rules.whole(least=1, most=1024), "Requests in flight per process.", default=32)
+    sweep_share: float = setting(
+        rules.number(above=0, most=1),
+        "The most of them that the sweep lane may hold, rounded down.",
         default=0.75,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="The most of them that the sweep lane may hold, rounded down.",
     )
-    drain_seconds: Seconds = Field(default=25, le=3_600, description="From SIGTERM to a forced stop.")
-    processes: int = Field(default=1, ge=1, le=64, description="Processes under one parent.")
+    drain_seconds: float = setting(rules.seconds(most=3_600), "From SIGTERM to a forced stop.", default=25)
+    processes: int = setting(rules.whole(least=1, most=64), "Processes under one parent.", default=1)
 
 
-class MetricsSettings(Group):
+class MetricsSettings(Group, variables="METRICS_"):
     """Where metrics and health are served."""
 
-    model_config = SettingsConfigDict(env_prefix="METRICS_")
-
-    host: Host = Field(
-        default="0.0.0.0", description="Address of the status page `/`, `/metrics`, `/livez` and `/readyz`."
+    host: str = setting(
+        rules.host, "Address of the status page `/`, `/metrics`, `/livez` and `/readyz`.", default="0.0.0.0"
     )
-    port: int = Field(default=9108, ge=1, le=65_535, description="Their port.")
+    port: int = setting(rules.whole(least=1, most=65_535), "Their port.", default=9108)
 
 
-class LogSettings(Group):
+class LogSettings(Group, variables="LOG_"):
     """What is logged, and how."""
 
-    model_config = SettingsConfigDict(env_prefix="LOG_")
-
-    format: Annotated[LogFormat | None, BeforeValidator(lower)] = Field(
+    format: LogFormat | None = setting(
+        rules.one_of("json", "console"),
+        "`json` or `console`.",
         default=None,
-        description="`json` or `console`.",
-        json_schema_extra={"default": "`json`, `console` on a terminal"},
+        shown="`json`, `console` on a terminal",
     )
-    level: Annotated[LogLevel, BeforeValidator(lower)] = Field(
-        default="info", description="`debug`, `info`, `warning` or `error`."
+    level: LogLevel = setting(
+        rules.one_of("debug", "info", "warning", "error"), "`debug`, `info`, `warning` or `error`.", default="info"
     )
+
+
+def _below(values: Mapping[str, Any], longest: str, first: str) -> bool:
+    return {longest, first} <= values.keys() and bool(values[longest] < values[first])
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,12 +228,12 @@ class Settings:
     log: LogSettings
 
     def advice(self) -> list[str]:
-        """What is allowed and seldom meant, a line each: ``VARIABLE: what comes of it, what to do``."""
+        """What is allowed and seldom meant, a line each: ``VARIABLE: what follows from it, what to do``."""
         attempts, failures = self.retry.max_attempts, self.breaker.failures
         if failures > attempts:
             return []
         advice = (
-            f"BREAKER_FAILURES: {failures} is not above RETRY_MAX_ATTEMPTS, {attempts}: one bad bill pauses all; "
+            f"BREAKER_FAILURES: {failures} is not above RETRY_MAX_ATTEMPTS, {attempts}: one bad bill pauses its lane; "
             f"set it to {attempts + 1} or more"
         )
         return [advice]

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from dotenv.parser import parse_stream
-
 from worker.settings.group import Group, SettingsError, build, read_mounted
 from worker.settings.groups import GROUPS, Settings
 
@@ -39,7 +37,7 @@ def load(*groups: type[Group], environ: Variables = os.environ, env_file: Path |
     made: list[Group] = []
     for group in groups or GROUPS:
         try:
-            made.append(build(group, *_values(group, sources)))
+            made.append(build(group, *_texts(group, sources)))
         except SettingsError as error:
             problems += error.problems
     if problems:
@@ -55,13 +53,13 @@ def _set_ones(source: Variables) -> Variables:
 
 def _env_file(path: Path | None, problems: list[str]) -> Variables:
     """The variables as written: nothing is expanded, since a secret may well hold ``${``."""
-    if path is None:
+    if path is None or not os.path.lexists(path):
         return {}
+    from dotenv.parser import parse_stream
+
     try:
         with path.open(encoding="utf-8") as file:
             lines = list(parse_stream(file))
-    except FileNotFoundError:
-        return {}
     except OSError as error:
         problems.append(f"{path.name}: cannot be read ({error.strerror}); make it readable, or remove it")
         return {}
@@ -77,7 +75,7 @@ def _env_file(path: Path | None, problems: list[str]) -> Variables:
 
 
 def _unknown(groups: Iterable[type[Group]], sources: Iterable[Variables]) -> Iterator[str]:
-    known = {group.variable(name) for group in groups for name in group.model_fields}
+    known = {group.variable(name) for group in groups for name in group.declared()}
     prefixes = tuple(group.prefix_of_variables() for group in groups)
     for name in sorted({name for source in sources for name in source} - known):
         if name.startswith(prefixes):
@@ -91,12 +89,12 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]}?" if nearest else "remove it, no setting has a name like it"
 
 
-def _values(group: type[Group], sources: Iterable[Variables]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Field → value, and field → what is wrong with how it was given."""
-    values: dict[str, Any] = {}
+def _texts(group: type[Group], sources: Iterable[Variables]) -> tuple[dict[str, str], dict[str, str]]:
+    """Field → text, and field → what is wrong with how it was given."""
+    texts: dict[str, str] = {}
     wrong: dict[str, str] = {}
     files = group.file_forms()
-    for name in (name for name in group.model_fields if name not in files.values()):
+    for name in (name for name in group.declared() if name not in files.values()):
         variable, forms = group.variable(name), [name, *filter(None, [files.get(name)])]
         # The highest source that has either form settles it: a lower one's other form must not come back.
         given = next(filter(None, (_given(group, forms, source) for source in sources)), {})
@@ -105,10 +103,10 @@ def _values(group: type[Group], sources: Iterable[Variables]) -> tuple[dict[str,
         elif not all(_is_encodable(value) for value in given.values()):
             wrong[name] = f"{variable}: is not UTF-8 text; correct its encoding"
         elif name in given:
-            values[name] = given[name]
+            texts[name] = given[name]
         elif given:
-            read_mounted(group, name, Path(given[files[name]]), values, wrong)
-    return values, wrong
+            read_mounted(group, name, Path(given[files[name]]), texts, wrong)
+    return texts, wrong
 
 
 def _given(group: type[Group], names: Iterable[str], source: Variables) -> dict[str, str]:

@@ -1,27 +1,37 @@
-"""What values may be. No message repeats one: it may be a secret in the wrong variable."""
+"""What values may be: functions that make a value from the text of a variable.
+
+Each raises `ValueError` with a text for people. The text never repeats the value, since that may be a secret in the
+wrong variable.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
-
-from worker.core.command import is_identifier
+from worker.core.command import IDENTIFIER_RULE, is_identifier
 from worker.core.urls import amqp_url_problem, base_url_problem, is_host, is_path, split_amqp_urls
+from worker.settings.group import Secret
+
+N = TypeVar("N", int, float)
 
 MAX_DELAY_SECONDS: Final = 7 * 86_400
-"""A delayed round beyond a week would outlive whoever could still act on its outcome."""
+"""A command that waits longer than a week would outlive the people who could still act on its outcome."""
 
 MAX_DELAYS: Final = 20
 """Each delay is a queue for every lane."""
 
-
+_FLAGS: Final = {
+    **dict.fromkeys(("true", "1", "yes", "on", "t", "y"), True),
+    **dict.fromkeys(("false", "0", "no", "off", "f", "n"), False),
+}
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")  # RFC 9110, 5.6.2
 _HEADER_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?\Z")
-_MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 
 _OWN_HEADERS: Final = frozenset(
     {
@@ -43,53 +53,136 @@ _OWN_HEADERS: Final = frozenset(
 )
 
 
-def _amqp_prefix(value: str) -> str:
-    if not _PREFIX.match(value):
+# -- any setting
+
+
+def flag(text: str) -> bool:
+    """``true`` or ``false``; the usual other words for them are taken as well."""
+    try:
+        return _FLAGS[text.strip().lower()]
+    except KeyError:
+        raise ValueError("must be true or false") from None
+
+
+def number(*, above: float | None = None, least: float | None = None, most: float) -> Callable[[str], float]:
+    """A finite number within bounds: above ``above`` or at least ``least``, and at most ``most``."""
+    return _bounded(float, "a number", above, least, most)
+
+
+def whole(*, least: int, most: int) -> Callable[[str], int]:
+    """A whole number from ``least`` to ``most``."""
+    return _bounded(int, "a whole number", None, least, most)
+
+
+def _bounded(kind: type[N], words: str, above: float | None, least: float | None, most: float) -> Callable[[str], N]:
+    lowest = f"above {above}" if above is not None else f"of at least {least}"
+    said = f"must be {words} {lowest} and at most {most}"
+
+    def rule(text: str) -> N:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(said) from None
+        high_enough = value > above if above is not None else least is None or value >= least
+        if not (math.isfinite(value) and high_enough and value <= most):
+            raise ValueError(said)
+        return value
+
+    return rule
+
+
+def seconds(*, most: float) -> Callable[[str], float]:
+    """Seconds, fractions allowed, above zero."""
+    return number(above=0, most=most)
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """One of these words, in upper or lower case."""
+
+    def rule(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return text.lower()
+
+    return rule
+
+
+def readable_file(text: str) -> Path:
+    """The path of a regular file that can be opened."""
+    path = Path(text)
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("is not a regular file; give the path of one")
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise ValueError("no such file; mount it, or correct the path") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror}); make it readable, or correct the path") from None
+    return path
+
+
+# -- the broker
+
+
+def amqp_prefix(text: str) -> str:
+    """What a queue's name can begin with."""
+    if len(text) > 100:
+        raise ValueError("must be text of at most 100 characters")
+    if not _PREFIX.match(text):
         raise ValueError("must be letters, digits, '.', '_' and '-', beginning with a letter or digit")
-    if value.startswith("amq."):
+    if text.startswith("amq."):
         raise ValueError("must not begin with 'amq.', which the broker keeps for itself")
-    return value
+    return text
 
 
-def _amqp_urls(value: SecretStr) -> SecretStr:
-    urls = split_amqp_urls(value.get_secret_value())
-    for number, url in enumerate(urls, 1):
+def amqp_urls(text: str) -> Secret:
+    """One URL or several; a secret, since they hold a password."""
+    urls = split_amqp_urls(text)
+    for count, url in enumerate(urls, 1):
         problem = amqp_url_problem(url)
         if problem:
-            raise ValueError(problem if len(urls) == 1 else f"URL {number} of {len(urls)} {problem}")
-    return value
+            raise ValueError(problem if len(urls) == 1 else f"URL {count} of {len(urls)} {problem}")
+    return Secret(text)
 
 
-def _base_url(value: str) -> str:
-    problem = base_url_problem(value)
+# -- the gateway, and where we are reached
+
+
+def host(text: str) -> str:
+    """An address or a host name."""
+    if not is_host(text):
+        raise ValueError("must be an address or a host name")
+    return text
+
+
+def base_url(text: str) -> str:
+    """The base of an HTTP service, without a trailing slash."""
+    problem = base_url_problem(text)
     if problem:
         raise ValueError(problem)
-    return value.rstrip("/")
+    return text.rstrip("/")
 
 
-def _url_path(value: str) -> str:
-    if not is_path(value):
+def url_path(text: str) -> str:
+    """An absolute path."""
+    if not is_path(text):
         raise ValueError("must be a path that begins with '/', without query or fragment")
-    return value
+    return text
 
 
-def _host(value: str) -> str:
-    if not is_host(value):
-        raise ValueError("must be an address or a host name")
-    return value
-
-
-def _header_value(value: str) -> str:
-    if not _HEADER_VALUE.match(value):
+def header_value(text: str) -> str:
+    """What can be sent as the value of a header, exactly as it is."""
+    if not _HEADER_VALUE.match(text):
         raise ValueError("must be printable ASCII without blanks around it, since it is sent as a header")
-    return value
+    return text
 
 
-def _header_names(value: object) -> object:
-    names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-    if not isinstance(names, tuple) or not names or not all(_TOKEN.match(str(name)) for name in names):
+def header_names(text: str) -> tuple[str, ...]:
+    """Names of headers, separated by commas, none of them one that the worker sets itself."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(_TOKEN.match(name) for name in names):
         raise ValueError("must be names of HTTP headers, separated by commas")
-    lowered = [str(name).lower() for name in names]
+    lowered = [name.lower() for name in names]
     if len(set(lowered)) < len(lowered):
         raise ValueError("names a header twice; name each once")
     if not _OWN_HEADERS.isdisjoint(lowered):
@@ -97,68 +190,35 @@ def _header_names(value: object) -> object:
     return names
 
 
-def _merchant(value: str) -> str:
-    if not is_identifier(value):
-        raise ValueError("must be 1 to 64 printable ASCII characters without blanks")
-    return value
+def identifier(text: str) -> str:
+    """A bill number or a merchant id."""
+    if not is_identifier(text):
+        raise ValueError(f"must be {IDENTIFIER_RULE}")
+    return text
 
 
-def _member(value: str) -> str:
-    if not _MEMBER.match(value) or value == "additionalInfo":
-        raise ValueError("must be the name of a JSON field, as billnumber or billNumber")
-    return value
+def member(text: str) -> str:
+    """The name of the bill's field in the gateway's JSON."""
+    if not _MEMBER.match(text) or text == "additionalInfo":
+        raise ValueError("must be the name of a JSON field, for example billnumber or billNumber")
+    return text
 
 
-def _delays(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if value.strip().lower() == "none":
+# -- retrying
+
+
+def delays(text: str) -> tuple[int, ...]:
+    """Whole seconds before each delayed round; ``none`` for no delayed rounds. Entries may repeat."""
+    if text.strip().lower() == "none":
         return ()
-    texts = [text.strip() for text in value.split(",")]
-    if not all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts):
-        raise ValueError("must be whole seconds separated by commas, as 30,300,1800, or none")
-    return tuple(int(text) for text in texts)
-
-
-def _increasing(value: tuple[int, ...]) -> tuple[int, ...]:
-    if any(later <= earlier for earlier, later in zip((0, *value), value, strict=False)):
-        raise ValueError("must be above 0 and increase from entry to entry")
-    if value and value[-1] > MAX_DELAY_SECONDS:
+    texts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in texts):
+        raise ValueError("must be whole seconds separated by commas, for example 30,300,1800, or none")
+    values = tuple(map(int, texts))
+    if any(later < earlier for earlier, later in zip((1, *values), values, strict=False)):
+        raise ValueError("must be above 0 and must not decrease from entry to entry")
+    if values[-1] > MAX_DELAY_SECONDS:
         raise ValueError(f"must not go beyond {MAX_DELAY_SECONDS} seconds, a week")
-    if len(value) > MAX_DELAYS:
+    if len(values) > MAX_DELAYS:
         raise ValueError(f"must have at most {MAX_DELAYS} entries, since each is a queue for every lane")
-    return value
-
-
-def _readable(value: Path) -> Path:
-    try:
-        if value.exists() and not value.is_file():
-            raise ValueError("is not a regular file; give the path of one")
-        value.open("rb").close()
-    except FileNotFoundError:
-        raise ValueError("no such file; mount it, or correct the path") from None
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror}); make it readable, or correct the path") from None
-    return value
-
-
-def lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
-
-
-AmqpPrefix = Annotated[str, Field(max_length=100), AfterValidator(_amqp_prefix)]
-AmqpUrls = Annotated[SecretStr, AfterValidator(_amqp_urls)]
-BaseUrl = Annotated[str, AfterValidator(_base_url)]
-UrlPath = Annotated[str, AfterValidator(_url_path)]
-Host = Annotated[str, AfterValidator(_host)]
-HeaderValue = Annotated[str, AfterValidator(_header_value)]
-HeaderNames = Annotated[tuple[str, ...], BeforeValidator(_header_names)]
-Merchant = Annotated[str, AfterValidator(_merchant)]
-Member = Annotated[str, Field(max_length=64), AfterValidator(_member)]
-Delays = Annotated[tuple[int, ...], BeforeValidator(_delays), AfterValidator(_increasing)]
-ReadableFile = Annotated[Path, AfterValidator(_readable)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-QueueType = Literal["quorum", "classic"]
-Signature = Literal["hmac-sha512", "rsa-sha256", "rsa-sha256-no-token"]
-LogFormat = Literal["json", "console"]
-LogLevel = Literal["debug", "info", "warning", "error"]
+    return values

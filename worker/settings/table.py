@@ -4,40 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pydantic import (
-    SecretStr,
-)
-from pydantic.fields import FieldInfo
-
-from worker.settings.group import Group
+from worker.settings.group import Declared, Group, Secret
 from worker.settings.groups import GROUPS
 
 
 def reference(groups: Iterable[type[Group]] = GROUPS) -> list[tuple[str, str, str]]:
     """Variable, default and meaning of every setting, in Markdown, as the README shows them."""
     return [
-        (group.variable(name), _default(field), field.description or "")
+        (group.variable(name), _default(declared), declared.meaning)
         for group in groups
-        for name, field in group.model_fields.items()
+        for name, declared in group.declared().items()
     ]
 
 
-def _default(field: FieldInfo) -> str:
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and "default" in extra:
-        return str(extra["default"])
-    if field.is_required():
+def _default(declared: Declared) -> str:
+    if declared.shown is not None:
+        return declared.shown
+    if declared.required:
         return "required"
-    value = field.default
-    if value is None:
-        return ""
-    return f"`{_written(value)}`"
+    return "" if declared.default is None else f"`{_written(declared.default)}`"
 
 
 def _written(value: object) -> str:
     """A default as one would write it in the environment."""
     match value:
-        case SecretStr():
+        case Secret():
             return value.get_secret_value()
         case bool():
             return str(value).lower()

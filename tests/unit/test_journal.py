@@ -229,6 +229,59 @@ def test_load_that_is_not_kept_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [new]
 
 
+def test_log_of_a_journal_that_was_moved_away_is_not_applied_to_the_next(make: Make, tmp_path: Path) -> None:
+    """A killed process leaves its latest changes in a file beside the journal, and SQLite would apply them to any."""
+
+    script = (
+        "import os; from pathlib import Path; from worker.shells.journal import Journal; "
+        f"journal = Journal(Path({str(make(3).path)!r})); journal.published(3); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
+    path = tmp_path / f"{BATCH.id}.db"
+    log = path.with_name(f"{path.name}-wal").read_bytes()
+    assert log
+    path.replace(tmp_path / "moved.db")
+
+    assert make(5).tally().unsent == 5
+
+    kept = [each for each in tmp_path.glob(f"{path.name}-wal.*.old") if each.read_bytes() == log]
+    assert len(kept) == 1
+
+
+def test_files_are_their_owners_alone(make: Make, tmp_path: Path) -> None:
+    """Journal, lock and report can be read by nobody else, whatever the umask."""
+
+    before = os.umask(0)
+    try:
+        journal = make(1)
+        journal.published(1)
+        with lock(journal.path), replacing(tmp_path / "out.csv") as file:
+            file.write("x")
+    finally:
+        os.umask(before)
+
+    files = list(tmp_path.iterdir())
+    assert {each.name for each in files} >= {"b-1.db", "b-1.db-wal", "b-1.lock", "out.csv"}
+    assert {each.stat().st_mode & 0o777 for each in files} == {0o600}
+
+
+def test_links_are_not_followed(make: Make, tmp_path: Path) -> None:
+    """A link in the place of a lock or a report does not lead elsewhere what is written."""
+
+    path, precious = make(1).path, tmp_path / "precious"
+    precious.write_text("kept")
+    path.with_suffix(".lock").symlink_to(precious)
+    (tmp_path / "out.csv").symlink_to(precious)
+
+    with pytest.raises(JournalError, match="lock"), lock(path):
+        pass
+    with replacing(tmp_path / "out.csv") as file:
+        file.write("report")
+
+    assert precious.read_text() == "kept"
+    assert (tmp_path / "out.csv").read_text() == "report"
+
+
 @pytest.mark.parametrize("content", [b"", b"not a database at all, whatever its name says" * 100])
 def test_file_that_is_no_journal_is_named(tmp_path: Path, content: bytes) -> None:
     """One line with the path."""

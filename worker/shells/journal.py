@@ -33,11 +33,17 @@ from worker.core.sweep import (
     unfinished,
 )
 
+PRIVATE: Final = 0o600
+"""Journals, locks and reports name bills and merchants: they are their owner's alone."""
 SUFFIX: Final = ".db"
 LOCK: Final = ".lock"
 LOADING: Final = ".loading-"
+_BESIDE: Final = ("-wal", "-shm", "-journal")
+"""Files that SQLite keeps beside a database, and applies to whatever database lies there under that name."""
 ABANDONED: Final = 86_400.0
 """Seconds after which a load that never became a batch is what a killed process left behind."""
+
+MOVE_AWAY: Final = "move it away together with the files beside it whose names begin with its name"
 
 _FORMAT: Final = 1
 _CHUNK: Final = 500
@@ -240,7 +246,7 @@ class Journal:
             values = dict(self._db.execute("SELECT name, value FROM facts").fetchall())
         if values.get("format") != _FORMAT:
             raise JournalError(
-                f"{self.path}: not a journal of this version; move it away, or use the version that wrote it"
+                f"{self.path}: not a journal of this version; use the version that wrote it, or {MOVE_AWAY}"
             )
         return Facts(
             Batch(values["batch"], values["size"]),
@@ -276,6 +282,7 @@ class Load:
         self._path = directory / f"{LOADING}{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
         with _translated(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, PRIVATE))
             self._db = _connect(str(self._path))
             # Nothing of it counts before it is kept, and then it is flushed as a whole.
             self._db.execute("PRAGMA journal_mode = OFF")
@@ -322,6 +329,7 @@ class Load:
             self._db.commit()
             self._db.close()
             _flush(self._path)
+            _set_aside(path)
             self._path.replace(path)
             _flush(path.parent)
 
@@ -340,21 +348,31 @@ def lock(path: Path) -> Iterator[None]:
     A file of its own: SQLite has locks of its own on the journal.
     """
     name = path.with_suffix(LOCK)
-    with _translated(name):
-        file = name.open("a+")
-    with closing(file):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(20).strip() or "?"
-            raise JournalError(
-                f"batch {path.stem} is in the hands of process {holder}; let it end, or stop it with ctrl-C"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with _locked(name, path.stem) as number:
+        os.ftruncate(number, 0)
+        os.pwrite(number, str(os.getpid()).encode(), 0)
         yield
+
+
+@contextmanager
+def _locked(name: Path, batch: str) -> Iterator[int]:
+    """The descriptor of the lock file, locked. A file that was deleted between opening and locking locks nothing."""
+    while True:
+        with _translated(name):
+            number = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if name.stat().st_ino == os.fstat(number).st_ino:
+                    yield number
+                    return
+        except BlockingIOError:
+            holder = os.pread(number, 20, 0).decode(errors="replace").strip() or "?"
+            raise JournalError(
+                f"batch {batch} is in the hands of process {holder}; let it end, or stop it with ctrl-C"
+            ) from None
+        finally:
+            os.close(number)
 
 
 def journals(directory: Path) -> list[Path]:
@@ -376,8 +394,8 @@ def prune(directory: Path, days: float, now: float) -> Iterator[str]:
             with closing(Journal(path, read_only=True)) as journal:
                 if unfinished(journal.facts, journal.tally()):
                     continue
-            for suffix in (SUFFIX, f"{SUFFIX}-wal", f"{SUFFIX}-shm", LOCK):
-                path.with_suffix(suffix).unlink(missing_ok=True)
+            for each in (*(path.with_name(path.name + suffix) for suffix in _BESIDE), path, path.with_suffix(LOCK)):
+                each.unlink(missing_ok=True)
             yield path.stem
 
 
@@ -392,9 +410,10 @@ def clean(directory: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
     """A text file that takes ``path``'s place when all is written: whoever reads it never sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
+        with os.fdopen(number, "w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -411,6 +430,16 @@ def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
     db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     db.execute("PRAGMA synchronous = FULL")
     return db
+
+
+def _set_aside(path: Path) -> None:
+    """Keeps what a journal that was moved away left behind from being applied to the new one. It is kept for whoever
+    needs the moved journal: its latest changes are in there."""
+    for suffix in _BESIDE:
+        left = path.with_name(path.name + suffix)
+        if left.exists():
+            left.replace(path.with_name(f"{path.name}{suffix}.{secrets.token_hex(4)}.old"))
+    _flush(path.parent)
 
 
 def _put(db: sqlite3.Connection, values: dict[str, object]) -> None:
@@ -449,5 +478,5 @@ def _remedy(error: sqlite3.Error | OSError) -> str:
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return "give a directory as --state-dir"
     if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return "it is no journal any more: move it away, or give --state-dir"
+        return f"it is no journal any more: {MOVE_AWAY}, or give --state-dir"
     return "see whether its disk is full or read-only, or give --state-dir"

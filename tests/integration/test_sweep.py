@@ -271,6 +271,7 @@ def test_file_of_another_kind_is_one_clear_line(desk: Desk, at_once: Call, conte
         ["bills.csv", "--merchant-id", "a b"],
         ["bills.csv", "--direct", "--republish"],
         ["bills.csv", "--report", "no/where.csv"],
+        ["bills.csv", "--report", "."],
     ],
 )
 def test_wrong_call_is_one_line(desk: Desk, at_once: Call, arguments: list[str]) -> None:
@@ -281,6 +282,80 @@ def test_wrong_call_is_one_line(desk: Desk, at_once: Call, arguments: list[str])
     code, lines = at_once(*arguments)
 
     assert (code, len(lines)) == (2, 1), lines
+
+
+@pytest.mark.parametrize("how", ["the same name", "another spelling", "a link", "a hard link"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_report_never_replaces_the_input(desk: Desk, at_once: Call, how: str, force: list[str]) -> None:
+    """Under whatever name it is given, and with --force as well: exit code 2, and the input is as it was."""
+
+    bills = desk.directory / desk.file(2)
+    content, other = bills.read_bytes(), desk.directory / "other.csv"
+    if how == "a link":
+        other.symlink_to(bills)
+    elif how == "a hard link":
+        other.hardlink_to(bills)
+    name = {"the same name": "bills.csv", "another spelling": f"../{desk.directory.name}/bills.csv"}.get(
+        how, "other.csv"
+    )
+
+    code, lines = at_once("bills.csv", "--report", name, *force)
+
+    assert (code, "is the input itself" in lines[0]) == (2, True), lines
+    assert bills.read_bytes() == content
+
+
+def test_report_never_replaces_the_input_that_is_piped_in(desk: Desk) -> None:
+    """`sweep - < bills.csv` reads a file all the same."""
+
+    bills = desk.directory / desk.file(2)
+    content = bills.read_bytes()
+    with bills.open("rb") as stdin:
+        done = subprocess.run(
+            [sys.executable, "-m", "worker", "sweep", "-", "--report", "bills.csv", "--force"],
+            env={**desk.environment, "AMQP_URL": NOBODY},
+            cwd=desk.directory,
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    assert (done.returncode, "is the input itself" in done.stderr) == (2, True)
+    assert bills.read_bytes() == content
+
+
+def test_report_replaces_only_what_it_wrote_itself(desk: Desk, declared: Rabbit) -> None:
+    """A file of somebody else, or a report that somebody has worked on, is left as it is without --force."""
+
+    name, out = desk.file(2), desk.directory / "out.csv"
+    call = ("sweep", name, "--batch-id", "b", "--report", "out.csv")
+    out.write_text("somebody's own")
+
+    refused = desk(*call)
+    assert (refused.returncode, out.read_text()) == (2, "somebody's own")
+    assert "out.csv exists already; name another file, or replace it with --force" in refused.stderr
+    assert declared.depth(desk.names.queue("sweep")) == 0
+
+    assert desk(*call, "--force").returncode == 0
+    assert len(desk.report()) == 2
+    assert desk(*call).returncode == 0
+    out.write_text(out.read_text() + "a note\n")
+    assert desk(*call).returncode == 2
+    assert "a note" in out.read_text()
+
+
+def test_report_never_replaces_the_journal(desk: Desk) -> None:
+    """Not with --force either."""
+
+    desk("sweep", desk.file(2), "--batch-id", "b", AMQP_URL=NOBODY)
+    (journal,) = (desk.directory / "state").rglob("b.db")
+
+    done = desk("sweep", "--follow", "b", "--report", str(journal), "--force", AMQP_URL=NOBODY)
+
+    assert (done.returncode, "is the journal of this batch" in done.stderr) == (2, True)
+    assert desk.published("b") == 0
 
 
 def test_dry_run_shows_what_would_go(desk: Desk) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from worker import signals
-from worker.cli import INTERRUPTED, INVALID, Trouble
+from worker.cli import INTERRUPTED, INVALID, Trouble, report
 from worker.cli.batches import STATE_DIR_HELP, journal_path, open_journal, print_tally, state_directory
 from worker.cli.intake import Input, batch, take_in
 from worker.core.words import plural
@@ -39,6 +38,7 @@ class _Wish:
     wait: bool
     follow: str | None
     report: Path | None
+    force: bool
     skip_invalid: bool
     dry_run: bool
     direct: bool
@@ -62,6 +62,7 @@ def sweep(
     report: Annotated[
         Path | None, typer.Option(metavar="OUT.csv", help="At the end, write a line for each bill to this file.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that --report names, if it exists.")] = False,
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Go on without the rows that cannot be used.")
     ] = False,
@@ -100,6 +101,7 @@ def sweep(
         wait=wait,
         follow=follow,
         report=report,
+        force=force,
         skip_invalid=skip_invalid,
         dry_run=dry_run,
         direct=direct,
@@ -107,6 +109,10 @@ def sweep(
         allow_rejected=allow_rejected,
         state_dir=state_dir,
     )
+    return _run(wish)
+
+
+def _run(wish: _Wish) -> int:
     _check(wish)
     settings = _settings(wish)
     amqp = settings.amqp if wish.direct else settings
@@ -118,6 +124,8 @@ def sweep(
         with _journal(wish, directory, settings) as journal:
             if journal is None:
                 return 0
+            if wish.report is not None:
+                report.check_existing(wish.report, journal, force=wish.force)
             try:
                 return _direct(wish, settings, journal) if wish.direct else _publish(wish, amqp, journal)
             except KeyboardInterrupt:
@@ -135,10 +143,8 @@ def _check(wish: _Wish) -> None:
         raise Trouble("--direct publishes nothing; leave out --republish", code=INVALID)
     if wish.merchant_id is not None and not is_identifier(wish.merchant_id):
         raise Trouble(f"--merchant-id must be {IDENTIFIER_RULE}", code=INVALID)
-    if wish.report is not None and not wish.report.absolute().parent.is_dir():
-        raise Trouble(
-            f"{wish.report.parent} is no directory; correct --report, the report would have no place", code=INVALID
-        )
+    if wish.report is not None:
+        report.check_place(wish.report, wish.file)
 
 
 def _settings(wish: _Wish) -> Any:
@@ -256,7 +262,7 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
         _take_late(amqp, journal)
     after = journal.tally()
     if wish.report is not None:
-        _write_report(journal, wish.report)
+        report.write(journal, wish.report)
     if not follow:
         _say_published(amqp, journal, before, after)
         return 0
@@ -356,7 +362,7 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
         if ended is not Ended.DONE:
             return _interrupted(wish, journal)
     if wish.report is not None:
-        _write_report(journal, wish.report)
+        report.write(journal, wish.report)
     return _conclude(wish, journal, journal.tally())
 
 
@@ -375,18 +381,6 @@ def _conclude(wish: _Wish, journal: Journal, tally: Tally) -> int:
     return 0 if tally.all_expired or (wish.allow_rejected and tally.all_final) else 1
 
 
-def _write_report(journal: Journal, path: Path) -> None:
-    """One line for each bill, from the journal; the file appears whole."""
-    from worker.core.sweep import REPORT_COLUMNS, report_row
-    from worker.shells.journal import replacing
-
-    facts = journal.facts
-    with replacing(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(REPORT_COLUMNS)
-        writer.writerows(report_row(facts.batch.id, row, facts.published) for row in journal.rows())
-
-
 def _interrupted(wish: _Wish, journal: Journal) -> int:
     for line in _afterwards(wish, journal):
         print(f"qris-expire: {line}", file=sys.stderr)
@@ -401,6 +395,7 @@ def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
     again += ["--direct"] if wish.direct else []
     again += ["--allow-rejected"] if wish.allow_rejected else []
     again += ["--report", str(wish.report)] if wish.report is not None else []
+    again += ["--force"] if wish.force else []
     again += ["--state-dir", str(wish.state_dir)] if wish.state_dir is not None else []
     sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if wish.direct else 'published'}"
     return [

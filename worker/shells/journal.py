@@ -179,6 +179,21 @@ class Journal:
                     tally.unsent += count
         return tally
 
+    def files(self) -> list[Path]:
+        """The journal and what lies beside it."""
+        beside = [self.path.with_name(self.path.name + suffix) for suffix in _BESIDE]
+        return [self.path, *beside, self.path.with_suffix(LOCK)]
+
+    def has_written(self, report: Path) -> None:
+        """This report is ours, as long as it stays as it is."""
+        self._state(report=_mark(report))
+
+    def wrote(self, report: Path) -> bool:
+        """Whether it is the report that this batch wrote last, unchanged."""
+        with _translated(self.path):
+            found = self._db.execute("SELECT value FROM facts WHERE name = 'report'").fetchone()
+        return found is not None and found[0] == _mark(report)
+
     def rows(self) -> Iterator[sqlite3.Row]:
         """Every bill with all that is known, in the order of the input."""
         with _translated(self.path):
@@ -394,7 +409,8 @@ def prune(directory: Path, days: float, now: float) -> Iterator[str]:
             with closing(Journal(path, read_only=True)) as journal:
                 if unfinished(journal.facts, journal.tally()):
                     continue
-            for each in (*(path.with_name(path.name + suffix) for suffix in _BESIDE), path, path.with_suffix(LOCK)):
+                files = journal.files()
+            for each in files:
                 each.unlink(missing_ok=True)
             yield path.stem
 
@@ -455,6 +471,15 @@ def _progress(text: str | None) -> Progress:
         return Progress()
     round_, attempts, external_ids, *rest = json.loads(text)
     return Progress(round_, attempts, tuple(external_ids), *rest)
+
+
+def _mark(report: Path) -> str | None:
+    """What tells a file from another one there, and from itself once it was changed."""
+    try:
+        status = report.lstat()
+    except OSError:
+        return None
+    return json.dumps([str(report.absolute()), status.st_ino, status.st_size, status.st_mtime_ns])
 
 
 def _flush(path: Path) -> None:

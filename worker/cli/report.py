@@ -1,0 +1,68 @@
+"""The file that `sweep --report` writes: where it may go, and what stands in it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker.cli import INVALID, Trouble
+
+if TYPE_CHECKING:
+    from worker.shells.journal import Journal
+
+
+def check_place(report: Path, source: str | None) -> None:
+    """That a report can be written there, and that it is not the input. ``source``: a path, ``-`` or None.
+
+    Raises `Trouble`.
+    """
+    if not report.absolute().parent.is_dir():
+        raise Trouble(f"the directory {report.parent} does not exist; correct --report", code=INVALID)
+    if report.is_dir() or report.name in ("", ".", ".."):
+        raise Trouble(f"--report {report} is a directory; name a file", code=INVALID)
+    if source is not None and _same_file(source, report):
+        raise Trouble(f"--report {report} is the input itself, and would replace it; name another file", code=INVALID)
+
+
+def check_existing(report: Path, journal: Journal, *, force: bool) -> None:
+    """That no file is replaced but a report that this batch wrote and nobody changed since, or one that ``force``
+    gives up. The journal and its files are never replaced. Raises `Trouble`."""
+    if not os.path.lexists(report):
+        return
+    if any(_same(report, each) for each in journal.files()):
+        raise Trouble(f"--report {report} is the journal of this batch; name another file", code=INVALID)
+    if not force and not journal.wrote(report):
+        raise Trouble(f"--report {report} exists already; name another file, or replace it with --force", code=INVALID)
+
+
+def write(journal: Journal, report: Path) -> None:
+    """One line for each bill, from the journal; the file appears whole."""
+    from worker.core.sweep import REPORT_COLUMNS, report_row
+    from worker.shells.journal import replacing
+
+    facts = journal.facts
+    with replacing(report) as file:
+        writer = csv.writer(file)
+        writer.writerow(REPORT_COLUMNS)
+        writer.writerows(report_row(facts.batch.id, row, facts.published) for row in journal.rows())
+    journal.has_written(report)
+
+
+def _same_file(source: str, report: Path) -> bool:
+    if source != "-":
+        return _same(Path(source), report)
+    try:
+        return os.path.samestat(os.fstat(sys.stdin.fileno()), report.stat())
+    except (OSError, ValueError):  # no such report yet, or no standard input
+        return False
+
+
+def _same(one: Path, other: Path) -> bool:
+    """The same file, by whatever name: links of both kinds, and the spellings that a file system takes for one."""
+    try:
+        return os.path.samestat(one.stat(), other.stat())
+    except OSError:
+        return one.absolute() == other.absolute()

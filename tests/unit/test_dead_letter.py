@@ -189,6 +189,7 @@ def test_fresh_start_of_the_brokers_own() -> None:
         **properties["headers"],
         "x-death": [death()],
         "x-delivery-count": 3,
+        "x-acquired-count": 4,
         "x-first-death-queue": "p.sweep",
         "x-last-death-reason": "delivery_limit",
         "CC": ["elsewhere"],

@@ -356,12 +356,12 @@ def test_dangerous_properties() -> None:
     delivery = builders.delivery(
         user_id="guest",
         expiration="1",
-        headers={"CC": ["x"], "BCC": ["y"], "x-death": [{}], "x-delivery-count": 3, "x-mine": 1},
+        headers={"CC": ["x"], "BCC": ["y"], "x-death": [{}], "x-delivery-count": 3, "x-acquired-count": 4, "x-mine": 1},
     )
 
     for message in every_message(delivery):
         assert not {"user_id", "expiration"} & set(message.properties)
-        assert not {"CC", "BCC", "x-death", "x-delivery-count"} & set(message.properties["headers"])
+        assert not {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"} & set(message.properties["headers"])
     assert dead_letter(NAMES, delivery, builders.outcome()).properties["headers"]["x-mine"] == 1
 
 

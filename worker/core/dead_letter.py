@@ -17,7 +17,17 @@ from typing import Any, Final
 
 from worker.core import jakarta
 from worker.core.command import parse, parse_rfc3339
-from worker.core.delivery import ATTEMPTS, HOP, LAST_CODE, PROGRESS_HEADERS, Message, Properties, receive, text
+from worker.core.delivery import (
+    ATTEMPTS,
+    BROKER_HEADERS,
+    HOP,
+    LAST_CODE,
+    PROGRESS_HEADERS,
+    Message,
+    Properties,
+    receive,
+    text,
+)
 from worker.core.lanes import LANES
 from worker.core.topology import Names
 
@@ -34,8 +44,7 @@ MAX_DETAIL: Final = 300
 AGES: Final = (("1 h", 3600.0), ("1 day", 86_400.0), ("7 days", 7 * 86_400.0))
 """Dead letters are counted by age up to these seconds, and beyond."""
 
-_NOT_CARRIED: Final = (*OUR_HEADERS, *PROGRESS_HEADERS, "CC", "BCC", "x-death", "x-delivery-count")
-_BROKER_FAMILIES: Final = ("x-first-death-", "x-last-death-")
+_NOT_CARRIED: Final = (*OUR_HEADERS, *PROGRESS_HEADERS, "CC", "BCC")
 _CARRIED: Final = (
     "content_type",
     "content_encoding",
@@ -273,7 +282,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_carried(name: str) -> bool:
-    return name not in _NOT_CARRIED and not name.startswith(_BROKER_FAMILIES)
+    return name not in _NOT_CARRIED and not name.startswith(BROKER_HEADERS)
 
 
 def _deaths(headers: Mapping[str, Any]) -> list[Mapping[str, Any]]:

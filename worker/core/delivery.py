@@ -38,7 +38,8 @@ PROGRESS_HEADERS: Final = (ROUND, ATTEMPTS, EXTERNAL_IDS, EFFECT_UNKNOWN, RECEIV
 
 BATCH_ID: Final = "batch-id"
 CARRIED_HEADERS: Final = (BATCH_ID, "traceparent")
-_BROKER_HEADERS: Final = ("x-death", "x-delivery-count", "x-first-death-", "x-last-death-")
+BROKER_HEADERS: Final = ("x-death", "x-delivery-count", "x-acquired-count", "x-first-death-", "x-last-death-")
+"""How the names of the headers begin that RabbitMQ writes itself, up to 4.3; a copy of ours does not carry them."""
 
 
 class Properties(Protocol):
@@ -195,7 +196,7 @@ def _kept(delivery: Delivery, ours: Mapping[str, Any], message_id: str) -> dict[
     headers = {
         name: value
         for name, value in delivery.headers.items()
-        if name not in PROGRESS_HEADERS and name not in ("CC", "BCC") and not str(name).startswith(_BROKER_HEADERS)
+        if name not in PROGRESS_HEADERS and name not in ("CC", "BCC") and not str(name).startswith(BROKER_HEADERS)
     }
     if _size(headers) > MAX_HEADER_BYTES:
         headers = _carried(headers)

@@ -12,7 +12,7 @@ from requests.adapters import BaseAdapter
 
 from worker.shells.amqp.connection import new_loop
 from worker.shells.fibers import Fibers
-from worker.shells.transport import BoundedAdapter
+from worker.shells.transport import BoundedAdapter, Proxy
 
 
 @contextmanager
@@ -32,10 +32,10 @@ def running_fibers() -> Iterator[Fibers]:
 class FiberAdapter(BaseAdapter):
     """The bounded adapter, whose calls run in a fiber each and wait for the loop."""
 
-    def __init__(self, fibers: Fibers, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, fibers: Fibers, context: ssl.SSLContext | None = None, *, proxy: Proxy | None = None) -> None:
         super().__init__()
         self._fibers = fibers
-        self._adapter = BoundedAdapter(context, fibers)
+        self._adapter = BoundedAdapter(context, fibers, proxy)
 
     def send(self, *arguments: Any, **options: Any) -> requests.Response:
         """See `BoundedAdapter`."""

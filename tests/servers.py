@@ -30,6 +30,7 @@ from worker.core.signing import load_private_key, signer, token_signature
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
 from worker.shells.gateway import Endpoint, GatewayClient, Grant, timestamp
+from worker.shells.transport import trust
 
 PATIENT: Final = 30.0  # seconds for what comes, on a loaded machine too
 
@@ -283,31 +284,48 @@ class Authority:
 
     def trust(self) -> ssl.SSLContext:
         """A client's context that trusts this authority and no other."""
-        return ssl.create_default_context(cafile=self.file)
+        return trust(self.file)
 
-    def server(self, *names: str) -> ssl.SSLContext:
-        """A server's context with a certificate for these names and addresses."""
+    def server(
+        self, *names: str, common_name_only: bool = False, expired: bool = False, wants_client: bool = False
+    ) -> ssl.SSLContext:
+        """A server's context with a certificate for these names and addresses; ``wants_client``: it asks for a client
+        certificate of this authority."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self.issue(*names, common_name_only=common_name_only, expired=expired))
+        if wants_client:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self.file)
+        return context
+
+    def issue(self, *names: str, common_name_only: bool = False, expired: bool = False) -> tuple[Path, Path]:
+        """The files of a new certificate and of its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         identity = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
+        builder = _certificate(subject, self._name, key.public_key(), expired=expired)
+        if not common_name_only:
+            alternatives = x509.SubjectAlternativeName([_alternative(name) for name in names])
+            builder = builder.add_extension(alternatives, critical=False)
         certificate = (
-            _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])]), self._name, key.public_key())
-            .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(identity, critical=False)
             .sign(self._key, hashes.SHA256())
         )
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        file = self._folder / f"{x509.random_serial_number():x}.pem"
-        file.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file)
-        return context
+        stem = self._folder / f"{x509.random_serial_number():x}"
+        certificate_file, key_file = stem.with_suffix(".pem"), stem.with_suffix(".key")
+        certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        key_file.write_bytes(private)
+        return certificate_file, key_file
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, *, expired: bool = False
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC) - timedelta(days=9 if expired else 0)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

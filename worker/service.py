@@ -34,13 +34,11 @@ from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
 from worker.shells.clock import SystemClock
 from worker.shells.credentials import KEPT, Credentials, CredentialsError
-from worker.shells.fibers import SLOW as FIBERS_SLOW
-from worker.shells.fibers import Event, Fibers, Lock, Offloaded
-from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxies_for, timestamp
+from worker.shells.fibers import Event, Fibers, Lock
+from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxy_for, timestamp
 from worker.shells.http import Health, HealthServer, ListenError
 from worker.shells.metrics import Metrics
 from worker.shells.pool import Pool
-from worker.shells.stock import StockAdapter
 from worker.shells.telemetry import Telemetry
 from worker.shells.tokens import TokenStore
 from worker.shells.transport import BLOCKING, BoundedAdapter
@@ -202,8 +200,6 @@ def serve(settings: Settings) -> int:
     )
     for advice in settings.advice():
         log.warning("settings.advice", reason=advice)
-    if FIBERS_SLOW is not None:
-        log.warning("fibers.slow", reason=FIBERS_SLOW, action="make greenlet loadable: libstdc++6, or a wheel for it")
     try:
         worker.pool.start()
         worker.engine.start(worker.pool)
@@ -366,14 +362,10 @@ def transport(
     """The adapter for the gateway, proxies resolved once; without ``fibers`` its calls block their thread. Raises
     `CredentialsError` for a proxy that cannot be used."""
     try:
-        proxies = proxies_for(gateway.base_url, environ)
+        proxy = proxy_for(gateway.base_url, environ)
     except ValueError as error:
         raise CredentialsError(str(error)) from None
-    if not proxies and gateway.transport == "bounded":
-        return lambda context: BoundedAdapter(context, fibers or BLOCKING)
-    if fibers is None:
-        return lambda context: StockAdapter(context, proxies)
-    return lambda context: Offloaded(fibers, StockAdapter(context, proxies))
+    return lambda context: BoundedAdapter(context, fibers or BLOCKING, proxy)
 
 
 def partner(gateway: GatewaySettings) -> Partner:

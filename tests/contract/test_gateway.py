@@ -36,9 +36,8 @@ from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 from worker.sandbox.simulator import Fault, Script, Simulator
 from worker.shells import gateway as shell
-from worker.shells.gateway import DEFAULT_LIFETIME, MAX_LIFETIME, GatewayClient, proxies_for
-from worker.shells.stock import StockAdapter
-from worker.shells.transport import BoundedAdapter
+from worker.shells.gateway import DEFAULT_LIFETIME, MAX_LIFETIME, GatewayClient, proxy_for
+from worker.shells.transport import BoundedAdapter, Proxy
 
 Build = Callable[..., GatewayClient]
 
@@ -361,14 +360,13 @@ def test_a_date_that_is_none_is_passed_over(client_for: Build, probe: RecordingP
 # -- trust and senders ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [BoundedAdapter, StockAdapter], ids=["bounded", "stock"])
-def test_a_rotated_authority_takes_effect_with_the_next_call(client_for: Build, tmp_path: Path, kind: Any) -> None:
+def test_a_rotated_authority_takes_effect_with_the_next_call(client_for: Build, tmp_path: Path) -> None:
     """A new context means a new connection, and the old one is closed; the same context keeps it."""
     ours, theirs = Authority("ours", tmp_path), Authority("theirs", tmp_path)
     contexts = [ours.trust()]
 
     with serving(always(answer(b"{}")), tls=ours.server("127.0.0.1")) as server:
-        client = client_for(base_of(server), lambda: contexts[-1], kind)
+        client = client_for(base_of(server), lambda: contexts[-1])
         kept = [client.send(signed()) for _ in range(3)], server.connections
         contexts.append(ours.trust())
         renewed = client.send(signed()), server.connections
@@ -423,27 +421,29 @@ GATEWAY = "https://api.gateway.example/v1.0"
 @pytest.mark.parametrize(
     ("environ", "found"),
     [
-        ({}, {}),
-        ({"HTTPS_PROXY": "http://p:3128"}, {"https": "http://p:3128"}),
-        ({"https_proxy": "http://small:1", "HTTPS_PROXY": "http://p:3128"}, {"https": "http://small:1"}),
-        ({"ALL_PROXY": "http://p:3128"}, {"https": "http://p:3128"}),
-        ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:3128"}, {"https": "http://p:3128"}),
-        ({"HTTPS_PROXY": "p:3128"}, {"https": "p:3128"}),
-        ({"HTTPS_PROXY": "https://p"}, {"https": "https://p"}),
-        ({"HTTP_PROXY": "http://p:3128"}, {}),
-        ({"HTTPS_PROXY": ""}, {}),
-        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "gateway.example"}, {}),
-        ({"HTTPS_PROXY": "http://p:3128", "no_proxy": ".gateway.example, other"}, {}),
-        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "*"}, {}),
-        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "way.example"}, {"https": "http://p:3128"}),
-        ({"HTTPS_PROXY": "socks5://p:1080", "NO_PROXY": "gateway.example"}, {}),
+        ({}, None),
+        ({"HTTPS_PROXY": "http://p:3128"}, Proxy("p", 3128)),
+        ({"https_proxy": "http://small:1", "HTTPS_PROXY": "http://p:3128"}, Proxy("small", 1)),
+        ({"ALL_PROXY": "http://p:3128"}, Proxy("p", 3128)),
+        ({"ALL_PROXY": "http://all:1", "HTTPS_PROXY": "http://p:3128"}, Proxy("p", 3128)),
+        ({"HTTPS_PROXY": "p:3128"}, Proxy("p", 3128)),
+        ({"HTTPS_PROXY": "http://p"}, Proxy("p", 80)),
+        ({"HTTPS_PROXY": "http://user:p%40ss@p:3128"}, Proxy("p", 3128, "Basic dXNlcjpwQHNz")),
+        ({"HTTPS_PROXY": "http://[::1]:3128"}, Proxy("::1", 3128)),
+        ({"HTTP_PROXY": "http://p:3128"}, None),
+        ({"HTTPS_PROXY": ""}, None),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "gateway.example"}, None),
+        ({"HTTPS_PROXY": "http://p:3128", "no_proxy": ".gateway.example, other"}, None),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "*"}, None),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "way.example"}, Proxy("p", 3128)),
+        ({"HTTPS_PROXY": "socks5://p:1080", "NO_PROXY": "gateway.example"}, None),
     ],
-    ids=lambda value: " ".join(value) or "none",
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_the_proxy_is_the_environments(environ: dict[str, str], found: dict[str, str]) -> None:
+def test_the_proxy_is_the_environments(environ: dict[str, str], found: Proxy | None) -> None:
     """By the gateway's scheme, then for all, unless its host is excepted."""
 
-    assert proxies_for(GATEWAY, environ) == found
+    assert proxy_for(GATEWAY, environ) == found
 
 
 @pytest.mark.parametrize("excepted", ["10.0.0.0/8", "10.1.2.3"])
@@ -451,15 +451,15 @@ def test_an_address_can_be_excepted_with_its_network(excepted: str) -> None:
     """NO_PROXY takes addresses and networks."""
     proxy = {"HTTPS_PROXY": "http://p:3128"}
 
-    assert proxies_for("https://10.1.2.3/v1.0", {**proxy, "NO_PROXY": excepted}) == {}
-    assert proxies_for("https://11.1.2.3/v1.0", {**proxy, "NO_PROXY": excepted}) == {"https": "http://p:3128"}
+    assert proxy_for("https://10.1.2.3/v1.0", {**proxy, "NO_PROXY": excepted}) is None
+    assert proxy_for("https://11.1.2.3/v1.0", {**proxy, "NO_PROXY": excepted}) == Proxy("p", 3128)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8080/v1.0", "http://localhost/v1.0", "http://[::1]:8080/v1.0"])
 def test_this_machine_is_never_behind_a_proxy(url: str) -> None:
     """A simulator is called directly, whatever the machine's environment says."""
 
-    assert proxies_for(url, {"HTTP_PROXY": "http://p:3128", "ALL_PROXY": "http://p:3128"}) == {}
+    assert proxy_for(url, {"HTTP_PROXY": "http://p:3128", "ALL_PROXY": "http://p:3128"}) is None
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,15 @@ def test_this_machine_is_never_behind_a_proxy(url: str) -> None:
 def test_a_proxy_that_cannot_be_spoken_to_is_refused_by_name(proxy: str) -> None:
     """One line, the variable first, and never its value."""
     with pytest.raises(ValueError, match=r"\AHTTPS_PROXY: must be [^\n]*\Z") as refused:
-        proxies_for(GATEWAY, {"HTTPS_PROXY": proxy})
+        proxy_for(GATEWAY, {"HTTPS_PROXY": proxy})
+
+    assert "hush" not in str(refused.value)
+
+
+def test_tls_to_a_proxy_is_refused_by_name() -> None:
+    """What goes through the tunnel is encrypted anyway, and the error says what to write instead."""
+    with pytest.raises(ValueError, match=r"\AHTTPS_PROXY: TLS to a proxy is not supported.*http://\Z") as refused:
+        proxy_for(GATEWAY, {"HTTPS_PROXY": "https://user:hush@p:3128"})
 
     assert "hush" not in str(refused.value)
 
@@ -479,7 +487,7 @@ def test_asking_for_the_proxy_leaves_the_environment_as_it_was(monkeypatch: pyte
     monkeypatch.setenv("HTTPS_PROXY", "http://ours:1")
     before = dict(os.environ)
 
-    assert proxies_for(GATEWAY, {"HTTPS_PROXY": "http://theirs:1"}) == {"https": "http://theirs:1"}
+    assert proxy_for(GATEWAY, {"HTTPS_PROXY": "http://theirs:1"}) == Proxy("theirs", 1)
     assert dict(os.environ) == before
 
 

@@ -1,6 +1,7 @@
 """Every row of the verdict table, through the real client: what comes over the wire, and what is made of it.
 
-Written from the gateway's document, section 4. Each row runs through both transports.
+Written from the gateway's document, section 4. Rows run once, in fibers as in the worker; that threads and fibers read
+the same answers is test_transport's fact.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import ssl
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,8 +35,6 @@ from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Script, Simulator
 from worker.shells.fibers import Fibers
 from worker.shells.gateway import GatewayClient
-from worker.shells.stock import StockAdapter
-from worker.shells.transport import BoundedAdapter
 
 IMPATIENT = 0.25
 """Seconds for what does not come."""
@@ -163,19 +161,13 @@ def fibers() -> Iterator[Fibers]:
         yield running
 
 
-@pytest.fixture(params=["bounded", "fibers", "stock"])
-def transport(request: pytest.FixtureRequest, fibers: Fibers) -> Iterator[Transport]:
-    """Makes adapters of one kind, and closes them afterwards."""
-    kinds: dict[str, Callable[..., BaseAdapter]] = {
-        "bounded": BoundedAdapter,
-        "fibers": partial(FiberAdapter, fibers),
-        "stock": StockAdapter,
-    }
-    kind = kinds[request.param]
+@pytest.fixture
+def transport(fibers: Fibers) -> Iterator[Transport]:
+    """Makes adapters, and closes them afterwards."""
     made: list[BaseAdapter] = []
 
     def build(context: ssl.SSLContext | None) -> BaseAdapter:
-        made.append(kind(context))
+        made.append(FiberAdapter(fibers, context))
         return made[-1]
 
     yield build

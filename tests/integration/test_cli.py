@@ -74,7 +74,7 @@ def only_line(text: str) -> str:
 # --- help
 
 
-HEAVY = {"cryptography", "greenlet", "httptools", "pika", "prometheus_client", "pydantic", "requests", "structlog"}
+HEAVY = {"cryptography", "greenlet", "pika", "prometheus_client", "pydantic", "requests", "structlog"}
 """Packages that take longer to import than all that `--help` needs."""
 
 

@@ -6,34 +6,23 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import Any
 
 import pytest
-import requests
+import structlog
 from pika.adapters.select_connection import _PollerBase
-from requests.adapters import BaseAdapter
 
 from tests.fibers import running_fibers
 from tests.waiting import wait_until
-from worker.shells import baton
 from worker.shells import fibers as fibers_module
-from worker.shells.fibers import Event, Fibers, Lock, NoThread, Offloaded
-from worker.shells.transport import NotSent
+from worker.shells.fibers import STANDSTILL, Event, Fibers, Lock, NoThread
 
 SOON = 20.0  # seconds: far more than a loaded machine needs
 NEVER = 3600.0
 POLL_SECONDS = 60.0  # the longest that pika's loop waits for anything, where a test says so: a loaded machine is faster
-
-
-@pytest.fixture(params=["greenlets", "threads with a baton"], autouse=True)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What fibers are made of; all facts hold for both."""
-    if request.param != "greenlets":
-        monkeypatch.setattr(fibers_module, "greenlet", baton.greenlet)
-        monkeypatch.setattr(fibers_module, "getcurrent", baton.getcurrent)
-    return str(request.param)
 
 
 @pytest.fixture
@@ -66,12 +55,10 @@ def test_only_one_runs_at_a_time(fibers: Fibers) -> None:
     assert most == [1]
 
 
-def test_greenlets_share_the_loop_s_thread(fibers: Fibers, kind: str) -> None:
-    """Batons are passed between threads of their own."""
+def test_all_run_on_the_loop_s_thread(fibers: Fibers) -> None:
+    """None has a thread of its own."""
 
-    threads = set(together(fibers, *[threading.get_ident] * 50))
-
-    assert (threads == {fibers._thread}) is (kind == "greenlets")
+    assert set(together(fibers, *[threading.get_ident] * 50)) == {fibers._thread}
 
 
 def test_a_sleep_is_one_fiber_s(fibers: Fibers) -> None:
@@ -357,36 +344,142 @@ def test_who_is_ready_between_two_turns_waits_for_nothing(monkeypatch: pytest.Mo
     assert took < POLL_SECONDS / 2
 
 
-class Foreign(BaseAdapter):
-    """An adapter that blocks its thread."""
-
-    def send(self, request: requests.PreparedRequest, **_: object) -> requests.Response:  # type: ignore[override]
-        """The thread's name as an answer."""
-        response = requests.Response()
-        response.reason = threading.current_thread().name
-        return response
-
-    def close(self) -> None:
-        """Nothing."""
+# -- the clock --------------------------------------------------------------------------------------------------------
 
 
-def test_a_foreign_adapter_runs_in_a_helper(fibers: Fibers) -> None:
-    """So that its waits block nobody else."""
-    adapter = Offloaded(fibers, Foreign())
-
-    response = fibers.ask(lambda: adapter.send(requests.PreparedRequest(), timeout=(1, 1))).result(SOON)
-
-    assert response.reason.startswith("helper")
+def stand_still(seconds: float) -> None:
+    """What nothing on the loop's thread may do."""
+    time.sleep(seconds)
 
 
-def test_a_foreign_adapter_without_a_thread_sends_nothing(fibers: Fibers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is what it says, in its own way."""
-    adapter = Offloaded(fibers, Foreign())
+def test_time_in_which_the_loop_stood_still_does_not_count(fibers: Fibers) -> None:
+    """The loop's clock goes with the monotonic one, but for a standstill."""
 
-    def send() -> None:
-        with monkeypatch.context() as exhausted:
-            exhausted.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(NotSent, match="can't start new thread"):
-                adapter.send(requests.PreparedRequest(), timeout=(1, 1))
+    def measure() -> tuple[float, float, float]:
+        Event(fibers).wait(0.0)
+        began, moment, frozen = time.monotonic(), fibers.now(), fibers.frozen
+        stand_still(2 * STANDSTILL)
+        passed = fibers.now() - moment
+        return time.monotonic() - began, passed, fibers.frozen - frozen
 
-    together(fibers, send)
+    real, passed, frozen = fibers.ask(measure).result(SOON)
+
+    assert frozen >= 2 * STANDSTILL
+    assert real - passed == pytest.approx(frozen, abs=0.1)
+
+
+def test_a_deadline_moves_by_the_time_that_the_loop_stood_still(fibers: Fibers) -> None:
+    """What others were given no time for is no time-out of theirs."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+
+    def read() -> bytes:
+        fibers.watch(ours)
+        deadline = fibers.now() + 10.0
+        while True:
+            try:
+                return ours.recv(100)
+            except BlockingIOError:
+                fibers.wait(ours, select.POLLIN, deadline)
+
+    waits = fibers.ask(read)
+    wait_until(lambda: fibers._waiting, SOON, "it waits")
+    fibers._looked_at -= 3600.0  # as after an hour in which the process was stopped
+    wait_until(lambda: fibers.frozen > 3599.0, SOON, "the loop has noticed")
+    theirs.send(b"in time")
+
+    assert waits.result(SOON) == b"in time"
+    ours.close()
+    theirs.close()
+
+
+def test_what_has_come_is_seen_before_the_deadline_is(fibers: Fibers) -> None:
+    """Data and deadline in the same turn: the data counts."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+
+    def late() -> None:
+        stand_still(0.4)
+        theirs.send(b"here")
+
+    def read() -> bytes:
+        fibers.watch(ours)
+        fibers.wait(ours, select.POLLIN, fibers.now() + SOON)  # a new socket can be written to, which is news as well
+        deadline = fibers.now() + 0.2
+        fibers.soon(late)
+        fibers.wait(ours, select.POLLIN, deadline)
+        return ours.recv(100)
+
+    assert together(fibers, read) == [b"here"]
+    ours.close()
+    theirs.close()
+
+
+def test_a_call_s_deadline_moves_as_well(fibers: Fibers) -> None:
+    """A name that is looked up while the process is stopped has not timed out."""
+    release = threading.Event()
+
+    def work() -> str:
+        def thaw() -> None:
+            fibers._looked_at -= 3600.0
+            release.set()
+
+        fibers.loop.call_later(0.05, thaw)
+        return fibers.call(lambda: "found" if release.wait(SOON) else "", fibers.now() + 30.0)
+
+    assert together(fibers, work) == ["found"]
+
+
+def test_what_blocks_the_loop_is_named(fibers: Fibers) -> None:
+    """One line with the seconds and the culprit; a fiber is told by its function and by where it waits afterwards."""
+
+    def sinner() -> None:
+        stand_still(1.5 * STANDSTILL)
+        pause(fibers)
+
+    def callback() -> None:
+        stand_still(1.5 * STANDSTILL)
+
+    with structlog.testing.capture_logs() as lines:
+        together(fibers, sinner)
+        fibers.soon(callback)
+        wait_until(lambda: len(blockings(lines)) == 2, SOON, "both are told")
+
+    by_fiber, by_callback = blockings(lines)
+    assert "sinner" in by_fiber["by"]
+    assert "callback" in by_callback["by"]
+    assert by_callback["seconds"] >= 1.5 * STANDSTILL
+
+
+def test_a_fiber_that_blocks_after_a_wait_is_named(fibers: Fibers) -> None:
+    """By the function that it was begun with, and the line where it waits now."""
+    over = Event(fibers)
+
+    def sinner() -> None:
+        pause(fibers)
+        stand_still(1.5 * STANDSTILL)
+        over.wait(SOON)
+
+    with structlog.testing.capture_logs() as lines:
+        fibers.spawn(sinner)
+        wait_until(lambda: blockings(lines), SOON, "it is told")
+    over.set()
+
+    (line,) = blockings(lines)
+    assert line["by"].count("sinner") == 2
+
+
+def test_a_loop_that_turns_tells_of_nothing(fibers: Fibers) -> None:
+    """A wait is no blocking, however many fibers wait; a stalled machine's standstills are shorter than all of it."""
+    with structlog.testing.capture_logs() as lines:
+        together(fibers, *[lambda: Event(fibers).wait(4 * STANDSTILL)] * 20)
+
+    assert sum(line["seconds"] for line in blockings(lines)) < 4 * STANDSTILL
+
+
+def pause(fibers: Fibers) -> None:
+    Event(fibers).wait(0.01)
+
+
+def blockings(lines: Sequence[MutableMapping[str, Any]]) -> list[MutableMapping[str, Any]]:
+    return [line for line in lines if line["event"] == "loop.blocked"]

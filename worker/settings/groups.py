@@ -112,11 +112,6 @@ class GatewaySettings(Group, variables="GATEWAY_"):
         "Most expire calls in any second over the whole fleet, without bursts; 0 for no limit.",
         default=0,
     )
-    transport: Literal["bounded", "requests"] = setting(
-        rules.one_of("bounded", "requests"),
-        "`bounded`: our adapter; `requests`: its own, four times the CPU. A proxy always takes the latter.",
-        default="bounded",
-    )
     ca_file: Path | None = setting(
         rules.readable_file, "CA certificates of the gateway.", default=None, shown="the system's"
     )

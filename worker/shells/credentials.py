@@ -12,6 +12,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from worker.core.signing import KeyUnusable, Sign, load_private_key, signer, token_signature
+from worker.shells.transport import trust
 
 if TYPE_CHECKING:
     from worker.settings import GatewaySettings
@@ -119,7 +120,7 @@ def _load(settings: GatewaySettings) -> _Loaded:
     context = None
     if settings.base_url.startswith("https"):
         try:
-            context = ssl.create_default_context(cafile=settings.ca_file)
+            context = trust(settings.ca_file)
         except (ssl.SSLError, OSError):
             raise CredentialsError("GATEWAY_CA_FILE: holds no CA certificate in PEM") from None
     return _Loaded(key, signer(settings.signature, settings.client_secret.get_secret_value(), key), context)

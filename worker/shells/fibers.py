@@ -1,11 +1,24 @@
-"""Senders without threads: each is a fiber, and all run on the thread of the broker's loop.
+"""Fibers: the worker's one piece of unusual machinery. All senders run on one thread, and none blocks another.
 
-A command spends its life waiting for the gateway. With a thread for each wait, one thread hands the interpreter lock to
-another ten times per command, and the system has to wake it (measured on a quiet machine, side by side: 0.31 ms of CPU
-per command with 32 threads, 0.23 with 32 fibers, at 1.5 times the rate). A fiber is a function that can stand still in
-the middle (greenlet): it is written like a thread and waits like a coroutine, so requests, tenacity and the use case
-stay what they are. The price: whatever blocks without asking `Fibers` blocks everything, so names and foreign adapters
-go to `Fibers.call`.
+Why it exists. A command spends its life waiting for the gateway. With a thread for each wait, one thread hands the
+interpreter lock to another ten times for each command, and the system has to wake it (measured side by side: 0.31 ms of
+CPU for a command with 32 threads, 0.23 ms with 32 fibers, at 1.5 times the rate). A fiber is a function that can stand
+still in the middle (greenlet). It is written like a thread and waits like a coroutine, so requests, tenacity and the
+use case stay what they are, and the broker's library, which wants one thread, runs on the same one.
+
+How to read it. `Fibers.turn` is the whole scheduler: it lets pika's loop look at the broker and at the timers, then
+runs whatever has become ready. A fiber that has to wait asks for a `resumption`, gives it to whoever will call it, and
+calls `park`; everything else here (`wait`, `call`, `Event`, `Lock`) is made of these two. Sockets of the gateway are
+watched by one epoll, which pika's loop watches as one more descriptor.
+
+What must not block. Anything that waits without asking `Fibers` stops every sender and the broker's heartbeats: name
+look-ups, reading files that may hang, ``time.sleep``, ``threading`` locks that are held for long. What has to block
+goes to `Fibers.call`, which gives it a thread. If something blocks all the same, the log says ``loop.blocked`` and
+names it.
+
+The clock. A process can be stopped (SIGSTOP, a frozen virtual machine) and the loop can be blocked. Time in which no
+fiber could run is no time that the gateway was given, so deadlines count by `Fibers.now`, a clock that stood still
+meanwhile; and the socket is always looked at before a deadline is believed (`worker.shells.transport`).
 """
 
 from __future__ import annotations
@@ -22,21 +35,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
-import requests
-from requests.adapters import BaseAdapter
+import structlog
+from greenlet import getcurrent, greenlet
 
-from worker.shells.transport import NotSent
+log = structlog.get_logger()
 
-SLOW: str | None = None
-"""Why fibers are threads here; None where they are greenlets."""
-try:
-    from greenlet import getcurrent, greenlet
-except ImportError as error:
-    from worker.shells.baton import getcurrent, greenlet
-
-    SLOW = str(error)
-
+_LONGEST_WAIT: Final = 3600.0  # seconds; a timer takes no infinity
+_BLOCKED: Final = "nothing that blocks may run on the loop's thread; report it, unless the process was stopped"
 TICK: Final = 0.1  # seconds between two looks for waits that are over: their deadlines are kept as exactly as that
+STANDSTILL: Final = 0.5
+"""Seconds without a look at the clock, which is looked at every tick: more, and the loop stood still. The log says so,
+and no deadline or budget counts that time."""
 
 T = TypeVar("T")
 
@@ -55,7 +64,8 @@ class Loop(Protocol):
 
 
 class NoThread(OSError):
-    """What blocks was not begun. Trouble of the system's, like a network's: no bug, and over when that is."""
+    """The system has no thread for a call that would block, so the call was not begun. Like a network failure: no bug,
+    and it passes."""
 
 
 class Fibers:
@@ -63,10 +73,15 @@ class Fibers:
 
     Sockets are watched edge-triggered from the first to the last moment, which saves two system calls per wait. So a
     fiber has to try first and to wait only when the try would have blocked, or when it cannot have been answered yet.
+
+    ``frozen``: seconds in which the loop stood still, all together.
     """
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
+        self.frozen = 0.0
+        self._told = 0.0
+        self._looked_at = time.monotonic()
         self._ready: deque[Callable[[], object]] = deque()
         self._sockets = select.epoll()
         self._waiting: dict[int, tuple[greenlet, float]] = {}
@@ -75,6 +90,7 @@ class Fibers:
     def start(self) -> None:
         """The loop's thread begins."""
         self._thread = threading.get_ident()
+        self._looked_at = time.monotonic()
         self.loop.activate_poller()
         self.loop.add_handler(self._sockets.fileno(), self._look, select.POLLIN)
         self._tick()
@@ -85,9 +101,21 @@ class Fibers:
         if ready:  # they do not wait for anything, but the loop looks at the broker first: nobody may keep it from that
             self.loop.add_callback_threadsafe(_nothing)
         self.loop.poll()
+        self._after(self.loop.poll)
         self.loop.process_timeouts()
+        self._after(self.loop.process_timeouts)
         for _ in range(len(ready)):
-            ready.popleft()()
+            callback = ready.popleft()
+            callback()
+            self._after(callback)
+
+    def now(self) -> float:
+        """Seconds by a monotonic clock that stands still while the loop does. On the loop's thread."""
+        at = time.monotonic()
+        if at - self._looked_at > STANDSTILL:
+            self.frozen += at - self._looked_at
+        self._looked_at = at
+        return at - self.frozen
 
     def run(self, stopped: Callable[[], bool]) -> None:
         """All of it, for a thread that has nothing else to do: until ``stopped``, which is asked every tick."""
@@ -103,7 +131,7 @@ class Fibers:
 
     def spawn(self, work: Callable[[], None]) -> None:
         """``work`` begins in the next turn. What it raises ends `turn`."""
-        self.soon(lambda: greenlet(work).switch())
+        self.soon(partial(_begin, work))
 
     def soon(self, callback: Callable[[], object]) -> None:
         """Runs it on the loop's thread, outside every fiber. From any thread."""
@@ -114,7 +142,7 @@ class Fibers:
     def ask(self, function: Callable[[], T]) -> Future[T]:
         """``function`` in a fiber of its own, for another thread, which may wait for the answer."""
         answer: Future[T] = Future()
-        self.spawn(lambda: _answer(answer, function))
+        self.spawn(partial(_answer, answer, function))
         return answer
 
     # -- what a fiber waits for -------------------------------------------------------------------------------------
@@ -135,32 +163,34 @@ class Fibers:
 
         return resume
 
+    def give_way(self) -> None:
+        """Lets all that are ready have their turn first."""
+        self.resumption()()
+        self.park()
+
     def call(self, function: Callable[[], T], deadline: float = math.inf) -> T:
-        """Runs what blocks in a thread; returns or raises what it does, TimeoutError after ``deadline`` (monotonic),
-        `NoThread` when the system has none to give.
+        """Runs what blocks in a thread; returns or raises what it does, TimeoutError after ``deadline`` (a moment of
+        `now`), `NoThread` when the system has none to give.
 
         The thread is a new one: cheap enough for the rare call that comes here, and as a daemon it keeps no process
         from ending.
         """
         answer: Future[T] = Future()
-        resume = self.resumption()
+        done = Event(self)
 
         def work() -> None:
             _answer(answer, function)
-            resume()
+            done.set()
 
         try:
             threading.Thread(target=work, name="helper", daemon=True).start()
         except RuntimeError as error:
             raise NoThread(str(error)) from None
-        timer = None
-        if deadline < math.inf:
-            timer = self.loop.call_later(max(0.0, deadline - time.monotonic()), resume)
-        self.park()
-        if timer is not None:
-            self.loop.remove_timeout(timer)
-        if not answer.done():
-            raise TimeoutError("timed out")
+        while not done.is_set():  # time in which the loop stood still moves the deadline
+            left = deadline - self.now()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            done.wait(min(left, _LONGEST_WAIT))
         return answer.result()
 
     def watch(self, connection: socket.socket) -> None:
@@ -168,9 +198,9 @@ class Fibers:
         self._sockets.register(connection, select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
 
     def wait(self, connection: socket.socket, events: int, deadline: float) -> None:
-        """Until something has happened to it, ``events`` or not: try again. Raises TimeoutError after ``deadline``
-        (monotonic)."""
-        if deadline <= time.monotonic():  # `_tick` misses a socket to which something happens in every turn
+        """Until something has happened to it, ``events`` or not: try again. Raises TimeoutError after ``deadline`` (a
+        moment of `now`)."""
+        if deadline <= self.now():  # `_tick` misses a socket to which something happens in every turn
             raise TimeoutError("timed out")
         self._waiting[connection.fileno()] = (getcurrent(), deadline)
         if not self.park():
@@ -186,9 +216,31 @@ class Fibers:
 
     def _tick(self) -> None:
         self.loop.call_later(TICK, self._tick)
-        now = time.monotonic()
+        self._look(0, 0)  # what has come wakes its fiber, even if its deadline has passed meanwhile
+        now = self.now()
         for number in [number for number, (_, deadline) in self._waiting.items() if deadline <= now]:
             self._ready.append(partial(self._waiting.pop(number)[0].switch, False))
+
+    def _after(self, ran: Callable[..., object]) -> None:
+        """Tells of what has run for so long that nobody else could."""
+        self.now()
+        if self.frozen > self._told:
+            seconds, self._told = round(self.frozen - self._told, 3), self.frozen
+            log.warning("loop.blocked", seconds=seconds, by=self._name(ran), action=_BLOCKED)
+
+    def _name(self, ran: Callable[..., object]) -> str:
+        if ran == self.loop.poll:
+            return "a callback of the broker's connection, or the whole process was stopped"
+        if ran == self.loop.process_timeouts:
+            return "the callback of a timer"
+        fiber = getattr(getattr(ran, "func", None), "__self__", None)
+        if not isinstance(fiber, greenlet):
+            return _title(ran)
+        frame = fiber.gr_frame
+        while frame is not None and frame.f_code.co_filename == __file__:  # how it waits says nothing
+            frame = frame.f_back
+        now = "has ended" if frame is None else f"waits now in {frame.f_code.co_qualname}, line {frame.f_lineno}"
+        return f"the fiber of {fiber.name}, which {now}"
 
 
 class Event:
@@ -254,24 +306,15 @@ class Lock:
         self.release()
 
 
-class Offloaded(BaseAdapter):
-    """A foreign adapter, whose waits block: its calls go to threads."""
+def _begin(work: Callable[[], None]) -> None:
+    fiber = greenlet(work)
+    fiber.name = _title(work)
+    fiber.switch()
 
-    def __init__(self, fibers: Fibers, adapter: BaseAdapter) -> None:
-        super().__init__()
-        self._fibers = fibers
-        self._adapter = adapter
 
-    def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
-        """See `requests.adapters.BaseAdapter.send`."""
-        try:
-            return self._fibers.call(partial(self._adapter.send, request, *arguments, **options))
-        except NoThread as error:
-            raise NotSent(str(error), request=request) from None
-
-    def close(self) -> None:
-        """Drops its connections."""
-        self._adapter.close()
+def _title(work: Callable[..., object]) -> str:
+    function = work.args[-1] if isinstance(work, partial) and work.args else work
+    return getattr(function, "__qualname__", repr(function))
 
 
 def _answer(future: Future[T], function: Callable[[], T]) -> None:

@@ -23,7 +23,7 @@ from worker.core.ports import TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.urls import is_loopback
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge, printable, read
-from worker.shells.transport import BoundedAdapter, NotSent
+from worker.shells.transport import BoundedAdapter, NotSent, Proxy
 
 DEFAULT_LIFETIME: Final = 900.0  # SNAP's usual token lifetime, for a token service that does not say
 MAX_LIFETIME: Final = 86_400.0  # a longer one is not believed: asking once a day costs nothing
@@ -214,9 +214,9 @@ def _seconds(value: object) -> float | None:
     return seconds if math.isfinite(seconds) else None
 
 
-def proxies_for(url: str, environ: Mapping[str, str]) -> Mapping[str, str]:
+def proxy_for(url: str, environ: Mapping[str, str]) -> Proxy | None:
     """The proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY in ``environ`` have for ``url``, small letters
-    first: its scheme to the proxy's URL, or nothing. To be asked once: for every call it would cost as much as that.
+    first. To be asked once: for every call it would cost as much as that.
 
     This machine is never behind a proxy. Raises ValueError for a proxy that cannot be spoken to: one line, the variable
     first, never its value, which may hold a password.
@@ -227,16 +227,8 @@ def proxies_for(url: str, environ: Mapping[str, str]) -> Mapping[str, str]:
     name, proxy = next(((name.upper(), proxy) for name, proxy in found if proxy), ("", ""))
     bypassed = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
     if not proxy or is_loopback(parts.hostname or "") or should_bypass_proxies(url, no_proxy=bypassed):
-        return {}
-    _check_proxy(name, proxy if "://" in proxy else f"http://{proxy}")
-    return {parts.scheme: proxy}
-
-
-def _check_proxy(name: str, proxy: str) -> None:
+        return None
     try:
-        parts = urlsplit(proxy)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError(f"{name}: must be the URL of an HTTP proxy, as http://host:3128, or empty")
+        return Proxy.at(proxy)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,13 +1,14 @@
 """A transport adapter for `requests` that bounds the whole answer in time and size, over one socket per adapter.
 
-``requests`` stays the interface: prepared requests go in, responses come out. The stock adapter can bound only
-single socket operations, and costs twice the CPU of everything else the worker does for a command. Parsing is
-httptools' (llhttp, the parser of Node.js); this module moves bytes and keeps the clock. Sockets never block: who waits
-for them, a thread or a fiber, is the caller's choice (`Waiting`).
+``requests`` stays the interface: prepared requests go in, responses come out. The adapter that ships with it can bound
+only single socket operations, and costs twice the CPU of everything else the worker does for a command. What an answer
+is, `worker.core.answer` decides; this module moves bytes and keeps the deadline. Sockets never block: who waits for
+them, a thread or a fiber, is the caller's choice (`Waiting`).
 """
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import select
@@ -15,38 +16,47 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Final, Protocol, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
 
-import httptools
 import requests
 from requests import exceptions
 from requests.adapters import BaseAdapter
 from requests.cookies import RequestsCookieJar
 from requests.structures import CaseInsensitiveDict
 
-MAX_BODY_BYTES: Final = 64 * 1024  # an answer is a hundred bytes; more is a firewall's page or a mistake
-MAX_HEAD_BYTES: Final = 64 * 1024
-MAX_ANSWER_BYTES: Final = 512 * 1024  # all of it: what surrounds chunks and follows them has no end of its own
-_READ_BYTES: Final = 16 * 1024
-IDLE_SECONDS: Final = 15.0
-"""A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing one is a call
-of which nobody knows whether it took effect."""
+from worker.core.answer import MAX_ANSWER_BYTES, Answer, NotHttp, TooLarge
 
+_READ_BYTES: Final = 16 * 1024
+_READS_IN_A_TURN: Final = 64
+"""An answer in one-byte TLS records is a hundred thousand reads, none of which has to wait. After so many reads the
+other senders get a turn."""
+_LATE_READS: Final = MAX_ANSWER_BYTES // _READ_BYTES
+"""What lies in the socket when the time is over is still read, so many times at most."""
+IDLE_SECONDS: Final = 15.0
+"""A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing connection is a
+call whose effect is unknown."""
 
 T = TypeVar("T")
 
 
 class Waiting(Protocol):
-    """How the caller waits."""
+    """How the caller waits. Deadlines are moments of its own clock, `now`."""
+
+    def now(self) -> float:
+        """Seconds by a monotonic clock; time in which the caller could not run may be left out."""
 
     def watch(self, connection: socket.socket) -> None:
         """A new connection, before it is waited for."""
 
     def wait(self, connection: socket.socket, events: int, deadline: float) -> None:
         """Until it is worth trying again (``events``: POLLIN or POLLOUT). Raises TimeoutError after ``deadline``."""
+
+    def give_way(self) -> None:
+        """Lets the others have a turn."""
 
     def call(self, function: Callable[[], T], deadline: float) -> T:
         """Carries out what blocks. May raise TimeoutError after ``deadline``."""
@@ -55,6 +65,10 @@ class Waiting(Protocol):
 class Blocking:
     """The thread itself waits."""
 
+    def now(self) -> float:
+        """See `Waiting`."""
+        return time.monotonic()
+
     def watch(self, connection: socket.socket) -> None:
         """See `Waiting`."""
 
@@ -62,8 +76,11 @@ class Blocking:
         """See `Waiting`."""
         poll = select.poll()  # select() cannot watch a descriptor above 1023
         poll.register(connection, events)
-        if not poll.poll(max(_left(deadline), 0.001) * 1000):
+        if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
             raise TimeoutError("timed out")
+
+    def give_way(self) -> None:
+        """See `Waiting`. The system does that for threads."""
 
     def call(self, function: Callable[[], T], deadline: float) -> T:
         """See `Waiting`. Takes as long as it takes."""
@@ -71,6 +88,34 @@ class Blocking:
 
 
 BLOCKING: Final = Blocking()
+
+
+class Proxy(NamedTuple):
+    """An HTTP proxy, spoken to in clear. ``authorization``: the value of Proxy-Authorization, or nothing."""
+
+    host: str
+    port: int
+    authorization: str = ""
+
+    @classmethod
+    def at(cls, url: str) -> Proxy:
+        """The proxy of an ``http://user:password@host:port`` URL. Raises ValueError, without the URL in it, for what is
+        none."""
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        if not host or port == 0 or parts.scheme not in ("http", "https"):
+            raise ValueError("must be the URL of an HTTP proxy, as http://host:3128, or empty")
+        if parts.scheme == "https":
+            raise ValueError(
+                "TLS to a proxy is not supported (what goes through it is encrypted); begin it with http://"
+            )
+        if parts.username is None:
+            return cls(host, port or 80)
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        return cls(host, port or 80, f"Basic {base64.b64encode(login.encode()).decode()}")
 
 
 class NotSent(exceptions.ConnectionError):
@@ -82,16 +127,19 @@ class Lost(exceptions.ConnectionError):
 
 
 class BoundedAdapter(BaseAdapter):
-    """One keep-alive connection to one origin, for one call at a time.
+    """One keep-alive connection to one origin, for one call at a time, through a proxy where one is given.
 
-    ``send(timeout=(connect, total))``: seconds for connecting (TLS included), then for everything else, body included.
-    Raises `NotSent` or `Lost`; redirects, cookies, proxies and content codings are not its business.
+    ``send(timeout=(connect, total))``: seconds for connecting (the proxy's CONNECT and TLS included), then for
+    everything else, body included. Raises `NotSent` or `Lost`; redirects and cookies are not its business.
     """
 
-    def __init__(self, context: ssl.SSLContext | None = None, waiting: Waiting = BLOCKING) -> None:
+    def __init__(
+        self, context: ssl.SSLContext | None = None, waiting: Waiting = BLOCKING, proxy: Proxy | None = None
+    ) -> None:
         super().__init__()
         self._context = context
         self._waiting = waiting
+        self._proxy = proxy
         self._line: _Line | None = None
         self._origin: tuple[str, str, int] | None = None
         self._idle_since = 0.0
@@ -105,32 +153,31 @@ class BoundedAdapter(BaseAdapter):
         cert: Any = None,
         proxies: Any = None,
     ) -> requests.Response:
-        """See `requests.adapters.BaseAdapter.send`; ``verify`` and ``cert`` are the context's, given once."""
+        """See `requests.adapters.BaseAdapter.send`; ``verify``, ``cert`` and ``proxies`` are the constructor's, given
+        once."""
         connect, total = timeout
         origin, target = _target(request.url or "")
-        data = _serialise(request, origin, target)
+        data = self._serialised(request, origin, target)
         line = self._connected(origin, connect)
         line.begin(total)
         try:
             line.send(data)
-            answer = _receive(line)
-        except OSError as error:
+            answer = line.receive(Answer())
+            surplus = not answer.cut and (answer.surplus or line.holds_more())
+        except (OSError, NotHttp) as error:
             self.close()
             raise Lost(describe(error), request=request) from None
-        except httptools.HttpParserError as error:
-            self.close()
-            raise Lost(f"the answer is no HTTP: {error}", request=request) from None
-        except httptools.HttpParserUpgrade:  # status 101; no HttpParserError
-            self.close()
-            raise Lost("the answer changes the protocol", request=request) from None
         except BaseException:
             self.close()
             raise
-        if answer.reusable:
+        if surplus:
+            self.close()
+            raise Lost("more than one answer came, and it is unknown which one is this call's", request=request)
+        if answer.reusable and not line.ended:
             self._idle_since = time.monotonic()
         else:
             self.close()
-        return answer.response(request)
+        return _response(answer, request)
 
     def close(self) -> None:
         """Drops the connection."""
@@ -138,10 +185,29 @@ class BoundedAdapter(BaseAdapter):
             self._line.close()
             self._line = None
 
+    def _serialised(self, request: requests.PreparedRequest, origin: tuple[str, str, int], target: str) -> bytes:
+        """The whole request in one piece: a head and a body in two packets can wait 40 ms for each other (Nagle,
+        delayed acknowledgements)."""
+        scheme, host, port = origin
+        body = _body_of(request)
+        default = 443 if scheme == "https" else 80
+        authority = _authority(host, port) if port != default else _authority(host)
+        lines = [f"{request.method} {target} HTTP/1.1", f"Host: {authority}"]
+        if self._proxy is not None and scheme == "http":
+            lines[0] = f"{request.method} http://{authority}{target} HTTP/1.1"
+            lines += _proxy_fields(self._proxy)
+        lines += [f"{name}: {value}" for name, value in request.headers.items()]
+        if "Content-Length" not in request.headers:
+            lines.append(f"Content-Length: {len(body)}")
+        return _head(lines) + body
+
     def _connected(self, origin: tuple[str, str, int], timeout: float) -> _Line:
         line = self._line
         if line is not None and (
-            origin != self._origin or time.monotonic() - self._idle_since > IDLE_SECONDS or not line.quiet()
+            origin != self._origin
+            or time.monotonic() - self._idle_since > IDLE_SECONDS
+            or line.holds_more()
+            or line.ended
         ):
             self.close()
             line = None
@@ -152,21 +218,42 @@ class BoundedAdapter(BaseAdapter):
 
     def _open(self, origin: tuple[str, str, int], timeout: float) -> socket.socket:
         scheme, host, port = origin
-        deadline = time.monotonic() + timeout
+        deadline = self._waiting.now() + timeout
+        via = " through the proxy" if self._proxy else ""
         try:
-            raw = dial(host, port, deadline, self._waiting)
-        except (OSError, UnicodeError) as error:
-            raise NotSent(f"no connection to {host}:{port}: {describe(error)}") from None
-        if scheme == "http":
-            return raw
+            to = self._proxy or Proxy(host, port)
+            raw = dial(to.host, to.port, deadline, self._waiting)
+            if scheme == "http":
+                return raw
+            if self._proxy is not None:
+                self._tunnel(raw, host, port, deadline)
+        except (OSError, UnicodeError, NotHttp) as error:
+            raise NotSent(f"no connection to {host}:{port}{via}: {describe(error)}") from None
         try:
             return self._secured(raw, host.rstrip("."), deadline)
         except (OSError, ValueError) as error:
             raw.close()
-            raise NotSent(f"no TLS with {host}:{port}: {describe(error)}") from None
+            raise NotSent(f"no TLS with {host}:{port}{via}: {describe(error)}") from None
+
+    def _tunnel(self, raw: socket.socket, host: str, port: int, deadline: float) -> None:
+        """Asks the proxy for a way to the gateway. Raises OSError or `NotHttp`; the socket is closed then."""
+        assert self._proxy is not None
+        authority = _authority(host, port)
+        lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}", *_proxy_fields(self._proxy)]
+        line = _Line(raw, self._waiting, deadline)
+        try:
+            line.send(_head(lines))
+            answer = line.receive(Answer(tunnel=True))
+            if not 200 <= answer.status < 300:
+                raise ConnectionRefusedError(None, f"it answers {answer.status}")
+            if answer.surplus:
+                raise NotHttp("it says more than that the way is open")
+        except BaseException:
+            raw.close()
+            raise
 
     def _secured(self, raw: socket.socket, host: str, deadline: float) -> ssl.SSLSocket:
-        context = self._context or ssl.create_default_context()
+        context = self._context or trust()
         secured = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
         try:
             _until_done(
@@ -178,28 +265,40 @@ class BoundedAdapter(BaseAdapter):
         return secured
 
 
-class _Line:
-    """A connected socket with one deadline for everything until the next `begin`."""
+def trust(ca_file: Any = None) -> ssl.SSLContext:
+    """Whom to trust: the system's authorities, or those of a file. Raises OSError or ssl.SSLError for a file without
+    any.
 
-    def __init__(self, connection: socket.socket, waiting: Waiting) -> None:
+    A certificate has to name its host in subjectAltName. A name that stands in the subject's common name only is not
+    accepted, as in browsers and urllib3 2: authorities check that field less.
+    """
+    context = ssl.create_default_context(cafile=ca_file)
+    context.hostname_checks_common_name = False
+    return context
+
+
+class _Line:
+    """A connected socket with one deadline for everything until the next `begin`. ``ended``: the peer has closed."""
+
+    def __init__(self, connection: socket.socket, waiting: Waiting, deadline: float = 0.0) -> None:
+        self.ended = False
         self._socket = connection
         self._waiting = waiting
         self._tls = isinstance(connection, ssl.SSLSocket)
-        self._deadline = 0.0
+        self._deadline = deadline
         self._used = False
-        self._early = False
-        self.answer = _Answer()
+        self._waits_first = False
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
     def begin(self, total: float) -> None:
         """An exchange of at most ``total`` seconds begins."""
-        self._deadline = time.monotonic() + total
-        # No answer can be there yet: a used one was just found `quiet`. A new one may have been turned away already,
-        # TLS may hold bytes that the socket no longer tells of, and who waits (`_wait`) may have used up the news.
-        self._early = self._used and not self._tls
+        self._deadline = self._waiting.now() + total
+        # No answer can be there yet on a used connection, which was just found to hold nothing: a try would be a system
+        # call for nothing. A new one may have been turned away already, TLS may hold bytes that the socket no longer
+        # tells of, and whoever waits while it sends (`_wait`) may have used up the event that tells of them.
+        self._waits_first = self._used and not self._tls
         self._used = True
-        self.answer.begin()
 
     def send(self, data: bytes) -> None:
         """All of it. Raises OSError."""
@@ -207,38 +306,63 @@ class _Line:
         while rest:
             rest = rest[_until_done(self._wait, select.POLLOUT, self._socket.send, rest) :]
 
-    def receive(self) -> bytes:
-        """Some of what comes, empty at the end of the connection. Raises OSError."""
-        if self._early:  # a try would be a system call for nothing
-            self._wait(select.POLLIN)
-        _left(self._deadline)
-        return _until_done(self._wait, select.POLLIN, self._socket.recv, _READ_BYTES)
+    def receive(self, answer: Answer) -> Answer:
+        """One whole answer. Raises OSError, or `NotHttp` for what is none."""
+        reads = late = 0
+        while not answer.complete:
+            if reads and self._waiting.now() > self._deadline:  # what is there already is read, but not for ever
+                late += 1
+                if late > _LATE_READS:
+                    raise TimeoutError("timed out")
+            if self._waits_first:
+                self._wait_at_most()
+            data = _until_done(self._wait, select.POLLIN, self._socket.recv, _READ_BYTES)
+            if not data:
+                self.ended = True
+                if not answer.end():
+                    said = "the answer is cut off" if answer.received else "the connection was closed before an answer"
+                    raise ConnectionResetError(None, said)
+                break
+            answer.feed(data)
+            reads += 1
+            if reads % _READS_IN_A_TURN == 0:
+                self._waiting.give_way()
+        return answer
 
-    def quiet(self) -> bool:
-        """Whether nothing has come since the last answer: neither its end nor a surplus answer to an older request."""
-        if not self._poll.poll(0):
-            return True
-        if not self._tls:
+    def holds_more(self) -> bool:
+        """Whether bytes have come that nobody asked for, such as a second answer to an older request."""
+        if not (self._poll.poll(0) or (self._tls and self._socket.pending())):  # type: ignore[attr-defined]
             return False
         try:
-            self._socket.recv(1)
-        except ssl.SSLWantReadError:
-            return True  # TLS talking to itself: a session ticket, say
+            data = self._socket.recv(_READ_BYTES)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False  # TLS talking to itself: a session ticket, say
         except OSError:
-            pass
-        return False
+            data = b""
+        self.ended = self.ended or not data
+        return bool(data.strip(b"\r\n"))
 
     def close(self) -> None:
         """Gives the descriptor back."""
         self._socket.close()
 
     def _wait(self, events: int) -> None:
-        self._early = False
+        self._waits_first = False
         self._waiting.wait(self._socket, events, self._deadline)
+
+    def _wait_at_most(self) -> None:
+        """Until something comes or the time is over; the socket is tried in both cases."""
+        with suppress(TimeoutError):
+            self._wait(select.POLLIN)
 
 
 def _until_done(wait: Callable[[int], None], events: int, operation: Callable[..., T], *arguments: Any) -> T:
-    """The operation's result, waiting for the socket as often as it would block. Raises OSError."""
+    """The operation's result, waiting for the socket as often as it would block. Raises OSError.
+
+    The socket has the last word, not the clock: after a deadline has passed the operation is tried once more, since the
+    process may have been stopped while the answer came.
+    """
+    over: TimeoutError | None = None
     while True:
         try:
             return operation(*arguments)
@@ -248,100 +372,23 @@ def _until_done(wait: Callable[[int], None], events: int, operation: Callable[..
             awaited = select.POLLIN
         except ssl.SSLWantWriteError:
             awaited = select.POLLOUT
-        wait(awaited)
-
-
-class _Answer:
-    """What the parser reports of one connection's answers, one after the other; 1xx answers are passed over.
-
-    One for all: a parser and its callbacks hold each other, so a new pair for every answer would be work for the
-    garbage collector, ten times the price of making it.
-    """
-
-    def __init__(self) -> None:
-        self.parser = httptools.HttpResponseParser(self)
-        self.begin()
-
-    def begin(self) -> None:
-        """The next answer may come."""
-        self.headers: dict[str, tuple[str, str]] = {}  # as CaseInsensitiveDict keeps them
-        self.reason = ""
-        self.body: list[bytes] = []
-        self.size = 0
-        self.status = 0
-        self.headed = False
-        self.complete = False
-        self.keep_alive = False
-        self.surplus = False
-
-    # -- httptools' callbacks; an exception in one ends the parse ---------------------------------------------------
-
-    def on_message_begin(self) -> None:
-        self.surplus = self.complete  # a second answer to one request: not ours, and nothing after it can be trusted
-
-    def on_status(self, status: bytes) -> None:
-        if not self.surplus:
-            self.reason = status.decode("latin-1")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.surplus or self.headed:  # headed: trailers, which are no headers (RFC 9110 6.5.1)
-            return
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1").rstrip(" \t")
-        self.headers[key] = (key, f"{self.headers[key][1]}, {text}" if key in self.headers else text)
-
-    def on_headers_complete(self) -> None:
-        if self.surplus:
-            return
-        self.status = self.parser.get_status_code()
-        if self.status >= 200:
-            self.headed = True
-
-    def on_body(self, data: bytes) -> None:
-        if not self.surplus:
-            self.size += len(data)
-            self.body.append(data)
-
-    def on_message_complete(self) -> None:
-        if self.surplus:
-            return
-        if self.status < 200:
-            self.headers.clear()  # 100 Continue, 103 Early Hints: the answer is still to come
-            return
-        self.complete = True
-        self.keep_alive = self.parser.should_keep_alive()
-
-    # ---------------------------------------------------------------------------------------------------------------
-
-    def feed(self, data: bytes) -> None:
-        """Parses what came. Raises httptools' errors for what is no HTTP."""
+        if over is not None:
+            raise over
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError:
-            if not self.complete:
-                raise
-            self.surplus = True  # whatever follows a whole answer, the answer stands
+            wait(awaited)
+        except TimeoutError as error:
+            over = error
 
-    @property
-    def too_large(self) -> bool:
-        return self.size > MAX_BODY_BYTES
 
-    @property
-    def reusable(self) -> bool:
-        return self.complete and self.keep_alive and not self.surplus
-
-    def ends_with_connection(self) -> bool:
-        """RFC 9112 6.3: without a length the body ends where the connection does."""
-        return self.headed and "content-length" not in self.headers and "transfer-encoding" not in self.headers
-
-    def response(self, request: requests.PreparedRequest) -> requests.Response:
-        response = _Response()
-        response.status_code = self.status
-        response.reason = self.reason
-        response.headers = _Headers(self.headers)
-        response._content = b"".join(self.body)[:MAX_BODY_BYTES]
-        response.url = request.url or ""
-        response.request = request
-        return response
+def _response(answer: Answer, request: requests.PreparedRequest) -> requests.Response:
+    response = _Response()
+    response.status_code = answer.status
+    response.reason = answer.reason
+    response.headers = _Headers({name: (name, value) for name, value in answer.headers.items()})
+    response._content = answer.body
+    response.url = request.url or ""
+    response.request = request
+    return response
 
 
 class _Response(requests.Response):
@@ -383,33 +430,28 @@ def _target(url: str) -> tuple[tuple[str, str, int], str]:
     return (parts.scheme, parts.hostname or "", port), target
 
 
-def _serialise(request: requests.PreparedRequest, origin: tuple[str, str, int], target: str) -> bytes:
-    scheme, host, port = origin
-    body = body_of(request)
-    default = 443 if scheme == "https" else 80
-    authority = f"[{host}]" if ":" in host else host
-    if port != default:
-        authority = f"{authority}:{port}"
-    lines = [f"{request.method} {target} HTTP/1.1", f"Host: {authority}"]
-    lines += [f"{name}: {value}" for name, value in request.headers.items()]
-    if "Content-Length" not in request.headers:
-        lines.append(f"Content-Length: {len(body)}")
-    return checked(lines) + b"\r\n\r\n" + body
+def _authority(host: str, port: int | None = None) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return name if port is None else f"{name}:{port}"
 
 
-def checked(lines: list[str]) -> bytes:
-    """The lines of a head joined, without its end. Raises `NotSent` where one holds a line break or NUL: a value with
-    CRLF in it would be a header of its own."""
+def _proxy_fields(proxy: Proxy) -> list[str]:
+    return [f"Proxy-Authorization: {proxy.authorization}"] if proxy.authorization else []
+
+
+def _head(lines: list[str]) -> bytes:
+    """The head of a request. Raises `NotSent` where a line holds a line break or NUL: a value with CRLF in it would be
+    a header of its own."""
     head = "\r\n".join(lines)
     if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
         raise NotSent("a header holds a line break or NUL")
     try:
-        return head.encode("latin-1")
+        return f"{head}\r\n\r\n".encode("latin-1")
     except UnicodeEncodeError:
         raise NotSent("a header holds characters beyond Latin-1") from None
 
 
-def body_of(request: requests.PreparedRequest) -> bytes:
+def _body_of(request: requests.PreparedRequest) -> bytes:
     """The bytes to send. Raises `NotSent` for a body that is not in memory."""
     body = request.body or b""
     if isinstance(body, str):
@@ -431,10 +473,13 @@ def dial(host: str, port: int, deadline: float, waiting: Waiting = BLOCKING) -> 
     for tried, (family, kind, protocol, _, address) in enumerate(found):
         raw: socket.socket | None = None
         try:
+            left = deadline - waiting.now()
+            if left <= 0:
+                raise TimeoutError("timed out")
             raw = socket.socket(family, kind, protocol)
             raw.setblocking(False)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _connect(raw, address, time.monotonic() + _left(deadline) / (len(found) - tried), waiting)
+            _connect(raw, address, waiting.now() + left / (len(found) - tried), waiting)
         except OSError as error:
             failure = error
             if raw is not None:
@@ -449,49 +494,30 @@ def dial(host: str, port: int, deadline: float, waiting: Waiting = BLOCKING) -> 
 
 
 def _connect(raw: socket.socket, address: Any, deadline: float, waiting: Waiting) -> None:
-    number = raw.connect_ex(address)
-    waiting.watch(raw)
-    if number == errno.EINPROGRESS:
-        waiting.wait(raw, select.POLLOUT, deadline)
-        number = raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
-        raise OSError(number, os.strerror(number))
+    begun = False
 
+    def connect() -> None:
+        nonlocal begun
+        number = raw.connect_ex(address)
+        if not begun:
+            begun = True
+            waiting.watch(raw)
+        if number in (errno.EINPROGRESS, errno.EALREADY):
+            raise BlockingIOError
+        if number not in (0, errno.EISCONN):
+            raise OSError(number, os.strerror(number))
 
-def _receive(line: _Line) -> _Answer:
-    answer = line.answer
-    received = 0
-    while not answer.complete:
-        data = line.receive()
-        if not data:
-            if answer.ends_with_connection():
-                answer.complete = True
-                return answer
-            raise ConnectionResetError(
-                "the connection was closed before an answer" if not received else "the answer is cut off"
-            )
-        received += len(data)
-        answer.feed(data)
-        if not answer.headed and received > MAX_HEAD_BYTES:
-            raise ConnectionAbortedError(f"more than {MAX_HEAD_BYTES} bytes of headers")
-        if received > MAX_ANSWER_BYTES:
-            raise ConnectionAbortedError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
-        if answer.too_large:
-            return answer  # not complete, so the connection is not reused; what it says does not matter
-    return answer
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
+    _until_done(lambda events: waiting.wait(raw, events, deadline), select.POLLOUT, connect)
 
 
 def describe(error: Exception) -> str:
     """The error in words, without addresses of memory or of peers."""
     if isinstance(error, TimeoutError):
         return "timed out"
+    if isinstance(error, TooLarge):
+        return str(error)
+    if isinstance(error, NotHttp):
+        return f"the answer is no HTTP: {error}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not trusted: {error.verify_message}"
     if isinstance(error, UnicodeError):

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pika
 import pika.exceptions
 
-from worker.core.topology import Topology, topology
+from worker.core.topology import Names, Topology, topology
 
 DELAYS_IN_TESTS = (1, 2, 3, 5, 30, 300, 1800)
 """The retry delays, in seconds, that the `prefix` fixture cleans up after; others are the test's own job."""
@@ -223,5 +223,5 @@ def delete_topology(url: str, prefix: str, delays: Iterable[int] = DELAYS_IN_TES
     with Rabbit(url) as rabbit:
         for queue in made.queues:
             rabbit.delete_queue(queue.name)
-        for exchange in made.exchanges:
-            rabbit.delete_exchange(exchange.name)
+        for exchange in (*(each.name for each in made.exchanges), Names(prefix).identity):
+            rabbit.delete_exchange(exchange)

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from tests.brokers import PrivateBroker
 from tests.builders import outcome
 from tests.proxy import FaultProxy
-from tests.rabbit import Rabbit, address, by_way_of
+from tests.rabbit import Rabbit, address, by_way_of, delete_topology
 from tests.waiting import wait_until
 from tests.worker_process import WorkerProcess
 from worker.cli import main
@@ -399,6 +400,111 @@ def test_topology_of_somebody_else_is_not_touched(desk: Desk, rabbit: Rabbit) ->
     assert done.returncode == 1
     assert f"queue {desk.names.queue('sweep')} is missing" in done.stderr
     assert not rabbit.has_exchange(desk.names.commands)
+
+
+# --- homes of a batch
+
+
+@pytest.fixture
+def elsewhere(private_broker: PrivateBroker, prefix: str) -> Iterator[str]:
+    """Another broker."""
+    yield private_broker.url
+    delete_topology(private_broker.url, prefix)
+
+
+def test_input_is_sent_already_only_at_its_broker(desk: Desk, rabbit: Rabbit, elsewhere: str) -> None:
+    """The same file, batch and prefix at another broker: all of it goes there, and each broker's batch goes on."""
+
+    lane, call = desk.names.queue("sweep"), ("sweep", desk.file(5), "--batch-id", "b")
+    assert desk(*call).returncode == 0
+
+    there = desk(*call, AMQP_URL=elsewhere)
+
+    assert (there.returncode, "published 5 bills" in there.stdout) == (0, True), there.stderr
+    with Rabbit(elsewhere) as other:
+        assert (rabbit.depth(lane), other.depth(lane)) == (5, 5)
+        for url in (desk.url, elsewhere):
+            assert "nothing was sent" in desk(*call, AMQP_URL=url).stdout
+        assert (rabbit.depth(lane), other.depth(lane)) == (5, 5)
+    shown = desk("status", "b", AMQP_URL=NOBODY).stdout
+    assert [f"sent to  {address(url)[0]}:{address(url)[1]}" in shown for url in (desk.url, elsewhere)] == [True, True]
+
+
+def test_input_is_sent_already_only_in_its_virtual_host(desk: Desk, private_broker: PrivateBroker) -> None:
+    """Two virtual hosts of one broker are two homes, and so are two prefixes."""
+
+    private_broker.ctl("add_vhost", "other")
+    private_broker.ctl("set_permissions", "-p", "other", "guest", ".*", ".*", ".*")
+    other = private_broker.url.removesuffix("%2F") + "other"
+    call = ("sweep", desk.file(5), "--batch-id", "b", "--state-dir", "state")
+
+    try:
+        for environ in (
+            {"AMQP_URL": private_broker.url},
+            {"AMQP_URL": other},
+            {"AMQP_PREFIX": f"{desk.names.prefix}2"},
+        ):
+            first, second = desk(*call, **environ), desk(*call, **environ)
+            assert "published 5 bills" in first.stdout, first.stderr
+            assert "nothing was sent" in second.stdout, second.stderr
+    finally:
+        private_broker.ctl("delete_vhost", "other")
+        delete_topology(private_broker.url, desk.names.prefix)
+        delete_topology(desk.url, f"{desk.names.prefix}2")
+
+
+def test_broker_is_known_by_whatever_address_it_is_reached(desk: Desk, rabbit: Rabbit) -> None:
+    """Another port, as of a load balancer, or another name of the host does not make another broker of it."""
+
+    call = ("sweep", desk.file(5), "--batch-id", "b")
+    assert desk(*call).returncode == 0
+
+    with FaultProxy(*address(desk.url)) as proxy:
+        for url in (by_way_of(proxy.port, desk.url), desk.url.replace("127.0.0.1", "localhost")):
+            again = desk(*call, AMQP_URL=url)
+            assert (again.returncode, "nothing was sent" in again.stdout) == (0, True), again.stderr
+
+    assert rabbit.depth(desk.names.queue("sweep")) == 5
+
+
+@pytest.mark.usefixtures("declared")
+def test_batch_that_was_sent_elsewhere_is_not_followed_here(desk: Desk, elsewhere: str) -> None:
+    """It is told where it was sent, and what to correct."""
+
+    assert desk("sweep", desk.file(5), "--batch-id", "b").returncode == 0
+
+    done = desk("sweep", "--follow", "b", "--republish", AMQP_URL=elsewhere)
+
+    assert done.returncode == 2
+    assert f"batch b was not sent to {address(elsewhere)[0]}:{address(elsewhere)[1]}" in done.stderr
+    assert "correct AMQP_URL and AMQP_PREFIX" in done.stderr
+
+
+def test_gateway_is_a_home_too(desk: Desk) -> None:
+    """What one gateway was told directly, another was not."""
+
+    call = ("sweep", desk.file(3), "--batch-id", "b", "--direct")
+    with Simulator() as staging, Simulator() as production:
+        for gateway in (staging, production):
+            done = desk(*call, AMQP_URL=NOBODY, **direct(desk, gateway))
+            assert done.returncode == 0, done.stderr
+            assert gateway.report().bills_expired == 3
+
+
+def test_journal_of_the_old_form_is_named(desk: Desk, declared: Rabbit) -> None:
+    """It does not know its broker: nothing is sent on its strength, and a line says what to do."""
+
+    name = desk.file(3)
+    desk("sweep", name, "--batch-id", "b", AMQP_URL=NOBODY)
+    (path,) = (desk.directory / "state").rglob("b.db")
+    with sqlite3.connect(path) as journal:
+        journal.execute("UPDATE facts SET value = 1 WHERE name = 'format'")
+
+    for call in (("sweep", name, "--batch-id", "b"), ("sweep", "--follow", "b"), ("status", "b")):
+        done = desk(*call)
+        assert (done.returncode, "the journal of another version" in done.stderr) == (1, True)
+        assert "together with the files beside it" in done.stderr
+    assert declared.depth(desk.names.queue("sweep")) == 0
 
 
 # --- with a worker

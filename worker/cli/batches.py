@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worker.cli import INVALID, Trouble
 
 if TYPE_CHECKING:
-    from worker.core.sweep import Tally
-    from worker.shells.journal import Journal
+    from worker.core.sweep import Home, Tally
+    from worker.settings import AmqpSettings, GatewaySettings
 
 STATE_DIR_HELP = "Where batches keep their journals; else $XDG_STATE_HOME/qris-expire/<prefix>."
 
@@ -29,30 +30,73 @@ def state_directory(prefix: str, given: Path | None) -> Path:
     return Path(base) / "qris-expire" / prefix
 
 
-def journal_path(directory: Path, batch: str) -> Path:
-    """Where the batch's journal is, or will be."""
+def check_batch_id(batch: str) -> None:
+    """Raises `Trouble` for what cannot name a batch."""
     from worker.core.sweep import is_batch_id
-    from worker.shells.journal import SUFFIX
 
     if not is_batch_id(batch):
         raise Trouble(
             f"{batch!r} is no batch id; give 1 to 64 letters, digits, '.', '_', '-', not beginning with a sign",
             code=INVALID,
         )
-    return directory / f"{batch}{SUFFIX}"
 
 
-def open_journal(directory: Path, batch: str, *, read_only: bool = False) -> Journal:
-    """The journal of a batch that must exist."""
-    from worker.shells.journal import Journal, JournalError
+def broker_of(amqp: AmqpSettings) -> Home:
+    """The home of batches that go through the broker; its id is None when it does not answer."""
+    from worker.core.sweep import Home
+    from worker.shells.amqp.session import BrokerError, session
 
-    path = journal_path(directory, batch)
-    if not path.exists():
-        raise Trouble(f"no batch {batch} in {directory}; `qris-expire status` lists them", code=INVALID)
     try:
-        return Journal(path, read_only=read_only)
-    except JournalError as error:
-        raise Trouble(str(error)) from None
+        with session(amqp, "sweep") as connection:
+            return home_at(connection, amqp)
+    except BrokerError:
+        return Home(False, None, "a broker that does not answer")
+
+
+def home_at(connection: Any, amqp: AmqpSettings) -> Home:
+    """The home behind an open connection."""
+    from worker.core.sweep import Home
+    from worker.shells.amqp.bulk import identity
+    from worker.shells.amqp.session import address, parameters
+
+    hosts = parameters(amqp, "sweep")
+    place = f"{', '.join(map(address, hosts))}, virtual host {hosts[0].virtual_host}, prefix {amqp.prefix}"
+    return Home(False, identity(connection, amqp.names, place), place)
+
+
+def gateway_of(gateway: GatewaySettings) -> Home:
+    """The home of batches that are sent without a broker."""
+    from worker.core.sweep import Home
+
+    return Home(True, f"{gateway.base_url} {gateway.client_id}", gateway.base_url)
+
+
+def existing(directory: Path, batch: str, home: Home) -> Path:
+    """The journal of a batch that must exist. Raises `Trouble`, `JournalError`."""
+    from worker.shells.journal import find
+
+    check_batch_id(batch)
+    path = find(directory, batch, home)
+    if path is None:
+        raise Trouble(no_batch(directory, batch, home), code=INVALID)
+    return path
+
+
+def no_batch(directory: Path, batch: str, home: Home | None = None) -> str:
+    """Why there is none, for people."""
+    from worker.shells.journal import Journal, journals_of
+
+    elsewhere = []
+    for path in journals_of(directory, batch):
+        with closing(Journal(path, read_only=True)) as journal:
+            elsewhere.append(journal.facts.place or journal.facts.gateway)
+    if elsewhere and home is not None:
+        setting = "GATEWAY_BASE_URL and GATEWAY_CLIENT_ID" if home.direct else "AMQP_URL and AMQP_PREFIX"
+        return (
+            f"batch {batch} was not sent to {home.place}, but to {'; '.join(elsewhere)}; correct {setting}, or sweep "
+            "the file itself to send it here, too"
+        )
+    return f"no batch {batch} in {directory}; `qris-expire status` lists them"
 
 
 def print_tally(title: str, tally: Tally) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from worker.cli import INVALID, Trouble
-from worker.cli.batches import journal_path, output
+from worker.cli.batches import check_batch_id, output
 
 if TYPE_CHECKING:
     from worker.cli.meter import Meter
     from worker.core.rows import BadRow, Row
+    from worker.core.sweep import Home
     from worker.shells.journal import Journal, Load
     from worker.shells.source import Source
 
@@ -52,23 +53,28 @@ class Intake(NamedTuple):
 
 
 @contextmanager
-def batch(given: Input, directory: Path) -> Iterator[Journal | None]:
-    """The journal of the batch that the input is, ours alone; None when it has no bills. Raises `Trouble`,
-    `JournalError`."""
-    from worker.shells.journal import Journal, lock
+def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Iterator[Journal | None]:
+    """The journal of the batch that the input is at its home, ours alone; None when it has no bills. ``find_home`` is
+    asked when the input is read, which may take minutes. Raises `Trouble`, `JournalError`."""
+    from worker.shells.journal import Journal, find, lock
 
+    if given.batch_id is not None:
+        check_batch_id(given.batch_id)
     intake = take_in(given, directory)
     try:
         if not intake.load.counts()[0]:
             output().print(f"{given.name}: no bills, nothing to publish", highlight=False)
             yield None
             return
-        path = _path_of(given, directory, intake.digest)
+        home = find_home()
+        name, path = _path_of(given, directory, intake.digest, home)
         with lock(path):
+            if find(directory, name, home) != (path if path.exists() else None):
+                raise Trouble(f"batch {name} was begun by another process at this moment; call this again")
             if not _known(path, intake.digest):
                 intake.load.keep(
                     path,
-                    batch=path.stem,
+                    batch=name,
                     source=intake.source,
                     digest=intake.digest,
                     invalid=intake.invalid,
@@ -150,24 +156,28 @@ class _Reading:
             self._meter.line("… and more; redirect standard error to a file to see them all")
 
 
-def _path_of(given: Input, directory: Path, digest: str) -> Path:
+def _path_of(given: Input, directory: Path, digest: str, home: Home) -> tuple[str, Path]:
     """The batch that was asked for; else one of this input that was begun lately and broke off; else a new one."""
-    from worker.core.sweep import batch_id, unfinished
-    from worker.shells.journal import Journal, JournalError, journals
+    from worker.core.sweep import batch_id
+    from worker.shells.journal import find, path_for
 
-    if given.batch_id is not None:
-        return journal_path(directory, given.batch_id)
+    name = given.batch_id or _broken_off(directory, digest, home) or batch_id(digest, time.time())
+    return name, find(directory, name, home) or path_for(directory, name, home)
+
+
+def _broken_off(directory: Path, digest: str, home: Home) -> str | None:
+    from worker.core.sweep import belongs, unfinished
+    from worker.shells.journal import Journal, journals
+
     for path in journals(directory):
         if time.time() - path.stat().st_mtime > RESUMED_SECONDS:
             break
-        if not path.stem.endswith(f"-{digest[:12]}"):
+        if not path.stem.partition("@")[0].endswith(f"-{digest[:12]}"):
             continue
-        with suppress(JournalError):
-            with closing(Journal(path, read_only=True)) as journal:
-                broke_off = unfinished(journal.facts, journal.tally())
-            if broke_off:
-                return path
-    return journal_path(directory, batch_id(digest, time.time()))
+        with closing(Journal(path, read_only=True)) as journal:
+            if belongs(journal.facts, home) and unfinished(journal.facts, journal.tally()):
+                return journal.facts.batch.id
+    return None
 
 
 def _known(path: Path, digest: str) -> bool:

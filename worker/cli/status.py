@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli import Trouble
-from worker.cli.batches import STATE_DIR_HELP, open_journal, output, print_tally, state_directory
+from worker.cli import INVALID, Trouble
+from worker.cli.batches import STATE_DIR_HELP, check_batch_id, no_batch, output, print_tally, state_directory
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
@@ -85,13 +86,30 @@ def _list(directory: Path) -> None:
 
 
 def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
-    from worker.core import jakarta
+    from worker.shells.journal import JournalError, journals_of
 
-    journal = open_journal(directory, batch, read_only=True)
-    facts, tally = journal.facts, journal.tally()
-    journal.close()
+    check_batch_id(batch)
+    try:
+        paths = journals_of(directory, batch)
+        if not paths:
+            raise Trouble(no_batch(directory, batch), code=INVALID)
+        for path in paths:
+            _show_one(path)
+    except JournalError as error:
+        raise Trouble(str(error)) from None
+    typer.echo(f"broker   {_depths(amqp, batch)}")
+
+
+def _show_one(path: Path) -> None:
+    from worker.core import jakarta
+    from worker.shells.journal import Journal
+
+    with closing(Journal(path, read_only=True)) as journal:
+        facts, tally = journal.facts, journal.tally()
+    batch = facts.batch.id
     print_tally(f"sweep {batch}", tally)
     typer.echo(f"input    {facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
+    typer.echo(f"sent to  {'; '.join(filter(None, (facts.place, facts.gateway))) or 'nowhere yet'}")
     if tally.answered == tally.bills:
         typer.echo("state    every bill has its outcome")
     elif tally.unsent:
@@ -103,7 +121,6 @@ def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
         )
     else:
         typer.echo("state    published; nobody follows its outcomes")
-    typer.echo(f"broker   {_depths(amqp, batch)}")
 
 
 def _depths(amqp: AmqpSettings, batch: str) -> str:

@@ -16,12 +16,21 @@ import typer
 
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble, report
-from worker.cli.batches import STATE_DIR_HELP, journal_path, open_journal, print_tally, state_directory
+from worker.cli.batches import (
+    STATE_DIR_HELP,
+    broker_of,
+    check_batch_id,
+    existing,
+    gateway_of,
+    home_at,
+    print_tally,
+    state_directory,
+)
 from worker.cli.intake import Input, batch, take_in
 from worker.core.words import plural
 
 if TYPE_CHECKING:
-    from worker.core.sweep import Tally
+    from worker.core.sweep import Home, Tally
     from worker.settings import AmqpSettings, Settings
     from worker.shells.journal import Journal
 
@@ -183,12 +192,14 @@ def _journal(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal | 
     """The batch's journal, ours alone. None when the input has no bills."""
     from worker.shells.journal import Journal, lock
 
+    def home() -> Home:
+        return gateway_of(settings.gateway) if wish.direct else broker_of(settings)
+
     if wish.follow is None:
-        with batch(_input(wish, settings), directory) as journal:
+        with batch(_input(wish, settings), directory, home) as journal:
             yield journal
         return
-    open_journal(directory, wish.follow).close()
-    path = journal_path(directory, wish.follow)
+    path = existing(directory, wish.follow, home())
     with lock(path), closing(Journal(path)) as journal:
         yield journal
 
@@ -209,7 +220,7 @@ def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
         first = intake.load.first(SHOWN)
         intake.load.discard()
     batch = wish.batch_id or batch_id(intake.digest, time.time())
-    journal_path(Path(scratch), batch)  # says what is wrong with the id
+    check_batch_id(batch)
     counts = _rows_in_words(bills, duplicates, intake.invalid)
     where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
     typer.echo(f"{intake.source}: {plural(bills + duplicates + intake.invalid, 'row')}: {counts}")
@@ -247,6 +258,7 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
         own = inbox(amqp.names, batch, amqp.queue_type) if follow else None
         try:
             with session(amqp, "sweep") as connection:
+                _settle_in(journal, home_at(connection, amqp))
                 wanted = _prepare(connection, amqp, journal, own, before)
             hosts = parameters(amqp, "sweep")
         except BrokerError as error:
@@ -292,6 +304,17 @@ def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, ta
     except TopologyMismatch as mismatch:
         raise Trouble(*mismatch.problems) from None
     return wanted
+
+
+def _settle_in(journal: Journal, home: Home) -> None:
+    """What is sent from here on counts as sent there. Raises `Trouble` if it was sent elsewhere before."""
+    from worker.core.sweep import belongs
+
+    if not belongs(journal.facts, home):  # the broker did not answer at first, and then it was another one
+        raise Trouble(
+            f"batch {journal.facts.batch.id} was sent to {journal.facts.place}, not to {home.place}; call this again"
+        )
+    journal.sent_to(home)
 
 
 def _lost(journal: Journal, tally: Tally) -> str:
@@ -355,6 +378,7 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
 
     before = journal.tally()
     if before.answered < before.bills:
+        journal.sent_to(gateway_of(settings.gateway))
         try:
             ended = send(journal, settings)
         except GatewayRefuses as refusal:

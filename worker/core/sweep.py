@@ -201,8 +201,22 @@ def _text(value: object) -> str | None:
 # -- what the journal knows -----------------------------------------------------------------------------------------
 
 
+class Home(NamedTuple):
+    """Where a batch is sent: to one broker, virtual host and prefix, or straight to one gateway.
+
+    ``id`` tells it from every other one; it is None while a broker does not answer. ``place`` is for people.
+    """
+
+    direct: bool
+    id: str | None
+    place: str
+
+
 class Facts(NamedTuple):
-    """What is said about a batch as a whole. Times are seconds since the epoch."""
+    """What is said about a batch as a whole. Times are seconds since the epoch.
+
+    ``broker`` and ``gateway`` are the ids of the homes that it was sent to, empty before; ``place`` is the broker's.
+    """
 
     batch: Batch
     source: str
@@ -213,6 +227,15 @@ class Facts(NamedTuple):
     published: int
     inbox: bool
     direct: bool
+    broker: str = ""
+    gateway: str = ""
+    place: str = ""
+
+
+def belongs(facts: Facts, home: Home) -> bool:
+    """Whether what the journal calls sent was sent there, as far as can be known: not if it was sent elsewhere."""
+    known = facts.gateway if home.direct else facts.broker
+    return not known or home.id is None or known == home.id
 
 
 def unfinished(facts: Facts, tally: Tally) -> bool:

@@ -44,6 +44,11 @@ class Names:
         """Exchange and queue of the dead letters."""
         return f"{self.prefix}.dead"
 
+    @property
+    def identity(self) -> str:
+        """Exchange of the sweeps that nothing is published to: its argument tells this broker from every other."""
+        return f"{self.prefix}.identity"
+
     def queue(self, lane: str) -> str:
         """The queue of a lane."""
         return f"{self.prefix}.{lane}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -23,11 +24,13 @@ from worker.core.sweep import (
     Batch,
     Bill,
     Facts,
+    Home,
     Job,
     Progress,
     Recorded,
     Tally,
     Told,
+    belongs,
     command_id,
     supersedes,
     unfinished,
@@ -45,7 +48,7 @@ ABANDONED: Final = 86_400.0
 
 MOVE_AWAY: Final = "move it away together with the files beside it whose names begin with its name"
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _CHUNK: Final = 500
 _CACHE_KIB: Final = 16_384  # the index of a million bills is larger; what falls out is in the system's cache
 _BUSY_SECONDS: Final = 10.0
@@ -135,6 +138,11 @@ class Journal:
     def published(self, through: int) -> None:
         """Every bill up to this number is with the broker."""
         self._state(published=through)
+
+    def sent_to(self, home: Home) -> None:
+        """What is sent from now on is sent there: before the first bill is, so that it counts as sent nowhere else."""
+        if home.id is not None and not (self.facts.gateway if home.direct else self.facts.broker):
+            self._state(**({"gateway": home.id} if home.direct else {"broker": home.id, "place": home.place}))
 
     def has_inbox(self) -> None:
         """The batch's own queue exists: before the first publish, so that no outcome goes elsewhere."""
@@ -261,7 +269,9 @@ class Journal:
             values = dict(self._db.execute("SELECT name, value FROM facts").fetchall())
         if values.get("format") != _FORMAT:
             raise JournalError(
-                f"{self.path}: not a journal of this version; use the version that wrote it, or {MOVE_AWAY}"
+                f"{self.path}: the journal of another version, which cannot be read; finish the batch with the version "
+                f"that wrote it, or {MOVE_AWAY} and sweep the file again: under the same --batch-id its bills keep "
+                "their ids"
             )
         return Facts(
             Batch(values["batch"], values["size"]),
@@ -273,6 +283,9 @@ class Journal:
             values["published"],
             bool(values["inbox"]),
             bool(values["direct"]),
+            values["broker"],
+            values["gateway"],
+            values["place"],
         )
 
     @contextmanager
@@ -338,6 +351,9 @@ class Load:
                 "published": 0,
                 "inbox": 0,
                 "direct": 0,
+                "broker": "",
+                "gateway": "",
+                "place": "",
             }
             self._db.execute("BEGIN")
             _put(self._db, values)
@@ -399,6 +415,41 @@ def journals(directory: Path) -> list[Path]:
         return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
+def journals_of(directory: Path, batch: str) -> list[Path]:
+    """A batch's journals, one for each home that it was sent to."""
+    with _translated(directory):
+        return [
+            path
+            for path in [directory / f"{batch}{SUFFIX}", *sorted(directory.glob(f"{batch}@*{SUFFIX}"))]
+            if path.exists()
+        ]
+
+
+def find(directory: Path, batch: str, home: Home) -> Path | None:
+    """The batch's journal for this home, if there is one. Raises `JournalError`, also when it cannot be told which."""
+    found = []
+    for path in journals_of(directory, batch):
+        with closing(Journal(path, read_only=True)) as journal:
+            facts = journal.facts
+            if belongs(facts, home):
+                found.append((path, facts.place or facts.gateway or "nowhere yet"))
+    if len(found) < 2:
+        return found[0][0] if found else None
+    places = ", ".join(place for _, place in found)
+    raise JournalError(
+        f"batch {batch} was sent to several places ({places}), and {home.place} does not tell which is meant; "
+        "try again when the broker answers, or give another --batch-id"
+    )
+
+
+def path_for(directory: Path, batch: str, home: Home) -> Path:
+    """Where a new journal of the batch goes: beside those of its other homes."""
+    first = directory / f"{batch}{SUFFIX}"
+    if not first.exists():
+        return first
+    return directory / f"{batch}@{hashlib.sha256(str(home.id).encode()).hexdigest()[:8]}{SUFFIX}"
+
+
 def prune(directory: Path, days: float, now: float) -> Iterator[str]:
     """Removes the batches that are finished and that nothing has changed for so long (``now``: seconds since the
     epoch); yields their ids. What somebody works on, or cannot be read, stays."""
@@ -409,10 +460,10 @@ def prune(directory: Path, days: float, now: float) -> Iterator[str]:
             with closing(Journal(path, read_only=True)) as journal:
                 if unfinished(journal.facts, journal.tally()):
                     continue
-                files = journal.files()
+                files, batch = journal.files(), journal.facts.batch.id
             for each in files:
                 each.unlink(missing_ok=True)
-            yield path.stem
+            yield batch
 
 
 def clean(directory: Path) -> None:

@@ -6,15 +6,18 @@ Everything runs on one loop in the caller's thread, `Errand`'s methods included.
 from __future__ import annotations
 
 import random
+import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from pika.adapters.select_connection import IOLoop
+from pika.exceptions import ChannelClosed
 
 from worker.core.delivery import BATCH_ID, Message, text
-from worker.core.topology import Topology
+from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
@@ -28,6 +31,7 @@ PREFETCH: Final = 1000
 AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits in the prefetch window
 TICK: Final = 0.1
 CLOSE_SECONDS: Final = 3.0
+_CURRENT: Final = re.compile(r"current is (?:the value )?'([^']+)'")
 GONE_SECONDS: Final = 5.0  # without a delivery, of those that were there a moment ago
 
 
@@ -251,6 +255,24 @@ class Bulk:
                 link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
 
         Declaring(connection, topology, declare=declare, on_done=done, guard=self._guard)
+
+
+def identity(connection: Any, names: Names, place: str) -> str:
+    """What tells this broker, virtual host and prefix from every other, whatever address leads there.
+
+    The first sweep makes an exchange with a random argument. An exchange cannot be declared again with another
+    argument, and the broker's refusal quotes the one that it has. Where the user may not declare it, ``place``, the
+    address, must do. Raises pika's errors.
+    """
+    mine = f"{names.identity}.{uuid.uuid4().hex}"
+    channel = connection.channel()
+    try:
+        channel.exchange_declare(names.identity, "fanout", durable=True, arguments={"alternate-exchange": mine})
+    except ChannelClosed as closed:
+        found = _CURRENT.search(closed.reply_text) if closed.reply_code == 406 else None
+        return found[1] if found else place
+    channel.close()
+    return mine
 
 
 def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:

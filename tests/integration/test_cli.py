@@ -74,42 +74,58 @@ def only_line(text: str) -> str:
 # --- help
 
 
-HEAVY = {"cryptography", "greenlet", "pika", "prometheus_client", "pydantic", "requests", "structlog"}
+HEAVY = {"cryptography", "greenlet", "pika", "prometheus_client", "requests", "rich", "structlog"}
 """Packages that take longer to import than all that `--help` needs."""
 
 
-def test_help_is_quick(tmp_path: Path) -> None:
-    """`--help` imports nothing heavy, so that it comes at once."""
-
+def imported(tmp_path: Path, *arguments: str, **environ: str) -> set[str]:
+    """The packages that a command line imports; it must end with 0."""
     script = (
-        "import runpy, sys; sys.argv[1:] = ['--help']\n"
+        f"import runpy, sys; sys.argv[1:] = {list(arguments)}\n"
         "try: runpy.run_module('worker', run_name='__main__')\n"
         "finally: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
     )
-
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=surroundings({}),
+        env=surroundings(environ),
         cwd=tmp_path,
         timeout=60,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
 
-    assert (done.returncode, "Usage" in done.stdout) == (0, True), done.stderr
-    assert "typer" in done.stderr.split()
-    assert HEAVY.isdisjoint(done.stderr.split())
+
+@pytest.mark.parametrize("arguments", [["--help"], ["publish", "--help"], ["run", "--help-settings"], ["--version"]])
+def test_help_imports_little(tmp_path: Path, arguments: list[str]) -> None:
+    """Help imports nothing that is heavy, so that it comes at once."""
+
+    packages = imported(tmp_path, *arguments)
+
+    assert "argparse" in packages
+    assert HEAVY.isdisjoint(packages)
+
+
+def test_publish_imports_little(tmp_path: Path, declared: dict[str, str]) -> None:
+    """A command that people and scripts call again and again imports the client of the broker, and no more."""
+
+    packages = imported(tmp_path, "publish", "1", **declared)
+
+    assert "pika" in packages
+    assert (HEAVY - {"pika"}).isdisjoint(packages)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command_names_its_settings(cli: Cli, command: str) -> None:
-    """`--help` of a command that reads settings ends with them."""
+    """`--help` of a command that reads settings ends with their names; `--help-settings` explains each."""
 
-    done = cli(command, "--help")
+    help_, explained = cli(command, "--help"), cli(command, "--help-settings")
 
-    assert done.returncode == 0, done.stderr
-    assert all(f"  {beginning}" in done.stdout for beginning in COMMANDS[command])
+    assert (help_.returncode, explained.returncode) == (0, 0), help_.stderr + explained.stderr
+    assert all(f" {beginning}" in help_.stdout for beginning in COMMANDS[command])
+    assert all(f"\n  {beginning}" in explained.stdout for beginning in COMMANDS[command])
 
 
 def test_version(cli: Cli) -> None:

@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
 import pika
-import typer
 
 from tests.manifests.rendering import EXAMPLE_SECRETS, K8S, Manifest, Manifests, Pod, job_spec, pod_template, read
-from worker.cli import COMMANDS, INVALID, app
+from worker import cli
+from worker.cli import COMMANDS, INVALID
+from worker.cli.command_line import UsageError
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, sweep_cap
 from worker.core.topology import Names
 from worker.processes import MARGIN_SECONDS
@@ -319,13 +320,10 @@ def arguments_are_the_command_line_s(manifests: Manifests) -> Complaints:
 
 
 def _refusal(arguments: list[str]) -> str:
-    group: Any = typer.main.get_command(app)
     try:
-        with group.make_context("qris-expire", list(arguments)) as context:
-            name, *rest = arguments
-            group.get_command(context, name).make_context(name, rest, parent=context).close()
-    except typer.TyperException as error:
-        return " ".join(error.format_message().split())
+        cli.read(arguments)
+    except UsageError as error:
+        return str(error)
     return ""
 
 

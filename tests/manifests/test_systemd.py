@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 from tests.manifests.rendering import K8S
 from tests.worker_process import Producer, WorkerProcess
-from worker.cli import app
+from worker.cli import read
 from worker.processes import MARGIN_SECONDS
 from worker.sandbox.simulator import Simulator, own_key, private_pem
 from worker.service import DRAINED, FORCED, MISCONFIGURED, REFUSED
@@ -142,11 +141,8 @@ def test_command_lines_parse(name: str) -> None:
     """The real command line takes what the unit calls."""
 
     _, *arguments = shlex.split(unit(name)["ExecStart"][0])
-    group = typer.main.get_command(app)
 
-    with group.make_context("qris-expire", list(arguments)) as context:
-        command = group.get_command(context, arguments[0])  # type: ignore[attr-defined]
-        command.make_context(arguments[0], arguments[1:], parent=context).close()
+    assert callable(read(arguments))
 
 
 def test_both_services_are_confined_alike() -> None:

@@ -4,10 +4,9 @@ import re
 import shlex
 
 import pytest
-import typer
 
 from tests.monitoring import dashboard, rules
-from worker.cli import app
+from worker.cli import read
 from worker.core.outcome import REASONS
 from worker.core.verdict import Kind
 
@@ -39,15 +38,7 @@ def test_first_things_first(name: str) -> None:
 def test_our_commands_exist(command: str) -> None:
     """A command of ours in the runbook is one, with options that it has."""
 
-    group = typer.main.get_command(app)
-    words = shlex.split(command.replace("MESSAGE-ID", "m-1"))
-    name, *rest = words
-    found = group.get_command(None, name)  # type: ignore[attr-defined]
-    assert found is not None
-    while hasattr(found, "commands"):
-        found, rest = found.commands[rest[0]], rest[1:]
-    context = found.make_context(name, rest)
-    assert context.command is found
+    assert callable(read(shlex.split(command.replace("MESSAGE-ID", "m-1"))))
 
 
 def test_what_it_names_exists() -> None:

@@ -4,11 +4,10 @@ import re
 import shlex
 
 import pytest
-import typer
 
 from tests import readme
 from tests.readme import ROOT, SNIPPETS, snippet
-from worker.cli import app
+from worker.cli import read
 from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.core.topology import topology
 from worker.settings import reference
@@ -74,12 +73,9 @@ def test_topology_table_has_all_objects() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_exist(command: str) -> None:
     """A command of ours in the README is one, with options that it has."""
-    name, *rest = [STANDING_FOR.get(word, word) for word in shlex.split(command)]
-    found = typer.main.get_command(app).get_command(None, name)  # type: ignore[attr-defined]
+    words = [STANDING_FOR.get(word, word) for word in shlex.split(command)]
 
-    while hasattr(found, "commands"):
-        found, rest = found.commands[rest[0]], rest[1:]
-    assert found.make_context(name, rest).command is found
+    assert callable(read(words))
 
 
 def test_links_lead_somewhere() -> None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final
-
-import typer
-from typer.core import TyperCommand, TyperGroup
+from typing import Final
 
 from worker import __version__
+from worker.cli import command_line
+from worker.cli.command_line import (
+    Call,
+    Documents,
+    Function,
+    Group,
+    Shown,
+    UsageError,
+    paragraphs,
+    rows,
+    summary,
+    unknown,
+)
+
+PROGRAM: Final = "qris-expire"
 
 COMMANDS: Final = {
     "demo": (),
@@ -57,114 +68,99 @@ class Trouble(Exception):
         super().__init__("\n".join(lines))
 
 
-def _add_settings(ctx: Any, formatter: Any) -> None:
-    """Typer prints its part of a help itself; what the formatter holds comes after it."""
-    command = ctx.command_path.split()[1]  # of a group's command, the group
-    prefixes = COMMANDS.get(command, ())
-    if prefixes:
-        with formatter.section("Settings (environment, or a .env file)"):
-            formatter.write_dl(_settings(prefixes))
-    if command == "sweep":
-        with formatter.section("With --direct also"):
-            formatter.write_dl(_settings(DIRECT))
+def command(name: str) -> Function | Group:
+    """What the command does; its module is imported now."""
+    found: Function | Group = getattr(import_module(f"worker.cli.{name}"), name)
+    return found
 
 
-class _Command(TyperCommand):
-    """A command whose help ends with its settings."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        _add_settings(ctx, formatter)
-
-
-class _Group(TyperGroup):
-    """The same of a command with commands of its own."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        _add_settings(ctx, formatter)
+def read(words: Sequence[str]) -> Call:
+    """What a command line asks for, without the options of all commands. Raises `UsageError` and `Shown`."""
+    name = words[0] if words else ""
+    if name in ("", "-h", "--help"):
+        raise Shown(_help())
+    if name not in COMMANDS:
+        raise UsageError(unknown(name, tuple(COMMANDS)), PROGRAM)
+    return command_line.read(f"{PROGRAM} {name}", command(name), words[1:], lambda: _documents(name))
 
 
-class _Commands(TyperGroup):
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
-            return None
-        found = getattr(import_module(f"worker.cli.{cmd_name}"), cmd_name)
-        if isinstance(found, typer.Typer):
-            return _group(cmd_name, found)
-        alone = typer.Typer(add_completion=False)
-        help_text = _reflowed(found.__doc__ or "")
-        alone.command(cmd_name, cls=_Command, help=help_text, context_settings=_CONTEXT)(found)
-        return typer.main.get_command(alone)
-
-
-def _group(name: str, commands: typer.Typer) -> Any:
-    """A command that has commands of its own, each with its help as the others'."""
-    for command in commands.registered_commands:
-        command.cls = _Command
-        command.help = _reflowed((command.callback and command.callback.__doc__) or "")
-        command.context_settings = _CONTEXT
-    commands.info.name = name
-    commands.info.cls = _Group
-    commands.info.context_settings = _CONTEXT
-    return typer.main.get_group(commands)
+def _help() -> str:
+    listed = [(name, summary(command(name))) for name in COMMANDS]
+    options = [
+        ("--version", "Show the version and end."),
+        ("--debug", "Show the traceback of an unexpected error."),
+        ("-h, --help", "Show this text and end."),
+    ]
+    return "\n\n".join(
+        [
+            f"Usage: {PROGRAM} [OPTIONS] COMMAND …",
+            paragraphs(HELP),
+            f"Commands (each has its own --help):\n{rows(listed)}",
+            f"Options:\n{rows(options)}",
+        ]
+    )
 
 
-_CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
-
-app = typer.Typer(cls=_Commands, add_completion=False, context_settings=_CONTEXT)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"qris-expire {__version__}")
-        raise typer.Exit
-
-
-def _reflowed(docstring: str) -> str:
-    """Its paragraphs, each on one line: the terminal's width decides where they break."""
-    return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", docstring.strip()))
-
-
-@app.callback(help=_reflowed(HELP))
-def _all(
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Show the version and end."
-    ),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an unexpected error."),
-) -> None:
-    """Options of all commands."""
+def _documents(name: str) -> Documents:
+    """The settings that a command reads: their names, and what they mean."""
+    parts = {"Settings": COMMANDS[name], **({"With --direct also": DIRECT} if name == "sweep" else {})}
+    settings = {title: _settings(prefixes) for title, prefixes in parts.items() if prefixes}
+    if not settings:
+        return Documents()
+    brief = "; ".join(
+        f"{title.lower() if count else title}: {', '.join(variable for variable, _ in listed)}"
+        for count, (title, listed) in enumerate(settings.items())
+    )
+    whole = "\n\n".join(f"{title}:\n{rows(listed)}" for title, listed in settings.items())
+    return Documents(
+        paragraphs(f"{brief}. They come from the environment or a .env file; --help-settings explains them."),
+        f"{paragraphs('Settings come from the environment, or from a file .env in the current directory.')}\n\n{whole}",
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; the exit code. Whatever goes wrong is told in one line on standard error."""
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what it says of a broker's refusal, we say in a line
+    words = list(arguments)
+    debug = words[:1] == ["--debug"]
     try:
-        code = typer.main.get_command(app).main(
-            list(arguments) or ["--help"], prog_name="qris-expire", standalone_mode=False
-        )
+        if words == ["--version"]:
+            raise Shown(f"{PROGRAM} {__version__}")
+        code = read(words[debug:])()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except Shown as shown:
+        return _show(str(shown))
     except Trouble as trouble:
         _tell(*trouble.lines)
         return trouble.code
-    except typer.TyperException as error:  # usage
-        _tell(_usage(error))
-        return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except UsageError as error:
+        _tell(f"{error}. Try `{error.path} --help`.")
+        return INVALID
+    except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `… | head`: nobody reads any more, which is no error of ours
-        sys.stdout = None  # or the interpreter complains when it flushes at exit
-        return 0
+    except BrokenPipeError:
+        return _nobody_reads()
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # the same, told by rich
-            return 0
+            return _nobody_reads()
         raise
     except Exception as error:  # noqa: BLE001  # the last door: a person reads one line, not a traceback
-        return _failed(error, arguments)
+        return _failed(error, debug=debug)
+
+
+def _show(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        return _nobody_reads()
+    return 0
+
+
+def _nobody_reads() -> int:
+    """``… | head``: nobody reads our output any more, which is no error of ours."""
+    sys.stdout = None  # or the interpreter complains when it flushes at exit
+    return 0
 
 
 def _tell(*lines: str) -> None:
@@ -172,25 +168,7 @@ def _tell(*lines: str) -> None:
         print(f"qris-expire: {line}", file=sys.stderr)
 
 
-_PLAINER: Final = (
-    ("Value error, ", ""),
-    (": Input should be", ": must be"),
-    (", unable to parse string as an integer", ""),
-    (", unable to parse string as a number", ""),
-)
-"""Words of the library that checks options → ours."""
-
-
-def _usage(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "qris-expire"
-    said = " ".join(error.format_message().split())
-    for library, ours in _PLAINER:
-        said = said.replace(library, ours)
-    return f"{said.rstrip('.')}. Try `{path} --help`."
-
-
-def _failed(error: Exception, arguments: Sequence[str]) -> int:
+def _failed(error: Exception, *, debug: bool) -> int:
     """Tells what is wrong with the settings, or that something unexpected happened; the exit code."""
     import os
 
@@ -201,7 +179,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
         _tell(*error.problems)
         return INVALID
     text = redact(" ".join(str(error).split()))
-    if "--debug" in arguments or os.environ.get("LOG_LEVEL", "").lower() == "debug":
+    if debug or os.environ.get("LOG_LEVEL", "").lower() == "debug":
         # Without local variables: they hold settings.
         _tell(redact("".join(traceback.format_exception(error)).rstrip()))
     _tell(f"unexpected: {type(error).__name__}: {text}; `qris-expire --debug …` shows where")

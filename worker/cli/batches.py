@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worker.cli import INVALID, Trouble
+from worker.cli.screen import output
 
 if TYPE_CHECKING:
     from worker.core.sweep import Home, Tally
@@ -112,13 +112,3 @@ def print_tally(title: str, tally: Tally) -> None:
     table.add_section()
     table.add_row("total", "rows of the input", f"{tally.rows:,}")
     output().print(table)
-
-
-def output() -> Any:
-    """Standard output; a pipe has no width, and lines that are searched must not be folded."""
-    from rich.console import Console
-
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console.width = 200
-    return console

@@ -7,10 +7,9 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
-import typer
-
 from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
+from worker.cli.command_line import Option
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 
 if TYPE_CHECKING:
@@ -40,13 +39,13 @@ class _Warned(Exception):
 def check(
     probe: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="BILL",
             help="Also send an expire for this bill, in earnest: if its QR code lives, it dies. A bill that does not "
             "exist will do.",
         ),
     ] = None,
-    merchant_id: Annotated[str | None, typer.Option(help="The bill's merchant; else GATEWAY_MERCHANT_ID.")] = None,
+    merchant_id: Annotated[str | None, Option(help="The bill's merchant; else GATEWAY_MERCHANT_ID.")] = None,
 ) -> int:
     """Looks at settings, key, broker, topology, token and clock, a line each: ok, or why not and what to do.
 
@@ -113,7 +112,7 @@ class _Report:
     @staticmethod
     def say(subject: str, state: str, text: str) -> None:
         """One line."""
-        typer.echo(f"{subject:<9} {state:<8} {text}".rstrip())
+        print(f"{subject:<9} {state:<8} {text}".rstrip())
 
 
 def _fail(*lines: str) -> str:

@@ -8,9 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import typer
-
 from worker.cli import Trouble
+from worker.cli.command_line import Argument, Option
 
 if TYPE_CHECKING:
     from worker.core.contract import Examples
@@ -33,10 +32,8 @@ FILES: Final = {
 
 
 def contract(
-    document: Annotated[Document, typer.Argument(help="Which one.")] = Document.ASYNCAPI,
-    output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write all three into this directory instead.")
-    ] = None,
+    document: Annotated[Document, Argument(help="Which one.")] = Document.ASYNCAPI,
+    output: Annotated[Path | None, Option(metavar="DIR", help="Write all three into this directory instead.")] = None,
 ) -> None:
     """Prints what producers and consumers may rely on, as JSON.
 
@@ -49,7 +46,7 @@ def contract(
 
     made = documents(load(AmqpSettings).prefix)
     if output is None:
-        typer.echo(made[document], nl=False)
+        print(made[document], end="")
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +54,7 @@ def contract(
             (output / FILES[which]).write_text(text, encoding="utf-8")
     except OSError as error:
         raise Trouble(f"{error.filename}: cannot be written ({error.strerror}); give another --output") from None
-    typer.echo(f"wrote {', '.join(FILES.values())} to {output}")
+    print(f"wrote {', '.join(FILES.values())} to {output}")
 
 
 def documents(prefix: str) -> dict[Document, str]:

@@ -15,21 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Self
 
-import typer
-
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble
 from worker.cli.audit import audit, redrive_facts
+from worker.cli.command_line import Argument, Group, Option
 from worker.cli.letters import (
     hint,
     listing,
-    nobody_reads,
-    note,
     print_letter,
     print_list,
     print_rehearsal,
     tell_redrive,
 )
+from worker.cli.screen import note
 from worker.core.dead_letter import (
     Census,
     DeadLetter,
@@ -57,18 +55,15 @@ class Lane(StrEnum):
     SWEEP = SWEEP
 
 
-dead = typer.Typer(
-    add_completion=False,
-    help="Dead letters: list, show, redrive, export, purge. Looking removes nothing and keeps their order.",
-)
+dead = Group("Lists, shows, redrives, exports and deletes dead letters. Looking removes nothing and keeps their order.")
 
-Reasons = Annotated[list[str] | None, typer.Option("--reason", help="Only with this reason; may be repeated.")]
-LanesOption = Annotated[list[Lane] | None, typer.Option("--lane", help="Only of this lane; may be repeated.")]
+Reasons = Annotated[list[str] | None, Option("--reason", help="Only with this reason; may be repeated.")]
+LanesOption = Annotated[list[Lane] | None, Option("--lane", help="Only of this lane; may be repeated.")]
 Before = Annotated[
-    str | None, typer.Option("--before", help="Only parked before it, as 2026-11-22T21:00:00+07:00.", metavar="RFC3339")
+    str | None, Option("--before", help="Only parked before it, as 2026-11-22T21:00:00+07:00.", metavar="RFC3339")
 ]
-Batches = Annotated[list[str] | None, typer.Option("--batch", help="Only of this batch; may be repeated.")]
-Bills = Annotated[list[str] | None, typer.Option("--bill", help="Only about this bill; may be repeated.")]
+Batches = Annotated[list[str] | None, Option("--batch", help="Only of this batch; may be repeated.")]
+Bills = Annotated[list[str] | None, Option("--bill", help="Only about this bill; may be repeated.")]
 
 
 @dead.command("list")
@@ -78,8 +73,8 @@ def list_(
     before: Before = None,
     batch: Batches = None,
     bill: Bills = None,
-    limit: Annotated[int, typer.Option(help="Rows to show; the counts are of all.", min=0)] = 20,
-    as_data: Annotated[bool, typer.Option("--json", help="One JSON object: counts and rows.")] = False,
+    limit: Annotated[int, Option(help="Rows to show; the counts are of all.", min=0)] = 20,
+    as_data: Annotated[bool, Option("--json", help="One JSON object: counts and rows.")] = False,
 ) -> int:
     """Counts by reason, lane and age; then rows, in the queue's order.
 
@@ -99,7 +94,7 @@ def list_(
 
     total = _look(amqp, "list", each)
     if as_data:
-        typer.echo(json.dumps(listing(amqp, total, census, rows), indent=2))
+        print(json.dumps(listing(amqp, total, census, rows), indent=2))
     else:
         print_list(amqp, total, census, rows)
     hint(chosen, census, there)
@@ -108,8 +103,8 @@ def list_(
 
 @dead.command()
 def show(
-    message_id: Annotated[str, typer.Argument(metavar="MESSAGE-ID", help="As `dead list` shows it.")],
-    as_data: Annotated[bool, typer.Option("--json", help="As `dead export` writes it, a line each.")] = False,
+    message_id: Annotated[str, Argument(metavar="MESSAGE-ID", help="As `dead list` shows it.")],
+    as_data: Annotated[bool, Option("--json", help="As `dead export` writes it, a line each.")] = False,
 ) -> int:
     """One dead letter: why, when, which attempts, its properties and its body. Several with the same id are all shown.
 
@@ -134,7 +129,7 @@ def show(
         raise Trouble(f"no dead letter of {total:,} has the id {message_id}; `qris-expire dead list` shows them")
     for number, (letter, held) in enumerate(found, 1):
         if as_data:
-            typer.echo(json.dumps(export_json(letter, held.parcel)))
+            print(json.dumps(export_json(letter, held.parcel)))
         else:
             print_letter(letter, held, f"{number} of {len(found)} with this id" if len(found) > 1 else "")
     if left_out:
@@ -149,21 +144,21 @@ def redrive(
     before: Before = None,
     batch: Batches = None,
     bill: Bills = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many.", min=1)] = None,
-    rate: Annotated[float, typer.Option(help="At most so many per second; 0 for no limit.", min=0, max=100_000)] = 0,
+    limit: Annotated[int | None, Option(help="At most so many.", min=1)] = None,
+    rate: Annotated[float, Option(help="At most so many per second; 0 for no limit.", min=0, max=100_000)] = 0,
     canary: Annotated[
-        int, typer.Option(help="Send so many first, and the rest only if all of these bills expire.", min=0, max=10_000)
+        int, Option(help="Send so many first, and the rest only if all of these bills expire.", min=0, max=10_000)
     ] = 0,
     stop_at_failures: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Watch the outcomes; stop when so many percent are not `expired`.", min=0, max=100, metavar="PERCENT"
         ),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(help="Seconds without any outcome after which a watched redrive stops.", min=1, max=900)
+        float, Option(help="Seconds without any outcome after which a watched redrive stops.", min=1, max=900)
     ] = 120,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what would be sent.")] = False,
 ) -> int:
     """Moves dead letters back to their lane, with a fresh start: attempts and rounds count anew.
 
@@ -204,7 +199,7 @@ def redrive(
 @dead.command()
 def export(
     output: Annotated[
-        Path | None, typer.Option(help="Write to this file, which is there whole or not at all; else standard output.")
+        Path | None, Option(help="Write to this file, which is there whole or not at all; else standard output.")
     ] = None,
     reason: Reasons = None,
     lane: LanesOption = None,
@@ -239,7 +234,7 @@ def purge(
     before: Before = None,
     batch: Batches = None,
     bill: Bills = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> int:
     """Deletes dead letters for good; asks on a terminal. Takes only what was there when it began.
 
@@ -270,7 +265,7 @@ def purge(
         raise Trouble("stopped; nothing was deleted", code=INTERRUPTED)
     if removed < matching:
         raise Trouble(f"nothing was deleted; {matching:,} dead letters match")
-    typer.echo(f"deleted {removed:,} of {total:,} dead letters")
+    print(f"deleted {removed:,} of {total:,} dead letters")
     return 0
 
 
@@ -363,7 +358,7 @@ def _sink(output: Path | None) -> Iterator[IO[str]]:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except BrokenPipeError:
-        nobody_reads()
+        raise
     except OSError as error:
         raise Trouble(f"{output or 'standard output'}: {error.strerror}; give a file that can be written") from None
 

@@ -6,15 +6,14 @@ import os
 from pathlib import Path
 from typing import Annotated, TextIO
 
-import typer
-
 from worker.cli import Trouble
+from worker.cli.command_line import Option
 
 
 def demo(
-    commands: Annotated[int, typer.Option(help="How many commands to send.", min=20, max=5000)] = 360,
+    commands: Annotated[int, Option(help="How many commands to send.", min=20, max=5000)] = 360,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save every message as it was on the wire, as JSON lines.")
+        Path | None, Option(metavar="FILE", help="Save every message as it was on the wire, as JSON lines.")
     ] = None,
 ) -> int:
     """Shows the whole product on this machine, in under a minute.

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from worker.cli import INVALID, Trouble
-from worker.cli.batches import check_batch_id, output
+from worker.cli.batches import check_batch_id
+from worker.cli.screen import output
 
 if TYPE_CHECKING:
     from worker.cli.meter import Meter

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, NoReturn
-
-import typer
+from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli import INTERRUPTED, Trouble
+from worker.cli.screen import note, output
 from worker.core.dead_letter import (
     AGES,
     Census,
@@ -28,23 +25,17 @@ if TYPE_CHECKING:
     from worker.app.dead_letters import Held, Order, Report
     from worker.settings import AmqpSettings
 
-PIPE_WIDTH: Final = 200  # a pipe has no width, and lines that are searched must not be folded
 WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
-
-
-def note(text: str) -> None:
-    """A word beside what is printed, on standard error."""
-    print(f"qris-expire: {text}", file=sys.stderr, flush=True)
 
 
 def tell_redrive(report: Report, order: Order) -> int:
     """What a redrive came to; the exit code, or `Trouble` where the rest stays."""
     from worker.app.dead_letters import Ended
 
-    typer.echo(f"redrove {report.redriven:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
+    print(f"redrove {report.redriven:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     outcomes = ", ".join(f"{count:,} {status} ({reason})" for (status, reason), count in report.outcomes.most_common())
     if outcomes:
-        typer.echo(f"outcomes so far: {outcomes}")
+        print(f"outcomes so far: {outcomes}")
     if report.homeless:
         note(f"{report.homeless:,} match and stay: their lane is not known, or they cannot be published as they are")
     match report.ended:
@@ -72,11 +63,9 @@ def tell_redrive(report: Report, order: Order) -> int:
 
 def print_rehearsal(report: Report, census: Census) -> None:
     """What a redrive would send."""
-    typer.echo(
-        f"would redrive {census.total.count:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)"
-    )
+    print(f"would redrive {census.total.count:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     for reason, lane, kind in census.lines():
-        typer.echo(f"{kind.count:>9,}  {printable(reason)} to {lane}")
+        print(f"{kind.count:>9,}  {printable(reason)} to {lane}")
     if report.homeless:
         note(f"{report.homeless:,} match and would stay: their lane is not known")
 
@@ -103,28 +92,9 @@ def hint(chosen: Filter, census: Census, there: Census) -> None:
         note(f"none matches; the reasons that are there: {found}")
 
 
-def nobody_reads() -> NoReturn:
-    """`… | head`: no failure, though Typer and rich would exit with 1, and the interpreter complain at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise typer.Exit
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class Output(Console):
-        def on_broken_pipe(self) -> None:
-            nobody_reads()
-
-    console = Output(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    return console
-
-
 def print_list(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> None:
     """Counts, then the first rows."""
-    console = _console()
+    console = output()
     count = census.total.count
     some = f"{count:,} of " if count != total else ""
     console.print(f"{some}{plural(total, 'dead letter')} in {amqp.names.dead}", markup=False, soft_wrap=True)
@@ -235,13 +205,13 @@ def print_letter(letter: DeadLetter, held: Held, which: str) -> None:
     ]
     for name, value in facts:
         if value is not None:
-            typer.echo(f"{name:<13}{printable(str(value))}")
+            print(f"{name:<13}{printable(str(value))}")
     whole = export_json(letter, parcel)
     for title in ("properties", "headers"):
-        typer.echo(f"{title}")
+        print(f"{title}")
         for name, value in whole[title].items():
             said = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
-            typer.echo(f"  {printable(str(name))}: {printable(said)}")
-    typer.echo(f"body         {len(parcel.body):,} bytes")
-    typer.echo(pretty(parcel.body))
-    typer.echo("")
+            print(f"  {printable(str(name))}: {printable(said)}")
+    print(f"body         {len(parcel.body):,} bytes")
+    print(pretty(parcel.body))
+    print()

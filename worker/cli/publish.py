@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from worker.cli import INVALID, Trouble
+from worker.cli.command_line import Argument, Option
 from worker.core.command import Invalid, parse
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import Names
@@ -40,17 +39,13 @@ class _Order:
 
 
 def publish(
-    bill: Annotated[str, typer.Argument(help="The bill number: 1 to 64 printable characters, no blanks.")],
-    merchant_id: Annotated[
-        str | None, typer.Option(help="Its merchant; else the worker's GATEWAY_MERCHANT_ID.")
-    ] = None,
-    reference: Annotated[str | None, typer.Option(help="Echoed in the outcome; 128 characters at most.")] = None,
-    lane: Annotated[Lane, typer.Option(help="Real time, or with the bulk.")] = Lane.CANCELLATION,
-    not_after: Annotated[
-        str | None, typer.Option(help="No call starts after it, as 2026-11-22T23:59:59+07:00.")
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the outcome and print it.")] = False,
-    timeout: Annotated[float, typer.Option(help="Longest wait in seconds.", min=0.1, max=86_400)] = 60,
+    bill: Annotated[str, Argument(help="The bill number: 1 to 64 printable characters, no blanks.")],
+    merchant_id: Annotated[str | None, Option(help="Its merchant; else the worker's GATEWAY_MERCHANT_ID.")] = None,
+    reference: Annotated[str | None, Option(help="Echoed in the outcome; 128 characters at most.")] = None,
+    lane: Annotated[Lane, Option(help="Real time, or with the bulk.")] = Lane.CANCELLATION,
+    not_after: Annotated[str | None, Option(help="No call starts after it, as 2026-11-22T23:59:59+07:00.")] = None,
+    wait: Annotated[bool, Option("--wait", help="Wait for the outcome and print it.")] = False,
+    timeout: Annotated[float, Option(help="Longest wait in seconds.", min=0.1, max=86_400)] = 60,
 ) -> int:
     """Sends one command: the bill is to be expired.
 
@@ -66,7 +61,7 @@ def publish(
         inbox = _inbox(channel, amqp.names, order.lane) if wait else ""
         _publish(channel, amqp.names, order)
         if not wait:
-            typer.echo(f"published {order.command_id} to {amqp.names.queue(order.lane)}")
+            print(f"published {order.command_id} to {amqp.names.queue(order.lane)}")
             return 0
         outcome = _await(channel, inbox, order.command_id, timeout)
     if outcome is None:
@@ -163,4 +158,4 @@ def _print(outcome: dict[str, Any]) -> None:
 
         Console().print_json(data=outcome)
     else:
-        typer.echo(json.dumps(outcome, ensure_ascii=False, separators=(",", ":")))
+        print(json.dumps(outcome, ensure_ascii=False, separators=(",", ":")))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final
 
-import typer
-
 from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
+from worker.cli.command_line import Argument, Option
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 
 if TYPE_CHECKING:
@@ -23,15 +23,13 @@ HIDDEN: Final = "***"
 
 
 def sign(
-    bill: Annotated[str, typer.Argument(help="The bill number.")],
-    merchant_id: Annotated[str | None, typer.Option(help="Its merchant; else GATEWAY_MERCHANT_ID.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help=f"The access token to sign with; else the word {PLACEHOLDER}.")
-    ] = None,
-    fetch_token: Annotated[bool, typer.Option("--fetch-token", help="Ask the gateway for a token and use it.")] = False,
-    timestamp: Annotated[str | None, typer.Option(metavar="RFC3339", help="Sign as at this time; else now.")] = None,
+    bill: Annotated[str, Argument(help="The bill number.")],
+    merchant_id: Annotated[str | None, Option(help="Its merchant; else GATEWAY_MERCHANT_ID.")] = None,
+    token: Annotated[str | None, Option(help=f"The access token to sign with; else the word {PLACEHOLDER}.")] = None,
+    fetch_token: Annotated[bool, Option("--fetch-token", help="Ask the gateway for a token and use it.")] = False,
+    timestamp: Annotated[str | None, Option(metavar="RFC3339", help="Sign as at this time; else now.")] = None,
     show_secrets: Annotated[
-        bool, typer.Option("--show-secrets", help="Print token and signature in full, instead of ***.")
+        bool, Option("--show-secrets", help="Print token and signature in full, instead of ***.")
     ] = False,
 ) -> int:
     """Prints what an expire call consists of, and sends none: string to sign, body, every header.
@@ -137,7 +135,7 @@ def _print(gateway: GatewaySettings, request: SignedRequest, signed: str, shown:
         "body": request.body.decode("ascii"),
     }
     for name, text in lines.items():
-        typer.echo(f"{name:<15} {text}")
+        print(f"{name:<15} {text}")
     for name, value in request.headers.items():
-        typer.echo(f"{'header':<15} {name}: {shown(value)}")
-    typer.echo("no expire was sent", err=True)
+        print(f"{'header':<15} {name}: {shown(value)}")
+    print("no expire was sent", file=sys.stderr)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from worker.cli import INVALID, Trouble
+from worker.cli.command_line import Option
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -18,28 +17,28 @@ OWN_KEY_FILE = Path("simulator-key.pem")
 
 
 def simulator(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8093,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8093,
     key_file: Annotated[
         Path | None,
-        typer.Option(help="PEM with the client's key, public or private; else simulator-key.pem, made if missing."),
+        Option(help="PEM with the client's key, public or private; else simulator-key.pem, made if missing."),
     ] = None,
-    client_id: Annotated[str, typer.Option(help="The one client it knows.")] = "demo-client",
-    client_secret: Annotated[str, typer.Option(help="The client's secret.")] = "demo-secret",
-    channel_id: Annotated[str, typer.Option(help="The client's channel id.")] = "95051",
-    signature: Annotated[str, typer.Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")] = "hmac-sha512",
-    sign_path: Annotated[str, typer.Option(help="The path that expire calls sign.")] = "/qr/qr-mpm-expire-billnumber",
+    client_id: Annotated[str, Option(help="The one client it knows.")] = "demo-client",
+    client_secret: Annotated[str, Option(help="The client's secret.")] = "demo-secret",
+    channel_id: Annotated[str, Option(help="The client's channel id.")] = "95051",
+    signature: Annotated[str, Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")] = "hmac-sha512",
+    sign_path: Annotated[str, Option(help="The path that expire calls sign.")] = "/qr/qr-mpm-expire-billnumber",
     script: Annotated[
         Path | None,
-        typer.Option(help="JSON file: which calls fail, and how (see above)."),
+        Option(help="JSON file: which calls fail, and how (see above)."),
     ] = None,
-    single_token: Annotated[bool | None, typer.Option("--single-token", help="A new token kills the old one.")] = None,
+    single_token: Annotated[bool | None, Option("--single-token", help="A new token kills the old one.")] = None,
     token_lifetime: Annotated[
-        float | None, typer.Option(help="Seconds a token lives; 900 unless the script says so.", min=0)
+        float | None, Option(help="Seconds a token lives; 900 unless the script says so.", min=0)
     ] = None,
-    latency: Annotated[float | None, typer.Option(help="Seconds before every answer.", min=0)] = None,
+    latency: Annotated[float | None, Option(help="Seconds before every answer.", min=0)] = None,
     requests_per_second: Annotated[
-        float | None, typer.Option(help="Refuse more expire calls than this with 4299300.", min=0)
+        float | None, Option(help="Refuse more expire calls than this with 4299300.", min=0)
     ] = None,
 ) -> None:
     """The gateway, simulated: checks signatures, tokens and duplicate external ids; scripted faults.
@@ -159,10 +158,10 @@ def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:
     settings = gateway.environment(private_key_file or Path("the private key of --key-file"))
     for name, value in settings.items():
         if name == "GATEWAY_PRIVATE_KEY_FILE" and private_key_file is None:
-            typer.echo(f"# export {name}=…  the private key that belongs to --key-file")
+            print(f"# export {name}=…  the private key that belongs to --key-file")
         else:
-            typer.echo(f"export {name}={shlex.quote(value)}")
-    typer.echo("# ready; ctrl-C ends it")
+            print(f"export {name}={shlex.quote(value)}")
+    print("# ready; ctrl-C ends it")
     sys.stdout.flush()
 
 

@@ -7,22 +7,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from worker.cli import INVALID, Trouble
-from worker.cli.batches import STATE_DIR_HELP, check_batch_id, no_batch, output, print_tally, state_directory
+from worker.cli.batches import STATE_DIR_HELP, check_batch_id, no_batch, print_tally, state_directory
+from worker.cli.command_line import Argument, Option
+from worker.cli.screen import output
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
 
 
 def status(
-    batch: Annotated[str | None, typer.Argument(help="The batch; all of them are listed without one.")] = None,
+    batch: Annotated[str | None, Argument(help="The batch; all of them are listed without one.")] = None,
     prune: Annotated[
         int | None,
-        typer.Option(metavar="DAYS", min=1, help="Delete the journals of finished batches older than this first."),
+        Option(metavar="DAYS", min=1, help="Delete the journals of finished batches older than this first."),
     ] = None,
-    state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
+    state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
     """Where a sweep stands: its rows by status and reason, from its journal, and what waits at the broker.
 
@@ -51,7 +51,7 @@ def _prune(directory: Path, days: int) -> None:
         gone = list(prune(directory, days, time.time()))
     except JournalError as error:
         raise Trouble(str(error)) from None
-    typer.echo(f"deleted {len(gone):,} journals of finished batches, untouched for {days} days")
+    print(f"deleted {len(gone):,} journals of finished batches, untouched for {days} days")
 
 
 def _list(directory: Path) -> None:
@@ -82,7 +82,7 @@ def _list(directory: Path) -> None:
     if table.row_count:
         output().print(table)
     else:
-        typer.echo(f"no batches in {directory}")
+        print(f"no batches in {directory}")
 
 
 def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
@@ -97,7 +97,7 @@ def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
             _show_one(path)
     except JournalError as error:
         raise Trouble(str(error)) from None
-    typer.echo(f"broker   {_depths(amqp, batch)}")
+    print(f"broker   {_depths(amqp, batch)}")
 
 
 def _show_one(path: Path) -> None:
@@ -108,19 +108,19 @@ def _show_one(path: Path) -> None:
         facts, tally = journal.facts, journal.tally()
     batch = facts.batch.id
     print_tally(f"sweep {batch}", tally)
-    typer.echo(f"input    {facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
-    typer.echo(f"sent to  {'; '.join(filter(None, (facts.place, facts.gateway))) or 'nowhere yet'}")
+    print(f"input    {facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
+    print(f"sent to  {'; '.join(filter(None, (facts.place, facts.gateway))) or 'nowhere yet'}")
     if tally.answered == tally.bills:
-        typer.echo("state    every bill has its outcome")
+        print("state    every bill has its outcome")
     elif tally.unsent:
-        typer.echo(f"state    {tally.unsent:,} bills are not sent; go on with `qris-expire sweep --follow {batch}`")
+        print(f"state    {tally.unsent:,} bills are not sent; go on with `qris-expire sweep --follow {batch}`")
     elif facts.inbox or facts.direct:
         how = " --direct" if facts.direct else ""
-        typer.echo(
+        print(
             f"state    {tally.waiting:,} bills wait for an outcome; `qris-expire sweep --follow {batch}{how}` goes on"
         )
     else:
-        typer.echo("state    published; nobody follows its outcomes")
+        print("state    published; nobody follows its outcomes")
 
 
 def _depths(amqp: AmqpSettings, batch: str) -> str:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import typer
-
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble, report
 from worker.cli.batches import (
@@ -26,6 +24,7 @@ from worker.cli.batches import (
     print_tally,
     state_directory,
 )
+from worker.cli.command_line import Argument, Option
 from worker.cli.intake import Input, batch, take_in
 from worker.core.words import plural
 
@@ -57,40 +56,34 @@ class _Wish:
 
 
 def sweep(
-    file: Annotated[str | None, typer.Argument(help="CSV with a header, or JSON lines; - for standard input.")] = None,
+    file: Annotated[str | None, Argument(help="CSV with a header, or JSON lines; - for standard input.")] = None,
     batch_id: Annotated[
-        str | None, typer.Option(help="Names the batch; else made from the input's content and the date.")
+        str | None, Option(help="Names the batch; else made from the input's content and the date.")
     ] = None,
     merchant_id: Annotated[
-        str | None, typer.Option(help="Merchant of the rows that have none; else the worker's GATEWAY_MERCHANT_ID.")
+        str | None, Option(help="Merchant of the rows that have none; else the worker's GATEWAY_MERCHANT_ID.")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the outcomes until every bill has one.")] = False,
+    wait: Annotated[bool, Option("--wait", help="Follow the outcomes until every bill has one.")] = False,
     follow: Annotated[
-        str | None, typer.Option(metavar="BATCH", help="Instead of FILE: go on with a batch that was interrupted.")
+        str | None, Option(metavar="BATCH", help="Instead of FILE: go on with a batch that was interrupted.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="OUT.csv", help="At the end, write a line for each bill to this file.")
+        Path | None, Option(metavar="OUT.csv", help="At the end, write a line for each bill to this file.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file that --report names, if it exists.")] = False,
-    skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Go on without the rows that cannot be used.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only check the input, and show what would be sent.")
-    ] = False,
+    force: Annotated[bool, Option("--force", help="Replace the file that --report names, if it exists.")] = False,
+    skip_invalid: Annotated[bool, Option("--skip-invalid", help="Go on without the rows that cannot be used.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only check the input, and show what would be sent.")] = False,
     direct: Annotated[
-        bool, typer.Option("--direct", help="Without a broker and a worker: straight from here to the gateway.")
+        bool, Option("--direct", help="Without a broker and a worker: straight from here to the gateway.")
     ] = False,
     republish: Annotated[
-        bool, typer.Option("--republish", help="Publish again, under the same ids, what has no outcome.")
+        bool, Option("--republish", help="Publish again, under the same ids, what has no outcome.")
     ] = False,
     allow_rejected: Annotated[
         bool,
-        typer.Option(
-            "--allow-rejected", help="Exit with 0 also when the gateway refused bills for good, as paid ones."
-        ),
+        Option("--allow-rejected", help="Exit with 0 also when the gateway refused bills for good, as paid ones."),
     ] = False,
-    state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
+    state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
     """Sends a file of bills to the sweep lane, as fast as the broker confirms; with --wait follows their outcomes.
 
@@ -223,12 +216,12 @@ def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
     check_batch_id(batch)
     counts = _rows_in_words(bills, duplicates, intake.invalid)
     where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
-    typer.echo(f"{intake.source}: {plural(bills + duplicates + intake.invalid, 'row')}: {counts}")
-    typer.echo(f"would go {where} as batch {batch}:")
+    print(f"{intake.source}: {plural(bills + duplicates + intake.invalid, 'row')}: {counts}")
+    print(f"would go {where} as batch {batch}:")
     for bill in first:
-        typer.echo(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
+        print(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
     if bills > len(first):
-        typer.echo(f"… and {bills - len(first):,} more")
+        print(f"… and {bills - len(first):,} more")
     return 0
 
 
@@ -365,7 +358,7 @@ def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: T
         fresh = (
             f"batch {facts.batch.id} is published already, nothing was sent; another --batch-id sends the input anew"
         )
-    typer.echo(f"{fresh} ({plural(after.rows, 'row')}: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
+    print(f"{fresh} ({plural(after.rows, 'row')}: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
 
 
 # -- without a broker -----------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from worker.cli import INVALID, Trouble
+from worker.cli.command_line import Option
+from worker.cli.screen import output
 from worker.core.topology import Topology, definitions
 from worker.core.topology import topology as plan
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def topology(
-    apply: Annotated[bool, typer.Option("--apply", help="Declare it; what exists already stays.")] = False,
+    apply: Annotated[bool, Option("--apply", help="Declare it; what exists already stays.")] = False,
     as_definitions: Annotated[
-        bool, typer.Option("--definitions", help="Print it as RabbitMQ definitions (JSON), to import.")
+        bool, Option("--definitions", help="Print it as RabbitMQ definitions (JSON), to import.")
     ] = False,
 ) -> None:
     """What must exist at the broker: prints it, declares it, or exports it.
@@ -32,7 +32,7 @@ def topology(
     if apply:
         _apply(amqp, wanted)
     elif as_definitions:
-        typer.echo(json.dumps(definitions(wanted, _vhost(amqp)), indent=2))
+        print(json.dumps(definitions(wanted, _vhost(amqp)), indent=2))
     else:
         _print(amqp, wanted)
 
@@ -63,14 +63,13 @@ def _apply(amqp: AmqpSettings, wanted: Topology) -> None:
         raise Trouble(*mismatch.problems) from None
     except BrokerError as error:
         raise Trouble(str(error)) from None
-    typer.echo(
+    print(
         f"declared {len(wanted.exchanges)} exchanges, {len(wanted.queues)} queues and "
         f"{len(wanted.bindings)} bindings under {amqp.prefix}"
     )
 
 
 def _print(amqp: AmqpSettings, wanted: Topology) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -90,10 +89,7 @@ def _print(amqp: AmqpSettings, wanted: Topology) -> None:
         arguments = dict(queue.arguments)
         kind = f"{arguments.pop('x-queue-type')} queue"
         table.add_row(queue.name, kind, bound.get(queue.name, ""), _arguments(arguments))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width; do not fold lines that are searched
-    console.print(table)
+    output().print(table)
 
 
 def _arguments(arguments: object) -> str:

@@ -677,6 +677,43 @@ def test_second_sweep_of_a_batch_waits_for_nobody(desk: Desk) -> None:
         assert f"3 commands wait in {desk.names.queue('sweep')}" in looked.stdout
 
 
+def test_batch_is_followed_by_one_host(desk: Desk, declared: Rabbit) -> None:
+    """A second one, with a journal of its own, is told who follows it; the first one gets every outcome."""
+
+    name, elsewhere = desk.file(20), str(desk.directory / "other")
+    tap = listen(desk, declared)
+    with desk.calling("sweep", name, "--batch-id", "b", "--wait") as process:
+        wait_until(lambda: desk.published("b") == 20, 30, "publishing")
+
+        second = desk("sweep", name, "--batch-id", "b", "--wait", XDG_STATE_HOME=elsewhere)
+
+        assert second.returncode == 1
+        assert f"(process {process.pid}, since " in second.stderr
+        assert "let that one end, or stop it there" in second.stderr
+        seen = declared.consume(tap, 20, 30)
+        tell(desk, declared, [(json.loads(each.body)["billnumber"], each.properties.message_id) for each in seen])
+        said = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+
+
+@pytest.mark.usefixtures("declared")
+def test_follower_that_loses_its_connection_follows_on(desk: Desk) -> None:
+    """The broker may take its old connection for open a while longer; nobody else has the batch."""
+
+    with (
+        FaultProxy(*address(desk.url)) as proxy,
+        Simulator() as gateway,
+        desk.calling(
+            "sweep", desk.file(20), "--batch-id", "b", "--wait", AMQP_URL=by_way_of(proxy.port, desk.url)
+        ) as it,
+    ):
+        wait_until(lambda: desk.published("b") == 20, 30, "publishing")
+        proxy.reset_all()
+        with worker(desk, gateway):
+            said = it.communicate(timeout=60)
+        assert it.returncode == 0, said
+
+
 def test_standard_input_is_gone_on_with_from_the_journal(desk: Desk, rabbit: Rabbit) -> None:
     """What came through a pipe is read once; the rest of the work needs only the batch's name."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import tempfile
@@ -238,8 +239,8 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
 
     from worker.app.sweep import Ended, Sweep
     from worker.cli.meter import Meter
-    from worker.core.sweep import inbox
-    from worker.shells.amqp.bulk import Bulk, Route
+    from worker.core.sweep import follower_name, inbox
+    from worker.shells.amqp.bulk import Bulk, Followed, Route
     from worker.shells.amqp.session import BrokerError, parameters, session
     from worker.shells.clock import SystemClock
 
@@ -254,13 +255,18 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
                 _settle_in(journal, home_at(connection, amqp))
                 wanted = _prepare(connection, amqp, journal, own, before)
             hosts = parameters(amqp, "sweep")
+        except Followed as error:
+            raise Trouble(str(error)) from None
         except BrokerError as error:
             raise Trouble(str(error), *_afterwards(wish, journal, "; or send it without a broker: --direct")) from None
         signals.install()
         with Meter(f"sweep {batch}", publish=bool(before.unsent), follow=follow) as meter:
             errand = Sweep(journal, amqp.names, follow=follow, stop=signals.received, screen=meter, clock=SystemClock())
-            route = Route(wanted, amqp.declare, own, batch)
-            Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
+            route = Route(wanted, amqp.declare, own, batch, follower_name(amqp.names, batch), _who())
+            try:
+                Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
+            except Followed as error:
+                raise Trouble(str(error)) from None
         if errand.ended is not Ended.DONE:
             return _interrupted(wish, journal)
     elif follow:
@@ -277,7 +283,9 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
 
 def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, tally: Tally) -> Any:
     """What must exist before the first publish: lane, exchanges, and the inbox, or outcomes would go elsewhere."""
+    from worker.core.sweep import follower_name
     from worker.core.topology import Topology, topology
+    from worker.shells.amqp.bulk import check_free
     from worker.shells.amqp.session import TopologyMismatch, apply, verify
 
     wanted = topology(amqp.prefix, amqp.queue_type, ())
@@ -289,6 +297,8 @@ def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, ta
             if missing:
                 raise Trouble(*missing)
         if own is not None:
+            batch = journal.facts.batch.id
+            check_free(connection, follower_name(amqp.names, batch), batch)
             lost = bool(verify(connection, Topology((), own.queues, ())))
             if lost and tally.waiting:
                 raise Trouble(_lost(journal, tally))
@@ -297,6 +307,17 @@ def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, ta
     except TopologyMismatch as mismatch:
         raise Trouble(*mismatch.problems) from None
     return wanted
+
+
+def _who() -> str:
+    """Who we are, for those who find that the batch is followed."""
+    import socket
+
+    from worker.core import jakarta
+    from worker.shells import operator
+
+    since = jakarta.iso(time.time(), milliseconds=False)
+    return f"{operator.user()}@{socket.gethostname()} (process {os.getpid()}, since {since})"
 
 
 def _settle_in(journal: Journal, home: Home) -> None:
@@ -323,8 +344,8 @@ def _lost(journal: Journal, tally: Tally) -> str:
 
 def _take_late(amqp: AmqpSettings, journal: Journal) -> None:
     """Every bill has an outcome; some may have got a better one since, by a redrive."""
-    from worker.core.sweep import inbox_name, read_outcome
-    from worker.shells.amqp.bulk import take
+    from worker.core.sweep import follower_name, inbox_name, read_outcome
+    from worker.shells.amqp.bulk import check_free, take
     from worker.shells.amqp.session import BrokerError, session
 
     if not journal.facts.inbox or not journal.tally().unresolved:
@@ -332,6 +353,7 @@ def _take_late(amqp: AmqpSettings, journal: Journal) -> None:
     try:
         with session(amqp, "sweep") as connection:
             batch = journal.facts.batch.id
+            check_free(connection, follower_name(amqp.names, batch), batch)
             for bodies in take(connection, inbox_name(amqp.names, batch), batch):
                 journal.record([told for told in map(read_outcome, bodies) if told is not None])
     except BrokerError as error:

@@ -57,6 +57,11 @@ def inbox_name(names: Names, batch: str) -> str:
     return f"{names.outcomes}.batch.{batch}"
 
 
+def follower_name(names: Names, batch: str) -> str:
+    """The exclusive queue of the one process that follows the batch; it answers there who it is."""
+    return f"{inbox_name(names, batch)}.follower"
+
+
 # -- commands -------------------------------------------------------------------------------------------------------
 
 

@@ -15,13 +15,16 @@ from typing import Any, Final, Protocol
 
 from pika.adapters.select_connection import IOLoop
 from pika.exceptions import ChannelClosed
+from pika.spec import BasicProperties
 
 from worker.core.delivery import BATCH_ID, Message, text
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
+from worker.shells.amqp.conversation import LOCKED
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
+from worker.shells.amqp.session import BrokerError
 
 WINDOW: Final = 4000
 """Publications without their confirm: enough to keep broker and network busy while a slow disk confirms thousands at a
@@ -32,7 +35,12 @@ AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest wait
 TICK: Final = 0.1
 CLOSE_SECONDS: Final = 3.0
 _CURRENT: Final = re.compile(r"current is (?:the value )?'([^']+)'")
+WHO_SECONDS: Final = 2.0  # for a follower to say who it is
 GONE_SECONDS: Final = 5.0  # without a delivery, of those that were there a moment ago
+
+
+class Followed(BrokerError):
+    """Another process follows the batch."""
 
 
 class Errand(Protocol):
@@ -54,12 +62,15 @@ class Errand(Protocol):
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where to publish and what to follow. ``declare``: as AMQP_DECLARE. ``inbox``: the queue to follow, which is ours
-    to declare in any case, and its batch; None to follow nothing."""
+    to declare in any case, and its batch; None to follow nothing. ``follower``: the exclusive queue that keeps others
+    from following, where those who ask are told ``who`` we are."""
 
     topology: Topology
     declare: bool
     inbox: Topology | None = None
     batch: str = ""
+    follower: str = ""
+    who: str = ""
 
 
 class Bulk:
@@ -76,6 +87,7 @@ class Bulk:
         self._channel: Any = None
         self._pending: list[bytes] = []
         self._last_tag = 0
+        self._held = False  # once, so that a later refusal is most likely our own doing
         self._publisher: Publisher[int] = Publisher(
             self._loop,
             _Unwatched(),
@@ -196,7 +208,37 @@ class Bulk:
         link, inbox = self._consume_link, self._route.inbox
         assert link is not None
         assert inbox is not None
-        self._declare(connection, link, inbox, True, lambda: self._consume(connection, link, inbox.queues[0].name))
+
+        def alone() -> None:
+            self._held = True
+            self._declare(connection, link, inbox, True, lambda: self._consume(connection, link, inbox.queues[0].name))
+
+        self._hold(connection, link, alone)
+
+    def _hold(self, connection: Any, link: Link, then: Callable[[], None]) -> None:
+        """Two that follow one batch would get a part of the outcomes each, and both wait for ever for the rest."""
+        queue = self._route.follower
+
+        def ended(_channel: Any, why: BaseException) -> None:
+            if not (isinstance(why, ChannelClosed) and why.reply_code == LOCKED):
+                link.bounce(f"channel of {queue} closed: {why}")
+            elif self._held:  # most likely by our lost connection, until the broker notices that it is lost
+                link.bounce("another connection follows the batch, or the one that was lost is still open")
+            else:
+                raise Followed(_followed(self._route.batch, ""))
+
+        def asked(channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
+            if properties.reply_to:
+                channel.basic_publish("", properties.reply_to, self._route.who.encode())
+
+        def declared(channel: Any) -> None:
+            channel.basic_consume(queue, self._guard(asked), auto_ack=True, callback=self._guard(lambda _: then()))
+
+        def opened(channel: Any) -> None:
+            channel.add_on_close_callback(self._guard(ended))
+            channel.queue_declare(queue, exclusive=True, callback=self._guard(lambda _: declared(channel)))
+
+        connection.channel(on_open_callback=self._guard(opened))
 
     def _consume(self, connection: Any, link: Link, queue: str) -> None:
         def opened(channel: Any) -> None:
@@ -255,6 +297,40 @@ class Bulk:
                 link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
 
         Declaring(connection, topology, declare=declare, on_done=done, guard=self._guard)
+
+
+def check_free(connection: Any, follower: str, batch: str) -> None:
+    """Raises `Followed`, with who it is, when another process follows the batch; else pika's errors."""
+    channel = connection.channel()
+    try:
+        channel.queue_declare(follower, exclusive=True)
+    except ChannelClosed as closed:
+        if closed.reply_code != LOCKED:
+            raise
+        raise Followed(_followed(batch, _ask(connection, follower))) from None
+    channel.queue_delete(follower)
+    channel.close()
+
+
+def _ask(connection: Any, follower: str) -> str:
+    """What the follower says about itself; empty when it does not answer."""
+    channel = connection.channel()
+    answers = channel.queue_declare("", exclusive=True).method.queue
+    channel.basic_publish("", follower, b"who?", BasicProperties(reply_to=answers))
+    said = ""
+    for _method, _properties, body in channel.consume(answers, auto_ack=True, inactivity_timeout=WHO_SECONDS):
+        said = "" if body is None else body.decode(errors="replace")[:200]
+        break
+    channel.cancel()
+    channel.close()
+    return said
+
+
+def _followed(batch: str, who: str) -> str:
+    return (
+        f"batch {batch} is followed by {who or 'another process'} already, and each outcome goes to one of two; "
+        "let that one end, or stop it there"
+    )
 
 
 def identity(connection: Any, names: Names, place: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pika
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
-from pika.exceptions import StreamLostError
+from pika.exceptions import NoFreeChannels, StreamLostError
 
 from worker.shells.fibers import Loop
 
@@ -46,6 +46,8 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
     """
 
     _held: list[bytes] | None = None
+    complaint = ""
+    """Why we ended it, when the broker left us no other way."""
 
     def __init__(self, parameters: Any, *, custom_ioloop: IOLoop, **callbacks: Callable[..., None]) -> None:
         super().__init__(parameters, custom_ioloop=Services(custom_ioloop), **callbacks)
@@ -53,6 +55,16 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
     def abort(self, reason: str) -> None:
         """Ends it without the broker's help; its close callback follows. pika has a private method for that only."""
         self._terminate_stream(StreamLostError(reason))
+
+    def channel(self, channel_number: int | None = None, on_open_callback: Any = None) -> Any:
+        """Opens a channel; ends the connection, with a complaint, where the broker allows no further one."""
+        try:
+            return super().channel(channel_number, on_open_callback)
+        except NoFreeChannels:
+            most = self.params.channel_max
+            self.complaint = f"the broker allows only {most} channels to a connection; raise its channel_max"
+            self.close(200, self.complaint)
+            return None
 
     @contextmanager
     def corked(self) -> Iterator[None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pika.exceptions import ChannelClosedByClient
+
 from worker.core.topology import Topology
 from worker.shells.amqp.errors import remedy
 from worker.shells.amqp.steps import declarations, lookups
@@ -27,6 +29,7 @@ class Declaring:
         self._steps = declarations(topology) if declare else lookups(topology)
         self._on_done = on_done
         self._guard = guard
+        self._connection = connection
         self._doing = ""
         self._finished = False
         connection.channel(on_open_callback=guard(self._opened))
@@ -42,14 +45,20 @@ class Declaring:
         step = next(self._steps, None)
         if step is None:
             self._finished = True
-            self._channel.close()
-            self._on_done(None)
+            self._channel.close()  # `_closed` follows: the broker may allow so few channels that we need this one
             return
         self._doing = step.subject
         getattr(self._channel, step.method)(**step.arguments, callback=self._guard(self._next))
 
+    def _all_done(self) -> None:
+        if self._connection.is_open:
+            self._on_done(None)
+
     def _closed(self, _channel: Any, reason: Any) -> None:
-        if not self._finished:
+        if self._finished and isinstance(reason, ChannelClosedByClient):
+            # In the next turn, since pika frees the channel's number after this callback.
+            self._connection.ioloop.call_later(0, self._guard(self._all_done))
+        elif not self._finished:
             self._finished = True
             said, code = getattr(reason, "reply_text", reason), getattr(reason, "reply_code", None)
-            self._on_done(f"{self._doing}: {said}{remedy(code)}")
+            self._on_done(f"{self._doing}: {said}{remedy(code, str(said))}")

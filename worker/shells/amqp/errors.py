@@ -20,6 +20,7 @@ from pika.exceptions import (
 ACCESS_REFUSED: Final = 403
 NOT_ALLOWED: Final = 530  # also a virtual host that does not exist
 
+_QUOTED = re.compile(r"'[^']*'")
 _CLOSED = re.compile(r"ConnectionClosedByBroker: \((\d+)\) (['\"])(.*)\2", re.DOTALL)
 _CAUSE = re.compile(r"Error\((?:\d+, )?(['\"])(.*)\1\)")
 
@@ -27,18 +28,29 @@ _CAUSE = re.compile(r"Error\((?:\d+, )?(['\"])(.*)\1\)")
 def refusal(error: BaseException) -> int | None:
     """The reply code with which the broker refused our login (403) or virtual host (530); None if it did not.
 
-    pika calls every connection that ends during the login a probable refusal, one that the network broke, too. The
-    broker's own close says so, and pika keeps no more than its text.
+    RabbitMQ says 530 for a limit of connections, too, of a node, a virtual host or a user: that is no refusal, since it
+    passes when another connection ends. pika calls every connection that ends during the login a probable refusal, one
+    that the network broke, too. The broker's own close says so, and pika keeps no more than its text.
     """
-    code, _ = _closed(error) or (0, "")
+    code, said = _closed(error) or (0, "")
     if code in (ACCESS_REFUSED, NOT_ALLOWED):
-        return code
+        return None if _names_a_limit(said) else code
     return ACCESS_REFUSED if isinstance(error, AuthenticationError) else None
+
+
+def limit(error: BaseException) -> str | None:
+    """The broker's words when it refused a connection or channel because of a limit; None if it did not."""
+    code, said = _closed(error) or (0, "")
+    return said if code == NOT_ALLOWED and _names_a_limit(said) else None
 
 
 def reason(error: BaseException) -> str:
     """The innermost cause: pika wraps the system's errors several times."""
     closed = _closed(error)
+    if limit(error) is not None:
+        return f"the broker takes no more of our connections or channels: {limit(error)}"
+    if isinstance(error, AuthenticationError):
+        return "the broker takes no login by user and password (it does not offer PLAIN)"
     if refusal(error) == ACCESS_REFUSED:
         return "the broker refuses our login"
     if refusal(error) == NOT_ALLOWED and closed is not None:
@@ -76,8 +88,13 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__} {' '.join(map(str, error.args))}".replace("\n", " ").rstrip()[:200]
 
 
-def remedy(code: int | None) -> str:
-    """What to do about what cannot be declared, by the broker's reply code; begins with ``; ``, or is empty."""
+def remedy(code: int | None, said: str) -> str:
+    """What to do about what cannot be declared or is not there, by the broker's reply code and words; begins with
+    ``; ``, or is empty."""
+    if _names_a_limit(said):
+        return "; raise that limit at the broker, or delete queues that nobody needs"
+    if "home node" in said:
+        return "; start that node again: a classic queue has no other copy"
     match code:
         case 403:
             return "; give the user configure, write and read permission for it"
@@ -86,6 +103,12 @@ def remedy(code: int | None) -> str:
         case 406:
             return "; match AMQP_QUEUE_TYPE to it, or delete it once it is empty"
     return ""
+
+
+def _names_a_limit(said: str) -> bool:
+    """Whether the broker says that a limit is reached; a name in what it says may hold these words, too."""
+    words = _QUOTED.sub("", said)
+    return "limit" in words and "reached" in words and not words.endswith("not found")
 
 
 def _closed(error: BaseException) -> tuple[int, str] | None:

@@ -165,9 +165,9 @@ class Link:
         self._retry(reason)
 
     def _lost(self, _connection: Any, error: BaseException) -> None:
+        reason = self._connection.complaint or describe(error)
         self._connection = None
         self.blocked = False
-        reason = describe(error)
         self.trouble = self.trouble or reason
         self._on_down(reason)
         self._retry(self.trouble)

@@ -20,15 +20,17 @@ from pika.adapters.utils.connection_workflow import (
 )
 from pika.exceptions import (
     AMQPError,
+    AuthenticationError,
     ChannelClosed,
     ConnectionBlockedTimeout,
     ConnectionClosedByBroker,
+    NoFreeChannels,
 )
 
 from worker import __version__
 from worker.core.topology import Topology
 from worker.shells.amqp import codec
-from worker.shells.amqp.errors import reason, refusal
+from worker.shells.amqp.errors import limit, reason, refusal, remedy
 from worker.shells.amqp.steps import Step, declarations, lookups
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def connect_by(dial: Callable[[pika.URLParameters], C], amqp: AmqpSettings, role
     """`connect` with another kind of connection; ``dial`` returns an open one or raises what pika raises."""
     codec.tolerate()
     refusals: list[BrokerRefused] = []
+    full: list[str] = []
     silent: list[str] = []
     for params in parameters(amqp, role):
         if params.blocked_connection_timeout is None:
@@ -107,13 +110,19 @@ def connect_by(dial: Callable[[pika.URLParameters], C], amqp: AmqpSettings, role
         try:
             return dial(params)
         except CONNECT_ERRORS as error:
-            refusal = _refusal(params, error)
+            refusal, said = _refusal(params, error), limit(error)
             if refusal is not None:
                 refusals.append(refusal)
+            elif said is not None:
+                full.append(f"{address(params)} ({said})")
             else:
                 silent.append(f"{address(params)} ({reason(error)})")
     if refusals:
         raise refusals[0]
+    if full:
+        raise BrokerUnreachable(
+            f"the broker takes no more connections at {', '.join(full)}; end others, or raise that limit"
+        )
     raise BrokerUnreachable(f"no broker answers at {', '.join(silent)}; start it, or correct AMQP_URL")
 
 
@@ -137,6 +146,8 @@ def apply(connection: pika.BlockingConnection, topology: Topology) -> None:
         try:
             _perform(connection, step)
         except ChannelClosed as closed:
+            if closed.reply_code == 404 and mismatches:
+                continue  # a binding to what could not be declared
             if closed.reply_code != 406:
                 raise broker_error(closed, step.subject) from closed
             mismatches.append(_mismatch(step.subject, closed.reply_text))
@@ -157,7 +168,7 @@ def verify(connection: pika.BlockingConnection, topology: Topology) -> list[str]
         except ChannelClosed as closed:
             if closed.reply_code != 404:
                 raise broker_error(closed, step.subject) from closed
-            missing.append(f"{step.subject} is missing; run `qris-expire topology --apply`, or tell its owner")
+            missing.append(_missing(step.subject, closed.reply_text))
     return missing
 
 
@@ -186,7 +197,12 @@ def broker_error(error: Exception, subject: str = "") -> BrokerError:
             to = f" to {subject}" if subject else ""
             return BrokerRefused(f"the broker refuses access{to}; give the user permission for it ({_said(error)})")
         case ChannelClosed(reply_code=404):
-            return BrokerError(f"the broker lacks something; run `qris-expire topology --apply` ({_said(error)})")
+            cure = remedy(404, error.reply_text).removeprefix("; ")
+            return BrokerError(f"the broker lacks something; {cure} ({_said(error)})")
+        case ConnectionClosedByBroker() if limit(error) is not None:
+            return BrokerUnreachable(f"the broker takes no more channels; raise that limit ({_said(error)})")
+        case NoFreeChannels():
+            return BrokerError("the broker allows too few channels to a connection; raise its channel_max")
         case ChannelClosed() | ConnectionClosedByBroker():
             return BrokerError(f"the broker refused{about or ' the request'}; see what it says: {_said(error)}")
         case ConnectionBlockedTimeout():
@@ -246,6 +262,11 @@ def _refusal(params: pika.URLParameters, error: Exception) -> BrokerRefused | No
                 f"the broker at {address(params)} refuses {params.credentials.username!r} the virtual host "
                 f"{params.virtual_host!r}; create it and give permission, or correct AMQP_URL"
             )
+        case 403 if isinstance(error, AuthenticationError):
+            return BrokerRefused(
+                f"the broker at {address(params)} takes no login by user and password; let it offer PLAIN to this user "
+                "(auth_mechanisms in rabbitmq.conf)"
+            )
         case 403:
             return BrokerRefused(
                 f"the broker at {address(params)} refuses the login of {params.credentials.username!r}; "
@@ -268,12 +289,18 @@ def _perform(connection: pika.BlockingConnection, step: Step) -> None:
 def _mismatch(subject: str, said: str) -> str:
     found = _MISMATCH.search(said)
     if found is None:
-        return f"{subject} cannot be declared; see what the broker says: {said}"
+        return f"{subject} cannot be declared: {said}{remedy(None, said)}"
     argument, wanted, current = found.groups()
     return (
         f"{subject} exists with {argument} {_value(current)} instead of {_value(wanted)}; "
         "match AMQP_QUEUE_TYPE to it, or delete it once it is empty and declare again"
     )
+
+
+def _missing(subject: str, said: str) -> str:
+    if "home node" in said:
+        return f"{subject} is missing: {said}{remedy(404, said)}"
+    return f"{subject} is missing{remedy(404, said)}"
 
 
 def _value(text: str) -> str:

@@ -11,17 +11,14 @@ import contextlib
 import http.client
 import json
 import math
-import os
-import select
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -31,7 +28,8 @@ import structlog
 from worker import signals
 from worker.core.catalogue import FAMILY
 from worker.core.scrapes import Tally, merge, of_family
-from worker.shells.http import Health, HealthServer
+from worker.shells.http import Health, HealthServer, ListenError
+from worker.surroundings import ends_with_us
 
 SOCKET_VARIABLE: Final = "QRIS_EXPIRE_METRICS_SOCKET"
 
@@ -50,6 +48,9 @@ STEADY_SECONDS: Final = 60.0
 FETCH_SECONDS: Final = 2.0
 """A child that hangs must not cost the scrape of the others (Prometheus gives up after 10 s)."""
 
+PLACES: Final = (None, "/dev/shm")  # noqa: S108  # mkdtemp makes a directory that only we can read
+"""Where the sockets of the children may be: TMPDIR and the usual places, else memory: a container may have no other."""
+
 log = structlog.get_logger()
 
 
@@ -61,19 +62,6 @@ def backoff(previous: float, lived_seconds: float) -> float:
     if lived_seconds >= STEADY_SECONDS or previous == 0:
         return FIRST_BACKOFF_SECONDS
     return min(previous * 2, LONGEST_BACKOFF_SECONDS)
-
-
-# Run by a bare interpreter that then becomes the child. Not a preexec_fn: that runs Python between fork and
-# exec of a process with threads. The kernel kills the child when the thread that started it ends; the parent
-# may have died before that was arranged, hence the second look.
-_LAUNCHER: Final = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
 
 
 class _Child:
@@ -89,7 +77,7 @@ class _Child:
         self._started = 0.0
         self._tally = Tally()
         self._lock = threading.Lock()
-        self._command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+        self._command = ends_with_us(command)
         self._environment = {**environment, "WORKER_PROCESSES": "1", SOCKET_VARIABLE: str(path)}
 
     def start(self, now: float) -> None:
@@ -193,6 +181,7 @@ class _Family:
         self._scraping = threading.Lock()
         self._restarts = 0
         self._told = 0  # how often the children were told to stop
+        self._heard = 0  # how many of the signals that ask to stop were passed on
         self._kill_at: float | None = None  # monotonic, once they are told to stop
         self._refusal: int | None = None
         self._forced = False
@@ -231,8 +220,9 @@ class _Family:
 
     # The main thread's.
 
-    def run(self, wait: Callable[[float], Sequence[int]]) -> int:
-        """Until all have stopped: the exit code. `wait` sleeps at most so many seconds, returns the signals."""
+    def run(self) -> int:
+        """Until all have stopped: the exit code."""
+        hangups = 0
         while True:
             now = time.monotonic()
             self._reap(now)
@@ -242,9 +232,14 @@ class _Family:
                 self._kill_overdue(now)
             else:
                 self._start_due(now)
-            for signum in wait(self._seconds_to_next(now)):
-                if signum in (signal.SIGTERM, signal.SIGINT):
-                    self._stop(time.monotonic(), why=signal.Signals(signum).name)
+            signals.sleep(0 if signals.received() > self._heard else self._seconds_to_next(now))
+            for name in signals.names()[self._heard :]:
+                self._heard += 1
+                self._stop(time.monotonic(), why=name)
+            if signals.hangups() > hangups:
+                hangups = signals.hangups()
+                for child in self._running:
+                    child.send(signal.SIGHUP)
 
     def kill(self) -> None:
         """Leaves no child behind, whatever went wrong."""
@@ -319,35 +314,16 @@ class _Family:
         return FORCED if self._forced else DRAINED
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[float], Sequence[int]]]:
-    """Signals as values: yields a function that waits at most so many seconds and returns their numbers.
-
-    Python only runs handlers in the main thread, between two steps of it, and does not wake it when another
-    thread got the signal. Its wakeup descriptor does.
-    """
-    reader, writer = socket.socketpair()
-    reader.setblocking(False)
-    writer.setblocking(False)
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-    before = {signum: signal.signal(signum, lambda *_: None) for signum in watched}
-    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    early = [signal.SIGTERM] * signals.received()  # told to stop while this process was still importing
-
-    def wait(seconds: float) -> Sequence[int]:
-        if early:
-            return [early.pop()]
-        ready, _, _ = select.select([reader], [], [], seconds)
-        return tuple(reader.recv(64)) if ready else ()
-
-    try:
-        yield wait
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        reader.close()
-        writer.close()
+def private_directory(places: Iterable[str | None] = PLACES) -> Path:
+    """A new directory for the sockets of the children, only ours to read, in the first of ``places`` where one can be
+    made; None stands for TMPDIR and the usual places. Raises `ListenError`."""
+    for place in places:
+        with contextlib.suppress(OSError):
+            return Path(tempfile.mkdtemp(prefix="qris-expire-", dir=place))
+    raise ListenError(
+        None,
+        "no directory is writable for the sockets of WORKER_PROCESSES; set TMPDIR to one that is, or mount one at /tmp",
+    )
 
 
 def supervise(
@@ -362,8 +338,8 @@ def supervise(
     """Runs `processes` children of `command` until they are told to stop; returns the exit code.
 
     `environment` is the children's whole environment; WORKER_PROCESSES=1 and QRIS_EXPIRE_METRICS_SOCKET are
-    added. SIGTERM or SIGINT drains all, each further one is passed on as well. An unexpected end of one child
-    is logged, and the child started again with backoff, while the others go on.
+    added. The first signal that asks to stop drains all, each further one is passed on as well, and so is SIGHUP.
+    A child that ends unexpectedly is logged and started again with backoff, while the others go on.
 
     0: all drained. 1: some child was forced, or hung beyond `drain_seconds` and `MARGIN_SECONDS` and was
     killed. 2 or 3: a child said so at its first start, and the others were stopped.
@@ -373,8 +349,9 @@ def supervise(
     gets each signal twice. Raises `ListenError`, before any child starts, when the port is not to be had.
     """
     with contextlib.ExitStack() as stack:
-        wait = stack.enter_context(_signals())
-        directory = Path(tempfile.mkdtemp(prefix="qris-expire-"))  # only ours to read
+        signals.install(worker=True)
+        signals.wake_on_child()
+        directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         children = [_Child(number, command, environment, directory / f"{number}.sock") for number in range(processes)]
         # A scrape and both probes at the same time, without waiting for each other.
@@ -385,4 +362,4 @@ def supervise(
         server.start()
         stack.callback(server.stop)
         stack.callback(family.kill)
-        return family.run(wait)
+        return family.run()

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -283,3 +285,34 @@ def _quiet() -> Iterator[None]:
     structlog.reset_defaults()
     yield
     structlog.reset_defaults()
+
+
+def fill(taken: list[int]) -> None:
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+
+
+def test_a_probe_is_answered_when_no_descriptor_is_left(server: HealthServer) -> None:
+    """While every descriptor of the process is in use, the endpoint has its own in reserve, again and again."""
+    clients = [socket.socket() for _ in range(3)]
+    taken: list[int] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, highest + 5), hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            fill(taken)
+
+        for client in clients:
+            client.settimeout(30)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(15) == b"HTTP/1.1 200 OK"
+            while client.recv(4096):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in taken:
+            os.close(number)
+        for client in clients:
+            client.close()

@@ -323,7 +323,9 @@ def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None]) -> int:
 def _ask(question: str, parked: ParkedLetters) -> bool:
     """Asks on the terminal while the conversation with the broker goes on: it must not die of our silence."""
     print(question, end="", file=sys.stderr, flush=True)
-    while not select.select([sys.stdin], [], [], 0)[0]:
+    answered = select.poll()
+    answered.register(sys.stdin, select.POLLIN)
+    while not answered.poll(0):
         if signals.received():
             print(file=sys.stderr)
             return False

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from worker import signals
+from worker import signals, surroundings
 from worker.cli import INVALID, Trouble
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ def run() -> int:
     Exit code 0: drained. 1: stopped before everything held was finished. 2: settings are wrong. 3: the broker
     or the gateway refuses our credentials at the start.
     """
-    signals.install()
+    signals.install(worker=True)
+    surroundings.keep_memory_private()
+    surroundings.raise_descriptors()
     from worker.settings import load
 
     settings = load()

@@ -138,17 +138,12 @@ def _public(pem: bytes, path: Path) -> RSAPublicKey:
 
 
 def _serve(gateway: Simulator, private_key_file: Path | None) -> None:
-    import signal
+    from worker import signals
 
-    # Blocked before the threads start, so that they inherit it and only sigwait receives them.
-    asked_to_stop = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, asked_to_stop)
-    try:
-        with gateway:
-            _print_settings(gateway, private_key_file)
-            signal.sigwait(asked_to_stop)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    signals.install()
+    with gateway:
+        _print_settings(gateway, private_key_file)
+        signals.wait()
 
 
 def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:

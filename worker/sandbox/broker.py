@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -25,6 +24,8 @@ from typing import Self
 
 import pika
 import pika.exceptions
+
+from worker.surroundings import ends_with_us
 
 LOOPBACK = "127.0.0.1"
 
@@ -386,31 +387,16 @@ class Home:
             time.sleep(0.01)
 
 
-# A process that we start must end with us, even if we are killed with SIGKILL and can do nothing about it any
-# more. Only the kernel can see to that: PR_SET_PDEATHSIG. Three things to know about it. It must be set in
-# the child, and code between fork and exec can deadlock in a process with threads, so a tiny interpreter sets
-# it and then becomes the program. It comes too late for a parent that is gone by then, hence the look at the
-# parent afterwards. And "parent" is the thread that forked, not the process: so one thread, which lives until
-# the interpreter ends, starts them all.
+# The kernel ends a process with the thread that started it (see `surroundings`): so one thread, which lives until the
+# interpreter ends, starts them all.
 _KEEPER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="private-broker")
-
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent is gone")
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def _spawn(command: Sequence[str], environment: Mapping[str, str], directory: Path) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
-
     def spawn() -> subprocess.Popen[bytes]:
         with (directory / "console.log").open("ab") as log:
             return subprocess.Popen(
-                [*launcher, *command],
+                ends_with_us(command),
                 env=dict(environment),
                 cwd=directory,
                 stdin=subprocess.DEVNULL,

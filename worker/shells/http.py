@@ -38,6 +38,8 @@ SILENCE_SECONDS: Final = 5.0
 """The longest wait for one read or write."""
 GIVE_WAY_SECONDS: Final = 1.0
 """How long a new connection waits for the thread of the one that was cut off for it."""
+RESERVE: Final = 2
+"""Descriptors kept for when there are no others: one for the connection, one for what a scrape reads of the process."""
 BODY_BYTES: Final = 64 * 1024
 """What is read of an unwanted body, so that closing does not reset the connection under our answer."""
 
@@ -164,9 +166,11 @@ class _Server(socketserver.BaseServer):
         self.socket = listener
         self._slots = threading.BoundedSemaphore(HANDLERS)
         self._open: dict[socket.socket, float] = {}  # until when, oldest first
+        self._reserve: list[int] = []  # descriptors for the day when the process has none left
         self._lock = threading.Lock()
         self._source = source
         self._page = StatusPage(source)
+        self._take_reserve()
         self._answers: dict[str, Callable[[], tuple[int, str, bytes]]] = {
             "/": lambda: (HTTPStatus.OK, HTML_TYPE, self._page.html()),
             "/metrics": self._metrics,
@@ -194,10 +198,28 @@ class _Server(socketserver.BaseServer):
         return self.socket.fileno()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        return self.socket.accept()
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._reserve:
+                raise
+            self._give_up_reserve()
+            return self.socket.accept()
+
+    def _take_reserve(self) -> None:
+        """A probe must be answered even while the senders hold every descriptor that the process may have."""
+        with self._lock, suppress(OSError):
+            while len(self._reserve) < RESERVE:
+                self._reserve.append(os.open(os.devnull, os.O_RDONLY))
+
+    def _give_up_reserve(self) -> None:
+        with self._lock:
+            while self._reserve:
+                os.close(self._reserve.pop())
 
     def server_close(self) -> None:
         self.socket.close()
+        self._give_up_reserve()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._slots.acquire(blocking=False):
@@ -234,6 +256,8 @@ class _Server(socketserver.BaseServer):
 
     def service_actions(self) -> None:
         self._cut(oldest=False)
+        if not self._open:
+            self._take_reserve()
 
     def _cut(self, *, oldest: bool) -> None:
         """Ends the connections whose time is over, and the oldest one; their threads see the end of file."""

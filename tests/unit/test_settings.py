@@ -263,9 +263,8 @@ def test_reread_sees_a_rotated_secret(tmp_path: Path) -> None:
         "amqp://localhost",
         "AMQPS://user:p%40ss@broker.example:5671/%2Fvhost",
         "amqp://[::1]:5672/",
-        "amqp://a,amqp://b:1/v , amqps://c/%2F?heartbeat=5&connection_attempts=2",
+        "amqp://a,amqp://b:1/v , AMQP://c/%2F?heartbeat=5&connection_attempts=2",
         "amqp://user:with,comma@host",
-        "amqps://host?ssl_options={'ca_certs':'x','certfile':'y'}",
     ],
 )
 def test_amqp_urls_that_are_fine(url: str) -> None:
@@ -297,6 +296,11 @@ def test_amqp_urls_that_are_fine(url: str) -> None:
         f"amqp://u:{MARK}@host?heartbeat=1&heartbeat=2",
         f"amqp://u:{MARK}@host,",
         f"amqp://u:{MARK} x@host",
+        f"amqps://u:{MARK}@a,amqp://u:{MARK}@b",
+        f"amqp://u:{MARK}@a , AMQPS://u:{MARK}@b",
+        f"amqps://u:{MARK}@host?ssl_options={{'cert_reqs': 0}}",
+        f"amqps://u:{MARK}@host?ssl_options={{}}",
+        f"amqps://u:{MARK}@host?verify=verify_none",
     ],
 )
 def test_amqp_urls_that_are_refused(url: str) -> None:
@@ -306,6 +310,38 @@ def test_amqp_urls_that_are_refused(url: str) -> None:
 
     assert found.startswith("AMQP_URL: ")
     assert MARK not in found
+
+
+@pytest.mark.parametrize("url", [None, "amqp://host", "AMQP://a,amqp://b"])
+@pytest.mark.parametrize("name", ["AMQP_CA_FILE", "AMQP_CERT_FILE", "AMQP_KEY_FILE"])
+def test_tls_files_without_tls(key_file: Path, url: str | None, name: str) -> None:
+    """A file for TLS beside a URL without it is refused: whoever gives one means to be protected."""
+
+    environ = {} if url is None else {"AMQP_URL": url}
+    found = problem(AmqpSettings, **environ, **{name: str(key_file)})
+
+    assert found.startswith(f"{name}: is for TLS, and AMQP_URL begins with amqp://")
+
+
+@pytest.mark.parametrize(
+    ("changed", "advised"),
+    [
+        ({"AMQP_URL": "amqp://u:p@broker.example,amqp://localhost"}, ["AMQP_URL: password and commands go to broker"]),
+        ({"AMQP_URL": "amqp://127.0.0.1"}, []),
+        ({"AMQP_URL": "amqps://broker.example"}, []),
+        (
+            {"GATEWAY_BASE_URL": "http://gateway.example/v1.0", "GATEWAY_ALLOW_HTTP": "true"},
+            ["GATEWAY_ALLOW_HTTP: token and bills go to gateway.example"],
+        ),
+        ({"GATEWAY_BASE_URL": "http://[::1]/v1.0", "GATEWAY_ALLOW_HTTP": "true"}, []),
+    ],
+)
+def test_advice_on_what_goes_in_clear(required: dict[str, str], changed: dict[str, str], advised: list[str]) -> None:
+    """Plain AMQP or HTTP to another host is taken, and warned about."""
+
+    advice = load(environ={**required, **changed}, env_file=None).advice()
+
+    assert [line[: len(words)] for line, words in zip(advice, advised, strict=True)] == advised
 
 
 def test_the_wrong_url_of_several_is_counted() -> None:
@@ -437,9 +473,11 @@ def test_bounds_that_depend_on_each_other() -> None:
 def test_certificate_and_key_go_together(key_file: Path) -> None:
     """A client certificate without its key is refused, and the other way round."""
 
-    assert "set both or neither" in problem(AmqpSettings, AMQP_CERT_FILE=str(key_file))
-    assert "set both or neither" in problem(AmqpSettings, AMQP_KEY_FILE=str(key_file))
-    assert amqp(AMQP_CERT_FILE=str(key_file), AMQP_KEY_FILE=str(key_file)).cert_file == key_file
+    assert "set both or neither" in problem(AmqpSettings, AMQP_URL="amqps://host", AMQP_CERT_FILE=str(key_file))
+    assert "set both or neither" in problem(AmqpSettings, AMQP_URL="amqps://host", AMQP_KEY_FILE=str(key_file))
+    assert (
+        amqp(AMQP_URL="amqps://host", AMQP_CERT_FILE=str(key_file), AMQP_KEY_FILE=str(key_file)).cert_file == key_file
+    )
 
 
 @pytest.mark.parametrize("prefix", ["amq.x", "with space", "ü", ".dot", "a" * 101, "a/b"])

@@ -101,11 +101,13 @@ class _Report:
         from worker.settings import GROUPS, AmqpSettings, GatewaySettings, RetrySettings, SettingsError, load
 
         try:
-            load()
+            settings = load()
         except SettingsError as error:
             problems = error.problems
             self.line("settings", lambda: _fail(*problems))
         else:
+            for advice in settings.advice():
+                self.say("settings", "warning", advice)
             self.line("settings", lambda: f"{sum(len(group.declared()) for group in GROUPS)} in order")
         return _valid(AmqpSettings), _valid(RetrySettings), _valid(GatewaySettings)
 

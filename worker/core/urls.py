@@ -63,6 +63,11 @@ def split_amqp_urls(text: str) -> list[str]:
     return re.split(r"\s*,\s*(?=amqps?://)", text, flags=re.IGNORECASE)
 
 
+def is_tls(amqp_url: str) -> bool:
+    """Whether the scheme of an AMQP URL is the one for TLS."""
+    return amqp_url.lower().startswith("amqps:")
+
+
 def amqp_url_problem(url: str) -> str | None:
     """Why ``url`` cannot be connected to as an AMQP URL; None when it can."""
     if not url.isprintable() or " " in url:
@@ -110,6 +115,8 @@ def _options_problem(query: str) -> str | None:
     if len(set(names)) < len(names):
         return "gives an option twice"
     for name, value in options:
+        if name == "ssl_options":
+            return "sets ssl_options, which can turn the check of certificates off; use AMQP_CA_FILE instead"
         valid = _OPTIONS.get(name)
         if valid is None:
             return f"has an unknown option; known are {', '.join(_OPTIONS)}"
@@ -133,7 +140,7 @@ def _mapping(text: str) -> bool:
         return False
 
 
-# What pika 1.4 takes in a URL.
+# What pika 1.4 takes in a URL, but for what would weaken TLS.
 _OPTIONS: Final[Mapping[str, Callable[[str], bool]]] = {
     "blocked_connection_timeout": _seconds,
     "channel_max": _whole(1, 65_535),
@@ -144,7 +151,6 @@ _OPTIONS: Final[Mapping[str, Callable[[str], bool]]] = {
     "locale": str.isprintable,
     "retry_delay": _seconds,
     "socket_timeout": _seconds,
-    "ssl_options": _mapping,
     "stack_timeout": _seconds,
     "tcp_options": _mapping,
 }

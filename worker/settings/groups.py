@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from worker.core.topology import Names, QueueType
-from worker.core.urls import is_loopback, split_amqp_urls
+from worker.core.urls import is_loopback, is_tls, split_amqp_urls
 from worker.settings import rules
 from worker.settings.group import Group, Secret, setting
 
@@ -42,7 +42,12 @@ class AmqpSettings(Group, variables="AMQP_"):
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """A certificate without its key, and the other way round."""
+        """A certificate without its key, and the other way round; TLS files where no TLS is spoken."""
+        if "url" in values and not is_tls(values["url"].get_secret_value()):
+            for name in ("ca_file", "cert_file", "key_file"):
+                if values.get(name) is not None:
+                    yield name, "is for TLS, and AMQP_URL begins with amqp://; begin it with amqps://, or unset this"
+            return
         if {"cert_file", "key_file"} <= values.keys() and (values["cert_file"] is None) != (values["key_file"] is None):
             yield "key_file", "goes together with AMQP_CERT_FILE; set both or neither"
 
@@ -224,6 +229,17 @@ class Settings:
 
     def advice(self) -> list[str]:
         """What is allowed and seldom meant, a line each: ``VARIABLE: what follows from it, what to do``."""
+        return [*self._in_clear(), *self._breaker_advice()]
+
+    def _in_clear(self) -> Iterator[str]:
+        hosts = {urlsplit(url).hostname or "" for url in self.amqp.urls() if not is_tls(url)}
+        for host in sorted(host for host in hosts if not is_loopback(host)):
+            yield f"AMQP_URL: password and commands go to {host} in clear; use amqps://"
+        base = urlsplit(self.gateway.base_url)
+        if base.scheme == "http" and not is_loopback(base.hostname or ""):
+            yield f"GATEWAY_ALLOW_HTTP: token and bills go to {base.hostname} in clear; use https://"
+
+    def _breaker_advice(self) -> list[str]:
         attempts, failures = self.retry.max_attempts, self.breaker.failures
         if failures > attempts:
             return []

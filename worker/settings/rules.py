@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from worker.core.command import IDENTIFIER_RULE, is_identifier
-from worker.core.urls import amqp_url_problem, base_url_problem, is_host, is_path, split_amqp_urls
+from worker.core.urls import amqp_url_problem, base_url_problem, is_host, is_path, is_tls, split_amqp_urls
 from worker.settings.group import Secret
 
 N = TypeVar("N", int, float)
@@ -142,6 +142,8 @@ def amqp_urls(text: str) -> Secret:
         problem = amqp_url_problem(url)
         if problem:
             raise ValueError(problem if len(urls) == 1 else f"URL {count} of {len(urls)} {problem}")
+    if len({is_tls(url) for url in urls}) > 1:
+        raise ValueError("mixes amqp:// and amqps://, so that a lost node leads to a login in clear; use one of them")
     return Secret(text)
 
 

@@ -219,7 +219,7 @@ def _parameters(amqp: AmqpSettings, url: str, role: str) -> pika.URLParameters:
     for name, value in _defaults(role).items():
         if name not in given:
             setattr(params, name, value)
-    if params.ssl_options is not None and "ssl_options" not in given:
+    if params.ssl_options is not None:
         params.ssl_options = pika.SSLOptions(_tls(amqp), params.host)
     return params
 

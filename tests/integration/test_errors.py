@@ -199,16 +199,15 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """A private broker that speaks TLS, with a user without permissions and one without a virtual host."""
     folder = tmp_path_factory.mktemp("tls")
     authority = Authority("authority", folder)
-    authority.server("127.0.0.1")
-    (certificate,) = (file for file in folder.glob("*.pem") if file != authority.file)
-    for path in (folder.parent.parent, folder.parent, folder, certificate, authority.file):
+    certificate, key = authority.issue("127.0.0.1")
+    for path in (folder.parent.parent, folder.parent, folder, certificate, key, authority.file):
         path.chmod(path.stat().st_mode | 0o055)  # the broker may run as a user of its own
     port = free_port()
     config = {
         "listeners.ssl.default": f"127.0.0.1:{port}",
         "ssl_options.cacertfile": str(authority.file),
         "ssl_options.certfile": str(certificate),
-        "ssl_options.keyfile": str(certificate),
+        "ssl_options.keyfile": str(key),
         "ssl_options.verify": "verify_none",
     }
     with running(PrivateBroker(config=config)) as broker:

@@ -166,7 +166,7 @@ def test_one_bad_row_and_nothing_is_published(desk: Desk, declared: Rabbit) -> N
 
     (desk.directory / "bills.csv").write_text("billnumber,notAfter\n1,\n2 2,\n3,tomorrow\n4,\n")
 
-    done = desk("sweep", "bills.csv")
+    done = desk("sweep", "bills.csv", "--merchant-id", "M")
 
     assert (done.returncode, done.stdout) == (2, "")
     first, second, last = done.stderr.splitlines()
@@ -273,6 +273,7 @@ def test_file_of_another_kind_is_one_clear_line(desk: Desk, at_once: Call, conte
         ["bills.csv", "--direct", "--republish"],
         ["bills.csv", "--report", "no/where.csv"],
         ["bills.csv", "--report", "."],
+        ["bills.csv", "--delimiter", ";;"],
     ],
 )
 def test_wrong_call_is_one_line(desk: Desk, at_once: Call, arguments: list[str]) -> None:
@@ -370,6 +371,45 @@ def test_dry_run_shows_what_would_go(desk: Desk) -> None:
     assert lines[2].endswith('{"billnumber":"00000001","additionalInfo":{"merchantId":"M1"}}')
     assert lines[-1] == "… and 2 more"
     assert not (desk.directory / "state").exists()
+
+
+def test_dry_run_writes_down_what_is_invalid(desk: Desk) -> None:
+    """A report of a dry run has every row, with why one cannot be sent; the odd ones of a column are told."""
+
+    rows = [f"{number:010d},M1" for number in range(10)] + ["92081,M1", "10.092.081,M1", "0000000001,M1"]
+    (desk.directory / "bills.csv").write_text("\n".join(["billnumber,merchantId", *rows, ""]))
+
+    done = desk("sweep", "bills.csv", "--dry-run", "--report", "out.csv", AMQP_URL=NOBODY)
+
+    assert done.returncode == 2
+    assert "1 value of billnumber has fewer than 10 digits" in done.stderr
+    report = desk.report()
+    assert Counter((line["status"], line["reason"]) for line in report) == {
+        ("unsent", ""): 11,
+        ("skipped", "duplicate"): 1,
+        ("skipped", "invalid"): 1,
+    }
+    assert "'10.092.081' has the separators of thousands" in report[11]["detail"]
+    assert not (desk.directory / "state").exists()
+
+
+def test_report_has_the_form_of_the_input(desk: Desk) -> None:
+    """Delimiter, byte-order mark and columns; where a spreadsheet wrote the input, one can open the report."""
+
+    text = "\ufeffNo;Bill Number;Merchant Id;Toko\r\n1;0010092081;121000001;Jaya\r\n2;10092082;121000001;=1+1\r\n"
+    (desk.directory / "bills.csv").write_bytes(text.encode())
+
+    done = desk("sweep", "bills.csv", "--dry-run", "--report", "out.csv")
+    piped = desk("sweep", "bills.csv", "--dry-run", "--report", "tab.csv", "--delimiter", "\t")
+
+    assert (done.returncode, piped.returncode) == (0, 0), done.stderr
+    header, first, second = (desk.directory / "out.csv").read_bytes().decode().splitlines()
+    assert header.startswith(
+        "\ufeffNo;Bill Number;Merchant Id;Toko;line;billnumber;merchantId;reference;commandId;status;"
+    )
+    assert first.startswith('1;"=""0010092081""";121000001;Jaya;2;"=""0010092081""";121000001;')
+    assert second.startswith("2;10092082;121000001;'=1+1;3;10092082;")
+    assert (desk.directory / "tab.csv").read_text(encoding="utf-8-sig").startswith("No\tBill Number\t")
 
 
 def test_header_alone_is_a_day_without_bills(desk: Desk) -> None:
@@ -546,9 +586,10 @@ def test_followed_sweep_adds_up(desk: Desk, rabbit: Rabbit) -> None:
     }
     assert "bills.csv:43: billnumber must be" in done.stderr
     report = desk.report()
-    assert [line["billnumber"] for line in report] == [f"{number:08d}" for number in range(1, 41)]
-    assert Counter(line["status"] for line in report) == {"expired": 38, "rejected": 1, "unresolved": 1}
-    assert report[0]["duplicates"] == "1"
+    assert [line["billnumber"] for line in report] == [*(f"{number:08d}" for number in range(1, 41)), "00000001", "0 0"]
+    assert Counter(line["status"] for line in report) == {"expired": 38, "rejected": 1, "unresolved": 1, "skipped": 2}
+    assert "line 2, which stands for it" in report[40]["detail"]
+    assert "'0 0' has a blank" in report[41]["detail"]
 
     redriven = outcome(Reason.SUCCESS, command_id=report[2]["commandId"], billnumber="00000003", batch_id="b")
     rabbit.publish(desk.names.outcomes, "sweep.expired", encode(redriven), headers={"batch-id": "b"})
@@ -558,7 +599,7 @@ def test_followed_sweep_adds_up(desk: Desk, rabbit: Rabbit) -> None:
 
     assert again.returncode == 1, again.stderr
     assert rows_of(again.stdout)["expired success"] == 39
-    assert Counter(line["status"] for line in desk.report()) == {"expired": 39, "rejected": 1}
+    assert Counter(line["status"] for line in desk.report()) == {"expired": 39, "rejected": 1, "skipped": 2}
     assert not rabbit.has_queue(inbox_name(desk.names, "b"))
 
 
@@ -865,16 +906,21 @@ def test_direct_sweep_tells_what_is_wrong_with_the_credentials(away: Desk) -> No
     assert "the gateway refuses us" in done.stderr
 
 
-def test_direct_sweep_wants_a_merchant_for_each_bill(away: Desk) -> None:
-    """Nobody behind us has a default: the row says so before anything is sent."""
+@pytest.mark.parametrize("how", [(), ("--direct",), ("--dry-run",)])
+def test_row_without_a_merchant_is_invalid(away: Desk, how: tuple[str, ...]) -> None:
+    """The worker would make a dead letter of it: it is told before anything is sent, with what gives a merchant."""
 
     (away.directory / "bills.csv").write_text("billnumber\n1\n")
     with Simulator() as gateway:
-        bare = away("sweep", "bills.csv", "--direct", **direct(away, gateway))
-        given = away("sweep", "bills.csv", "--direct", **direct(away, gateway, GATEWAY_MERCHANT_ID="M1"))
+        settings = direct(away, gateway)
+        bare = away("sweep", "bills.csv", *how, **settings)
+        given = away("sweep", "bills.csv", "--dry-run", *how[:1], "--merchant-id", "M7", **settings)
+        default = away("sweep", "bills.csv", "--dry-run", *how[:1], **{**settings, "GATEWAY_MERCHANT_ID": "M8"})
 
     assert (bare.returncode, "bills.csv:2: merchantId is missing" in bare.stderr) == (2, True)
-    assert given.returncode == 0, given.stderr
+    assert "--merchant-id" in bare.stderr
+    assert (given.returncode, '"merchantId":"M7"' in given.stdout) == (0, True), given.stderr
+    assert (default.returncode, '"merchantId":"M8"' in default.stdout) == (0, True), default.stderr
 
 
 # --- helpers

@@ -19,7 +19,7 @@ from tests.rabbit import Rabbit
 from tests.waiting import wait_until
 from worker.app.sweep import Sweep
 from worker.cli.meter import Meter
-from worker.core.rows import Row
+from worker.core.rows import JSON_FORM, Row
 from worker.core.sweep import Batch, Bill, command_message, inbox_name
 from worker.core.topology import Names, topology
 from worker.sandbox.simulator import Script, Simulator
@@ -111,7 +111,7 @@ def _ours(directory: Path, url: str, names: Names, bills: list[Bill], turn: int)
     """Seconds for the use case with its journal."""
     load, path = Load(directory), directory / f"turn-{turn}.db"
     load.fill([Row(bill.number, bill.bill, bill.merchant, None, None) for bill in bills])
-    load.keep(path, batch="b", source="f", digest="d", invalid=0, now=time.time())
+    load.keep(path, batch="b", source="f", digest="d", form=JSON_FORM, now=time.time())
     journal, parameters = Journal(path), [pika.URLParameters(url)]
     with Meter("sweep", follow=False) as meter:
         errand = Sweep(journal, names, follow=False, stop=lambda: 0, screen=meter, clock=SystemClock())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,11 +14,12 @@ import pytest
 from tests.builders import NOON
 from tests.unit.test_sweep import BATCH, told
 from worker.core.outcome import Reason
-from worker.core.rows import Row
-from worker.core.sweep import REPORT_COLUMNS, Bill, Progress, report_row
+from worker.core.rows import JSON_FORM, BadRow, Form, Row
+from worker.core.sweep import REPORT_COLUMNS, Progress, Report, harmless, kept_as_text
 from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune, replacing
 
 Make = Callable[..., Journal]
+FORM = Form(("billnumber", "merchantId"), {"bill": 0, "merchant": 1})
 
 
 @pytest.fixture
@@ -26,12 +27,12 @@ def make(tmp_path: Path) -> Iterator[Make]:
     """A batch of bills "1", "2", … of merchant M."""
     opened: list[Journal] = []
 
-    def made(size: int = 3, *, invalid: int = 0, extra: tuple[Row, ...] = ()) -> Journal:
+    def made(size: int = 3, *, form: Form = FORM, extra: Sequence[Row | BadRow] = ()) -> Journal:
         load = Load(tmp_path)
-        load.fill([Row(number + 1, str(number), "M", None, None) for number in range(1, size + 1)])
+        load.fill([Row(number + 1, str(number), "M", None, None, (str(number), "M")) for number in range(1, size + 1)])
         load.fill(extra)
         path = tmp_path / f"{BATCH.id}.db"
-        load.keep(path, batch=BATCH.id, source="f.csv", digest="d", invalid=invalid, now=NOON)
+        load.keep(path, batch=BATCH.id, source="f.csv", digest="d", form=form, now=NOON)
         opened.append(Journal(path))
         return opened[-1]
 
@@ -47,13 +48,14 @@ def reopened(journal: Journal) -> Journal:
 def test_bill_that_comes_again_is_counted_not_kept(make: Make) -> None:
     """A bill twice goes once, as it came first; the same bill of another merchant is another bill."""
 
-    extra = (Row(9, "1", "M", "later", None), Row(10, "1", "M", None, None), Row(11, "1", "N", None, None))
+    extra = [Row(9, "1", "M", "later", None), Row(10, "1", "M", None, None), Row(11, "1", "N", None, None)]
+    bad = [BadRow(line, "bad") for line in range(12, 16)]
 
-    journal = make(2, invalid=4, extra=extra)
+    journal = make(2, extra=[*extra, *bad])
 
-    assert journal.unsent(0, 10) == [
-        Bill(1, "1", "M", None, None), Bill(2, "2", "M", None, None), Bill(3, "1", "N", None, None)
-    ]  # fmt: skip
+    assert {bill[1:] for bill in journal.unsent(0, 10)} == {
+        ("1", "M", None, None), ("2", "M", None, None), ("1", "N", None, None)
+    }  # fmt: skip
     tally = journal.tally()
     assert (tally.bills, tally.duplicates, tally.invalid, tally.rows) == (3, 2, 4, 9)
     assert journal.facts.batch.size == 3
@@ -93,22 +95,118 @@ def test_outcomes_change_the_sum_once(make: Make) -> None:
     assert journal.tally().told == {("expired", "success"): 1}
 
 
-def test_report_has_a_line_for_each_bill(make: Make) -> None:
-    """In the order of the input, told or not."""
+def test_merchants_take_turns(make: Make) -> None:
+    """The few bills of one do not wait behind the many of another, wherever they stand in the input."""
 
-    journal = make(3)
+    extra = [Row(20 + number, f"n{number}", "N", None, None) for number in range(2)]
+    extra += [Row(30, "o", "O", None, None)]
+
+    journal = make(4, extra=extra)
+
+    sent = [(bill.number, bill.bill) for bill in journal.unsent(0, 10)]
+    assert sent == list(enumerate(["1", "n0", "o", "2", "n1", "3", "4"], 1))
+
+
+def report(journal: Journal) -> list[dict[str, object]]:
+    lines = Report(journal.facts)
+    return [dict(zip(lines.header(), lines.line(row), strict=True)) for row in journal.rows()]
+
+
+def test_report_has_a_line_for_each_row_of_the_input(make: Make) -> None:
+    """In its order: bills that were told or not, duplicates with the line that stands for them, invalid rows with why;
+    so that it adds up to what the screen says."""
+
+    extra = [
+        Row(5, "2", "M", "again", None, ("2", "M")),
+        BadRow(6, "is no bill", ("-", "M")),
+        Row(7, "4", "M", None, None),
+    ]
+    journal = make(3, extra=extra)
     journal.published(2)
     journal.record([told(Reason.PAID, bill="1")])
 
-    lines = [dict(zip(REPORT_COLUMNS, report_row(BATCH.id, row, 2), strict=True)) for row in journal.rows()]
+    lines = report(journal)
 
     assert [(line["line"], line["billnumber"], line["status"], line["reason"]) for line in lines] == [
         (2, "1", "rejected", "paid"),
         (3, "2", "waiting", None),
         (4, "3", "unsent", None),
+        (5, "2", "skipped", "duplicate"),
+        (6, "-", "skipped", "invalid"),
+        (7, "4", "unsent", None),
     ]
     assert lines[0]["commandId"] == told(bill="1").command_id
     assert lines[0]["effectUnknown"] == "false"
+    assert "line 3, which stands for it" in str(lines[3]["detail"])
+    assert lines[4]["detail"] == "is no bill"
+    assert len(lines) == journal.tally().rows
+
+
+def test_report_keeps_the_columns_of_the_input(make: Make) -> None:
+    """As they came and in their order, then ours; one of the input with a name of ours is told apart."""
+
+    form = Form(("Toko", "Bill Number", "status", "merchantId"), {"bill": 1, "merchant": 3})
+    extra = [
+        Row(2, "1", "M9", None, None, ("Jaya", " 1 ", "unpaid", "")),
+        Row(3, "2", "M9", None, None, ("Baru",)),
+        BadRow(4, "has 5 fields", ("a", "b", "c", "d", "e")),
+    ]
+    journal = make(0, form=form, extra=extra)
+
+    lines = report(journal)
+
+    assert list(lines[0]) == [
+        "Toko",
+        "Bill Number",
+        "status (input)",
+        "merchantId",
+        *(column for column in REPORT_COLUMNS if column != "merchantId"),
+    ]
+    kept = [[line[name] for name in ("Toko", "Bill Number", "status (input)", "merchantId")] for line in lines]
+    assert kept == [["Jaya", " 1 ", "unpaid", "M9"], ["Baru", "", "", "M9"], ["a", "b", "c", "d,e"]]
+    assert [line["billnumber"] for line in lines] == ["1", "2", None]
+    assert [line["status"] for line in lines] == ["unsent", "unsent", "skipped"]
+
+
+def test_report_of_json_lines_has_the_lines(make: Make) -> None:
+    """Each one in a column of its own."""
+
+    journal = make(0, form=JSON_FORM, extra=[Row(1, "1", "M", None, None, ('{"billnumber": "1", "more": 2}',))])
+
+    (line,) = report(journal)
+
+    assert (line["input"], line["billnumber"]) == ('{"billnumber": "1", "more": 2}', "1")
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+62812", "-5", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1"])
+def test_no_cell_of_a_report_is_a_formula(text: str) -> None:
+    """Text comes from a gateway, or from whoever wrote the input."""
+
+    assert harmless(text) == f"'{text}"
+    assert kept_as_text(text) == f"'{text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("0010092081", '="0010092081"'),
+        ("20261122210000123", '="20261122210000123"'),
+        ("1E+08", '="1E+08"'),
+        ("22/11/2026", '="22/11/2026"'),
+        ("10092081", "10092081"),
+        ("0", "0"),
+        ("M1", "M1"),
+        ("Toko Jaya", "Toko Jaya"),
+        ('a"b', 'a"b'),
+        ('="007"', '="007"'),
+        (7, 7),
+        (None, None),
+    ],
+)
+def test_digits_that_a_spreadsheet_would_change_are_kept_as_text(text: object, cell: object) -> None:
+    """Leading zeros, long numbers, what looks like a date; other cells stay as they are."""
+
+    assert kept_as_text(text) == cell
 
 
 def test_republishing_leaves_out_what_has_an_outcome(make: Make) -> None:

@@ -18,7 +18,7 @@ from tests.fakes import FakeClock
 from worker.app.sweep import CONFIRM_SECONDS, Ended, Sweep
 from worker.core.command import Command, parse
 from worker.core.outcome import Outcome, Reason, encode
-from worker.core.rows import BadRow, InputError, Row, read
+from worker.core.rows import BadRow, InputError, Reading, Row, read
 from worker.core.sweep import (
     Batch,
     Bill,
@@ -44,8 +44,13 @@ NAMES = Names("p")
 BATCH = Batch("b-1", 3)
 
 
+def reading(text: str, **options: object) -> Reading:
+    return read(re.findall(r"[^\n]*\n|[^\n]+", text), **options)  # type: ignore[arg-type]
+
+
 def rows(text: str, **options: object) -> list[Row | BadRow]:
-    return list(read(re.findall(r"[^\n]*\n|[^\n]+", text), **options))  # type: ignore[arg-type]
+    """Without the cells as they came."""
+    return [row._replace(cells=()) for row in reading(text, **options)]
 
 
 def bills(text: str) -> list[tuple[str, str]]:
@@ -105,14 +110,36 @@ def test_merchant_of_the_command_line_serves_where_a_row_has_none() -> None:
     ("cells", "why"),
     [
         ("1 2,M", "billnumber must be 1 to 64 printable ASCII"),
-        ("é,M", "billnumber must be 1 to 64 printable ASCII"),
+        ("é,M", "blanks; 'é' has latin small letter e with acute at position 1"),
+        ("1\u200b2,M", "has zero width space at position 2"),
+        ("1 2,M", "'1 2' has a blank at position 2"),
         ("1" * 65 + ",M", "billnumber must be 1 to 64 printable ASCII"),
         (",M", "billnumber is missing"),
         ("1.00921E+07,M", "what a spreadsheet made of it"),
-        ('"=""007""",M', "what a spreadsheet made of it"),
+        ("10.092.081,M", "billnumber '10.092.081' has the separators of thousands"),
+        ('"10,092,082",M', "has the separators of thousands"),
+        ("10\u00a0092\u00a0082,M", "has the separators of thousands"),
+        ('"10092085,00",M', "has the decimals of a number"),
+        ("10092086.0,M", "has the decimals of a number"),
+        ("'0010092081,M", "begins with the apostrophe that marks a text cell"),
+        ('"1,21E+08",M', "is a number in scientific notation"),
+        ("-10092081,M", "has the sign of a number"),
+        ("(10092081),M", "has the sign of a number"),
+        ("Rp10.092.081,M", "is an amount"),
+        ("22/11/2026,M", "is a date"),
+        ("3-Des,M", "is a date"),
+        ("12:30,M", "is a time"),
+        ("#N/A,M", "is an error of the spreadsheet"),
+        ("########,M", "is an error of the spreadsheet"),
+        ("nan,M", "stands for no value at all"),
+        ("=A1,M", "is a formula"),
+        ('"""007""",M', "stands in quotes"),
+        ("1,121.000.001", "merchantId '121.000.001' has the separators of thousands"),
+        ('1,"1,21E+08"', "merchantId '1,21E+08' is a number in scientific notation"),
+        ("1,121000001.0", "has the decimals of a number"),
         ("1,M M", "merchantId must be 1 to 64 printable ASCII"),
         ("1,M," + "x" * 129, "reference must have at most 128"),
-        ("1,M,r,tomorrow", "notAfter: not an RFC 3339 time"),
+        ("1,M,r,tomorrow", "notAfter: 'tomorrow' is not an RFC 3339 time"),
         ("1,M,r,,x", "has 5 fields where the header has 4"),
     ],
 )
@@ -125,6 +152,75 @@ def test_bad_row_is_named_with_its_line(cells: str, why: str) -> None:
 
     assert (line, why in said) == (4, True), said
     assert [row.line for row in rows(text)] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("value", ["10.092.081", "10092086.0", "1E+08", "22/11/2026", "nan", "-5", "'1"])
+@pytest.mark.parametrize("row", ['"{}",M', '1,"{}"'])
+def test_mangled_looking_value_can_be_meant(value: str, row: str) -> None:
+    """Whoever has such bills says so; then it is taken as it is."""
+
+    (found,) = rows("billnumber,merchantId\n" + row.format(value) + "\n", as_is=True)
+
+    assert isinstance(found, Row)
+    assert value in (found.bill, found.merchant)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "10092081",
+        "0010092081",
+        "INV-2026-001",
+        "QR.12.13",
+        "12e45",
+        "A1",
+        "a'b",
+        "M1",
+        "1234-5678-9012",
+        "x=1",
+        "TRX#9",
+    ],
+)
+def test_identifiers_are_not_taken_for_mangled_ones(value: str) -> None:
+    """Digits, letters and signs as gateways give them."""
+
+    assert bills(f"billnumber,merchantId\n{value},{value}\n") == [(value, value)]
+
+
+def test_text_that_a_spreadsheet_was_made_to_keep_is_its_text() -> None:
+    """The formula ="007" is how people keep leading zeros, and the value is certain."""
+
+    assert bills('billnumber,merchantId\n"=""007""","=""M1"""\n') == [("007", "M1")]
+
+
+def test_json_lines_of_a_program_that_takes_numbers_for_numbers_are_bad() -> None:
+    """A string is no guarantee."""
+
+    assert "has the decimals of a number" in reason('{"billnumber": "10092086.0", "merchantId": "M"}\n')[1]
+    assert "in scientific notation" in reason('{"billnumber": "1", "merchantId": "1.21E+08"}\n')[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["0010092081"] * 8 + ["10092081", "92081"], "2 values of billnumber have fewer than 10 digits"),
+        ([f"{number:08d}" for number in range(20)], None),
+        ([str(10**number) for number in range(12)], None),
+        (["1", "22"], None),
+        (["12345678901234500000"] * 6, "end in zeros"),
+        (["12345678901234500000"] * 6 + ["12345678901234567890"], None),
+        ([f"INV-{number}" for number in range(90, 110)], None),
+    ],
+)
+def test_digits_that_are_gone_are_seen_by_comparing(values: list[str], said: str | None) -> None:
+    """No value alone shows that it lost leading zeros or its last digits; the column may."""
+
+    found = reading("billnumber,merchantId\n" + "".join(f"{value},M\n" for value in values))
+    assert len(list(found)) == len(values)
+
+    remarks = found.remarks()
+    assert len(remarks) == (0 if said is None else 1)
+    assert said is None or said in remarks[0]
 
 
 @pytest.mark.parametrize(

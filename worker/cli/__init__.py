@@ -30,7 +30,7 @@ COMMANDS: Final = {
     "demo": (),
     "simulator": (),
     "publish": ("AMQP_",),
-    "sweep": ("AMQP_",),
+    "sweep": ("AMQP_", "GATEWAY_MERCHANT_ID"),
     "status": ("AMQP_",),
     "dead": ("AMQP_",),
     "contract": ("AMQP_PREFIX",),

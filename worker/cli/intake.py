@@ -16,7 +16,7 @@ from worker.cli.screen import output
 
 if TYPE_CHECKING:
     from worker.cli.meter import Meter
-    from worker.core.rows import BadRow, Row
+    from worker.core.rows import BadRow, Form, Row
     from worker.core.sweep import Home
     from worker.shells.journal import Journal, Load
     from worker.shells.source import Source
@@ -29,14 +29,14 @@ at midnight must not publish its bills under two ids."""
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What is to be read. ``file``: a path, or ``-``. ``merchant_id``: of the rows that have none, and which they then
-    must have if ``merchant_needed``. ``batch_id``: what people named the batch."""
+    """What is to be read. ``file``: a path, or ``-``. ``merchant_id``: of the rows that have none. ``batch_id``: what
+    people named the batch. ``as_is``: what looks mangled is meant so."""
 
     file: str
     merchant_id: str
-    merchant_needed: bool
     batch_id: str | None
     skip_invalid: bool
+    as_is: bool
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class Intake(NamedTuple):
     load: Load
     source: str
     digest: str
-    invalid: int
+    form: Form
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Itera
                     batch=name,
                     source=intake.source,
                     digest=intake.digest,
-                    invalid=intake.invalid,
+                    form=intake.form,
                     now=time.time(),
                 )
             with closing(Journal(path)) as journal:
@@ -101,10 +101,12 @@ def take_in(given: Input, directory: Path) -> Intake:
         with Source(given.file) as source, Meter(name) as meter:
             reading = _Reading(given, source, meter)
             load.fill(reading.rows())
+        for remark in reading.remarks():
+            print(f"qris-expire: {name}: {remark}", file=sys.stderr)
         if reading.invalid and not given.skip_invalid:
             raise Trouble(
                 f"{name}: {reading.invalid:,} of {reading.count:,} rows cannot be used, so nothing was sent; "
-                "correct them, or send the rest with --skip-invalid",
+                "correct them, or send the rest with --skip-invalid (--dry-run --report FILE writes them down)",
                 code=INVALID,
             )
     except InputError as error:
@@ -118,36 +120,43 @@ def take_in(given: Input, directory: Path) -> Intake:
     except BaseException:
         load.discard()
         raise
-    return Intake(load, source.name, source.digest(given.merchant_id), reading.invalid)
+    return Intake(load, source.name, source.digest(given.merchant_id), reading.form)
 
 
 class _Reading:
-    """Good rows go on, bad ones are told."""
+    """All rows go on; bad ones are told."""
 
     def __init__(self, given: Input, source: Source, meter: Meter) -> None:
-        self._given = given
+        from worker.core.rows import read
+
         self._source = source
         self._meter = meter
         self.count = 0
         self.invalid = 0
-
-    def rows(self) -> Iterator[Row]:
-        from worker.core.rows import BadRow, read
-
-        source, given = self._source, self._given
-        for row in read(
+        self._read = read(
             source.lines(),
             json_lines=source.json_lines,
             merchant=given.merchant_id,
-            merchant_needed=given.merchant_needed,
-        ):
+            merchant_needed=True,
+            as_is=given.as_is,
+        )
+        self.form = self._read.form
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        from worker.core.rows import BadRow
+
+        source = self._source
+        for row in self._read:
             self.count += 1
             if isinstance(row, BadRow):
                 self._tell(row)
-            else:
-                yield row
+            yield row
             if self.count % 1000 == 0:
                 self._meter.reading(self.count, source.bytes_read, source.size)
+
+    def remarks(self) -> list[str]:
+        """What is odd about the columns as a whole."""
+        return self._read.remarks()
 
     def _tell(self, row: BadRow) -> None:
         self.invalid += 1

@@ -38,16 +38,19 @@ def check_existing(report: Path, journal: Journal, *, force: bool) -> None:
         raise Trouble(f"--report {report} exists already; name another file, or replace it with --force", code=INVALID)
 
 
-def write(journal: Journal, report: Path) -> None:
-    """One line for each bill, from the journal; the file appears whole."""
-    from worker.core.sweep import REPORT_COLUMNS, report_row
+def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
+    """One line for each row of the input, from the journal, in the form of the input; the file appears whole."""
+    from worker.core.sweep import Report, harmless, kept_as_text
     from worker.shells.journal import replacing
 
-    facts = journal.facts
+    form, lines = journal.facts.form, Report(journal.facts)
+    cell = kept_as_text if form.spreadsheet else harmless
     with replacing(report) as file:
-        writer = csv.writer(file)
-        writer.writerow(REPORT_COLUMNS)
-        writer.writerows(report_row(facts.batch.id, row, facts.published) for row in journal.rows())
+        if form.mark:
+            file.write("\ufeff")
+        writer = csv.writer(file, delimiter=delimiter or form.delimiter)
+        writer.writerow(map(harmless, lines.header()))
+        writer.writerows(map(cell, lines.line(row)) for row in journal.rows())
     journal.has_written(report)
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -48,6 +48,8 @@ class _Wish:
     follow: str | None
     report: Path | None
     force: bool
+    delimiter: str | None
+    accept_as_is: bool
     skip_invalid: bool
     dry_run: bool
     direct: bool
@@ -62,16 +64,23 @@ def sweep(
         str | None, Option(help="Names the batch; else made from the input's content and the date.")
     ] = None,
     merchant_id: Annotated[
-        str | None, Option(help="Merchant of the rows that have none; else the worker's GATEWAY_MERCHANT_ID.")
+        str | None, Option(help="Merchant of the rows that have none; else GATEWAY_MERCHANT_ID, if it is set here.")
     ] = None,
     wait: Annotated[bool, Option("--wait", help="Follow the outcomes until every bill has one.")] = False,
     follow: Annotated[
         str | None, Option(metavar="BATCH", help="Instead of FILE: go on with a batch that was interrupted.")
     ] = None,
     report: Annotated[
-        Path | None, Option(metavar="OUT.csv", help="At the end, write a line for each bill to this file.")
+        Path | None, Option(metavar="OUT.csv", help="At the end, write a line for each row of the input to this file.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Replace the file that --report names, if it exists.")] = False,
+    delimiter: Annotated[
+        str | None, Option(metavar="CHARACTER", help="Of the report's columns; else that of the input.")
+    ] = None,
+    accept_as_is: Annotated[
+        bool,
+        Option("--accept-as-is", help="Send bills and merchants also where a spreadsheet seems to have changed them."),
+    ] = False,
     skip_invalid: Annotated[bool, Option("--skip-invalid", help="Go on without the rows that cannot be used.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only check the input, and show what would be sent.")] = False,
     direct: Annotated[
@@ -105,6 +114,8 @@ def sweep(
         follow=follow,
         report=report,
         force=force,
+        delimiter=delimiter,
+        accept_as_is=accept_as_is,
         skip_invalid=skip_invalid,
         dry_run=dry_run,
         direct=direct,
@@ -146,6 +157,8 @@ def _check(wish: _Wish) -> None:
         raise Trouble("--direct publishes nothing; leave out --republish", code=INVALID)
     if wish.merchant_id is not None and not is_identifier(wish.merchant_id):
         raise Trouble(f"--merchant-id must be {IDENTIFIER_RULE}", code=INVALID)
+    if wish.delimiter is not None and (len(wish.delimiter) != 1 or wish.delimiter in '"\r\n'):
+        raise Trouble("--delimiter must be one character that is no quote and no line break", code=INVALID)
     if wish.report is not None:
         report.check_place(wish.report, wish.file)
 
@@ -200,30 +213,46 @@ def _journal(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal | 
 
 def _input(wish: _Wish, settings: Any) -> Input:
     assert wish.file is not None
-    needed = wish.direct and settings.gateway.merchant_id is None
-    return Input(wish.file, wish.merchant_id or "", needed, wish.batch_id, wish.skip_invalid)
+    merchant = wish.merchant_id or (settings.gateway.merchant_id if wish.direct else _default_merchant())
+    return Input(wish.file, merchant or "", wish.batch_id, wish.skip_invalid, wish.accept_as_is)
+
+
+def _default_merchant() -> str | None:
+    """GATEWAY_MERCHANT_ID of our own environment; the worker's cannot be seen from here."""
+    from worker.settings import DefaultMerchant, load
+
+    return load(DefaultMerchant).id
 
 
 def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
     from worker.core.sweep import batch_id, command_body, command_id
     from worker.core.topology import Names
+    from worker.shells.journal import Journal
 
     with tempfile.TemporaryDirectory(prefix="qris-expire-") as scratch:
-        intake = take_in(_input(wish, settings), Path(scratch))
-        bills, duplicates = intake.load.counts()
+        given = _input(wish, settings)
+        intake = take_in(replace(given, skip_invalid=given.skip_invalid or wish.report is not None), Path(scratch))
+        bills, duplicates, invalid = intake.load.counts()
         first = intake.load.first(SHOWN)
-        intake.load.discard()
-    batch = wish.batch_id or batch_id(intake.digest, time.time())
-    check_batch_id(batch)
-    counts = _rows_in_words(bills, duplicates, intake.invalid)
+        batch = wish.batch_id or batch_id(intake.digest, time.time())
+        check_batch_id(batch)
+        path = Path(scratch) / "dry-run.db"
+        intake.load.keep(
+            path, batch=batch, source=intake.source, digest=intake.digest, form=intake.form, now=time.time()
+        )
+        if wish.report is not None:
+            with closing(Journal(path)) as journal:
+                report.check_existing(wish.report, journal, force=wish.force)
+                report.write(journal, wish.report, wish.delimiter)
+    counts = _rows_in_words(bills, duplicates, invalid)
     where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
-    print(f"{intake.source}: {plural(bills + duplicates + intake.invalid, 'row')}: {counts}")
+    print(f"{intake.source}: {plural(bills + duplicates + invalid, 'row')}: {counts}")
     print(f"would go {where} as batch {batch}:")
     for bill in first:
         print(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
     if bills > len(first):
         print(f"… and {bills - len(first):,} more")
-    return 0
+    return INVALID if invalid and not wish.skip_invalid else 0
 
 
 def _rows_in_words(bills: int, duplicates: int, invalid: int) -> str:
@@ -273,7 +302,7 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
         _take_late(amqp, journal)
     after = journal.tally()
     if wish.report is not None:
-        report.write(journal, wish.report)
+        report.write(journal, wish.report, wish.delimiter)
     if not follow:
         _say_published(amqp, journal, before, after)
         return 0
@@ -401,7 +430,7 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
         if ended is not Ended.DONE:
             return _interrupted(wish, journal)
     if wish.report is not None:
-        report.write(journal, wish.report)
+        report.write(journal, wish.report, wish.delimiter)
     return _conclude(wish, journal, journal.tally())
 
 
@@ -435,6 +464,7 @@ def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
     again += ["--allow-rejected"] if wish.allow_rejected else []
     again += ["--report", str(wish.report)] if wish.report is not None else []
     again += ["--force"] if wish.force else []
+    again += ["--delimiter", wish.delimiter] if wish.delimiter is not None else []
     again += ["--state-dir", str(wish.state_dir)] if wish.state_dir is not None else []
     sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if wish.direct else 'published'}"
     return [

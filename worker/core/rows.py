@@ -1,4 +1,4 @@
-"""What a sweep's input says: CSV as people have it, or JSON lines; every row is a bill to expire, or why it is none."""
+"""What a sweep's input says: a table as people have it, or JSON lines; every row is a bill to expire, or why not."""
 
 from __future__ import annotations
 
@@ -6,27 +6,33 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from worker.core import mangled
 from worker.core.command import IDENTIFIER_RULE, MAX_REFERENCE, Invalid, is_identifier, parse, parse_rfc3339
 
+MAX_IDENTIFIER: Final = 64
 DELIMITERS: Final = (",", ";", "\t", "|")
 
 _COLUMNS: Final = {"billnumber": "bill", "merchantid": "merchant", "reference": "reference", "notafter": "not_after"}
 _NEEDLESS = re.compile(r"[\s_-]+")
 _SEPARATOR_LINE = re.compile(r"sep=(.)\Z", re.IGNORECASE)
-_MANGLED = re.compile(r'[+-]?\d(?:[.,]\d+)?[eE]\+\d+\Z|=".*"\Z')
 _DIGITS, _LETTERS = re.compile(r"\d+"), re.compile(r"[A-Za-z]+")
 
 
 class Row(NamedTuple):
-    """One bill to expire. ``merchant`` is empty where the worker's default is to serve; ``not_after`` is RFC 3339."""
+    """One bill to expire. ``merchant`` is empty where the worker's default is to serve; ``not_after`` is RFC 3339.
+
+    ``cells`` is the row as it came, for the report.
+    """
 
     line: int
     bill: str
     merchant: str
     reference: str | None
     not_after: str | None
+    cells: Sequence[str] = ()
 
 
 class BadRow(NamedTuple):
@@ -34,6 +40,7 @@ class BadRow(NamedTuple):
 
     line: int
     reason: str
+    cells: Sequence[str] = ()
 
 
 class InputError(Exception):
@@ -49,21 +56,88 @@ class _Bad(ValueError):
     """The text says why a row is no command."""
 
 
-def read(
-    lines: Iterable[str], *, json_lines: bool = False, merchant: str = "", merchant_needed: bool = False
-) -> Iterator[Row | BadRow]:
-    """The rows, in their order, in constant memory. Raises `InputError`.
+class Form(NamedTuple):
+    """How an input is laid out, for a report in the same form.
 
-    ``json_lines`` says so of the whole input; otherwise its first character decides. ``merchant`` serves where a row
-    has none; with ``merchant_needed`` there must be one after that.
+    ``places`` says which column holds what, by our names. ``mark``: it begins with a byte-order mark. ``spreadsheet``:
+    it bears the signs of a program that opens its reports as well, and that takes numbers for numbers.
     """
-    numbered = _Numbered(lines)
+
+    columns: tuple[str, ...]
+    places: Mapping[str, int]
+    delimiter: str = ","
+    mark: bool = False
+    spreadsheet: bool = False
+
+
+JSON_FORM: Final = Form(("input",), {})
+"""Of JSON lines the report has each line as it came, in one column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a row must be. ``merchant`` serves where a row has none; with ``merchant_needed`` there must be one after
+    that. ``as_is``: whatever looks mangled is meant so."""
+
+    merchant: str = ""
+    merchant_needed: bool = False
+    as_is: bool = False
+
+
+class Reading:
+    """The rows of an input, in their order, in constant memory; iterating raises `InputError`.
+
+    ``form`` is known from the beginning, ``remarks`` at the end.
+    """
+
+    def __init__(self, form: Form, rows: Iterable[Row | BadRow]) -> None:
+        self.form = form
+        self._rows = rows
+        self._columns = (mangled.Column("billnumber"), mangled.Column("merchantId"))
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        bills, merchants = self._columns
+        for row in self._rows:
+            if isinstance(row, Row):
+                bills.add(row.line, row.bill)
+                merchants.add(row.line, row.merchant)
+            yield row
+
+    def remarks(self) -> list[str]:
+        """What is odd about the columns as a whole, in sentences for people."""
+        return [remark for column in self._columns for remark in column.remarks()]
+
+
+def read(
+    lines: Iterable[str],
+    *,
+    json_lines: bool = False,
+    merchant: str = "",
+    merchant_needed: bool = False,
+    as_is: bool = False,
+) -> Reading:
+    """The rows of a text. ``json_lines`` says so of the whole input; otherwise its first character decides; for the
+    rest see `Rules`. Raises `InputError`.
+    """
+    numbered, rules = _Numbered(lines), Rules(merchant, merchant_needed, as_is)
     first = numbered.first()
     if first is None:
         raise InputError("is empty: not even a header; see what should have written it")
     if json_lines or first.lstrip().startswith("{"):
-        return _json_rows(numbered, first, merchant, merchant_needed)
-    return _csv_rows(numbered, first, merchant, merchant_needed)
+        return Reading(JSON_FORM, _json_rows(numbered, first, rules))
+    header = _header(numbered, first)
+    return Reading(header.form(numbered), _csv_rows(header, numbered, rules))
+
+
+def read_table(table: Iterable[tuple[int, Sequence[str]]], rules: Rules) -> Reading:
+    """The rows of a spreadsheet, from (line, cells), the header first. Raises `InputError`."""
+    rows = ((line, cells) for line, cells in table if any(cell.strip() for cell in cells))
+    line, cells = next(rows, (0, ()))
+    header = _header_of(cells, "", line)
+    if header is None or "bill" not in header.places:
+        raise InputError(f"has no column billnumber (or billNumber) in its header: {', '.join(cells)[:120]!r}", line)
+    form = Form(header.columns, header.places, ";", mark=True, spreadsheet=True)
+    return Reading(form, (_row(header, cells, line, rules) for line, cells in rows))
 
 
 # -- CSV ------------------------------------------------------------------------------------------------------------
@@ -76,6 +150,7 @@ class _Numbered:
         self._lines = iter(lines)
         self.number = 0
         self.held: list[str] = []
+        self.marked = False
 
     def __iter__(self) -> _Numbered:
         return self
@@ -90,6 +165,8 @@ class _Numbered:
         """The first line that is not blank, without a byte-order mark."""
         for line in self:
             self.held.clear()
+            if self.number == 1 and line.startswith("\ufeff"):
+                self.marked = True
             text = line.removeprefix("\ufeff") if self.number == 1 else line
             if text.strip():
                 return text
@@ -97,20 +174,29 @@ class _Numbered:
 
 
 class _Header(NamedTuple):
-    """Where the columns are that matter, by our names for them."""
+    """Where the columns are that matter, by our names for them. ``told``: its delimiter stands before it."""
 
     delimiter: str
-    width: int
+    columns: tuple[str, ...]
     places: Mapping[str, int]
+    told: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return len(self.columns)
 
     def cell(self, cells: Sequence[str], name: str) -> str:
         """A row's cell; empty where the row or the header has none (spreadsheets leave out trailing empty cells)."""
         place = self.places.get(name)
-        return cells[place].strip() if place is not None and place < len(cells) else ""
+        return mangled.unwrapped(cells[place].strip()) if place is not None and place < len(cells) else ""
+
+    def form(self, lines: _Numbered) -> Form:
+        """Of the text that it heads."""
+        return Form(self.columns, self.places, self.delimiter, lines.marked, lines.marked or self.told)
 
 
-def _csv_rows(lines: _Numbered, first: str, merchant: str, merchant_needed: bool) -> Iterator[Row | BadRow]:
-    header = _header(lines, first)
+def _csv_rows(header: _Header, lines: _Numbered, rules: Rules) -> Iterator[Row | BadRow]:
     rows = csv.reader(lines, delimiter=header.delimiter)
     while True:
         lines.held.clear()
@@ -123,15 +209,18 @@ def _csv_rows(lines: _Numbered, first: str, merchant: str, merchant_needed: bool
             raise InputError(f"no CSV from here on ({error}); look for a quote that is not closed", start) from None
         if len(lines.held) > 1:
             _check_swallowed(header, cells, lines.held, start)
-        if not any(cell.strip() for cell in cells):
-            continue
-        try:
-            yield _csv_row(header, cells, start, merchant, merchant_needed)
-        except _Bad as bad:
-            yield BadRow(start, str(bad))
+        if any(cell.strip() for cell in cells):
+            yield _row(header, cells, start, rules)
 
 
-def _csv_row(header: _Header, cells: Sequence[str], line: int, merchant: str, merchant_needed: bool) -> Row:
+def _row(header: _Header, cells: Sequence[str], line: int, rules: Rules) -> Row | BadRow:
+    try:
+        return _good_row(header, cells, line, rules)
+    except _Bad as bad:
+        return BadRow(line, str(bad), cells)
+
+
+def _good_row(header: _Header, cells: Sequence[str], line: int, rules: Rules) -> Row:
     if len(cells) > header.width and any(cell.strip() for cell in cells[header.width :]):
         raise _Bad(
             f"has {len(cells)} fields where the header has {header.width}; quote the one that holds the delimiter"
@@ -139,28 +228,40 @@ def _csv_row(header: _Header, cells: Sequence[str], line: int, merchant: str, me
     bill = header.cell(cells, "bill")
     if not bill:
         raise _Bad("billnumber is missing")
-    if _MANGLED.match(bill):
-        raise _Bad(f"billnumber {bill[:40]} is what a spreadsheet made of it; export that column as text")
-    if not is_identifier(bill):
-        raise _Bad(f"billnumber must be {IDENTIFIER_RULE}")
-    own = header.cell(cells, "merchant") or merchant
-    if own and not is_identifier(own):
-        raise _Bad(f"merchantId must be {IDENTIFIER_RULE}")
-    if merchant_needed and not own:
+    _check_identifier("billnumber", bill, rules)
+    own = header.cell(cells, "merchant")
+    if own:
+        _check_identifier("merchantId", own, rules)
+    elif rules.merchant_needed and not rules.merchant:
         raise _Bad(_MERCHANT_MISSING)
     reference = header.cell(cells, "reference") or None
     if reference is not None and len(reference) > MAX_REFERENCE:
-        raise _Bad(f"reference must have at most {MAX_REFERENCE} characters")
+        raise _Bad(f"reference must have at most {MAX_REFERENCE} characters, and has {len(reference)}")
     not_after = header.cell(cells, "not_after") or None
     if not_after is not None:
         try:
             parse_rfc3339(not_after)
         except ValueError as error:
-            raise _Bad(f"notAfter: {error}") from None
-    return Row(line, bill, own, reference, not_after)
+            raise _Bad(f"notAfter: {mangled.shown(not_after)} is {error}") from None
+    return Row(line, bill, own or rules.merchant, reference, not_after, cells)
 
 
-_MERCHANT_MISSING: Final = "merchantId is missing, and neither --merchant-id nor GATEWAY_MERCHANT_ID gives one"
+def _check_identifier(name: str, value: str, rules: Rules) -> None:
+    """Raises `_Bad` for what the worker would refuse, and for what nobody meant."""
+    cause = None if rules.as_is else mangled.cause(value)
+    if cause is not None:
+        raise _Bad(
+            f"{name} {mangled.shown(value)} {cause}: this is what a spreadsheet made of it; {mangled.TEXT_COLUMN} "
+            "(or send it as it is with --accept-as-is)"
+        )
+    if not is_identifier(value):
+        raise _Bad(f"{name} must be {IDENTIFIER_RULE}; {mangled.intruder(value, MAX_IDENTIFIER)}")
+
+
+_MERCHANT_MISSING: Final = (
+    "merchantId is missing; add the column, or give the merchant of all such rows with --merchant-id "
+    "(or GATEWAY_MERCHANT_ID)"
+)
 
 
 def _header(lines: _Numbered, first: str) -> _Header:
@@ -170,28 +271,35 @@ def _header(lines: _Numbered, first: str) -> _Header:
     if separator is not None:
         line = next(lines, "").rstrip("\r\n")
     if "\r" in line:
-        raise InputError("has carriage returns alone as line ends; save it with LF or CRLF", lines.number)
-    candidates = [_parsed(line, delimiter) for delimiter in ([separator[1]] if separator else DELIMITERS)]
+        raise InputError(
+            "has carriage returns alone as line ends; save it with LF or CRLF (in Excel as "
+            "'CSV UTF-8 (Comma delimited)', not as 'CSV (Macintosh)')",
+            lines.number,
+        )
+    candidates = [_parsed(line, delimiter, lines.number) for delimiter in ([separator[1]] if separator else DELIMITERS)]
     found = [header for header in candidates if header is not None and "bill" in header.places]
     if not found:
         raise InputError(f"has no column billnumber (or billNumber) in its header: {line[:120]!r}", lines.number)
-    return max(found, key=lambda header: header.width)
+    return max(found, key=lambda header: header.width)._replace(told=separator is not None)
 
 
-def _parsed(line: str, delimiter: str) -> _Header | None:
+def _parsed(line: str, delimiter: str, number: int) -> _Header | None:
     try:
-        cells = next(csv.reader([line], delimiter=delimiter), [])
+        return _header_of(next(csv.reader([line], delimiter=delimiter), []), delimiter, number)
     except csv.Error:
         return None
+
+
+def _header_of(cells: Sequence[str], delimiter: str, line: int) -> _Header | None:
     places: dict[str, int] = {}
     for place, cell in enumerate(cells):
         name = _COLUMNS.get(_NEEDLESS.sub("", cell).lower())
         if name is None:
             continue
         if name in places:
-            raise InputError(f"names the column {cell.strip()} twice in its header; leave one", 1)
+            raise InputError(f"names the column {cell.strip()} twice in its header; leave one", line)
         places[name] = place
-    return _Header(delimiter, len(cells), places)
+    return _Header(delimiter, tuple(cells), places)
 
 
 def _check_swallowed(header: _Header, cells: Sequence[str], lines: Sequence[str], start: int) -> None:
@@ -218,34 +326,37 @@ def _shape(text: str) -> str:
 # -- JSON lines -----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: _Numbered, first: str, merchant: str, merchant_needed: bool) -> Iterator[Row | BadRow]:
+def _json_rows(lines: _Numbered, first: str, rules: Rules) -> Iterator[Row | BadRow]:
     line: str | None = first
     while line is not None:
-        number = lines.number
-        if line.strip():
+        number, text = lines.number, line.strip()
+        if text:
             try:
-                yield _json_row(line, number, merchant, merchant_needed)
+                yield _json_row(text, number, rules)
             except _Bad as bad:
-                yield BadRow(number, str(bad))
+                yield BadRow(number, str(bad), (text,))
         lines.held.clear()
         line = next(lines, None)
 
 
-def _json_row(line: str, number: int, merchant: str, merchant_needed: bool) -> Row:
+def _json_row(line: str, number: int, rules: Rules) -> Row:
     """A command as the queue takes it, on one line; ``merchantId`` may also stand beside the bill."""
-    command = parse(line.strip().encode(), default_merchant="-")
+    command = parse(line.encode(), default_merchant="-")
     if isinstance(command, Invalid):
-        raise _Bad(command.detail)
+        raise _Bad(f"{command.detail}, in {mangled.shown(line)}")
     fields: dict[str, Any] = json.loads(line)
     info = fields.get("additionalInfo") or {}
     given = [value for value in (info.get("merchantId"), fields.get("merchantId")) if value is not None]
-    if any(not isinstance(value, str) or not is_identifier(value) for value in given):
-        raise _Bad(f"merchantId must be {IDENTIFIER_RULE}")
+    if any(not isinstance(value, str) for value in given):
+        raise _Bad(f"merchantId must be {IDENTIFIER_RULE}, as a string")
     if len(set(given)) > 1:
         raise _Bad("merchantId and additionalInfo.merchantId differ")
+    _check_identifier("billnumber", command.billnumber, rules)
+    if given:
+        _check_identifier("merchantId", given[0], rules)
+    elif rules.merchant_needed and not rules.merchant:
+        raise _Bad(_MERCHANT_MISSING)
     if command.reference is not None and any("\ud800" <= letter <= "\udfff" for letter in command.reference):
         raise _Bad("reference holds half of a surrogate pair")
-    own = given[0] if given else merchant
-    if merchant_needed and not own:
-        raise _Bad(_MERCHANT_MISSING)
-    return Row(number, command.billnumber, own, command.reference, fields.get("notAfter"))
+    own = given[0] if given else rules.merchant
+    return Row(number, command.billnumber, own, command.reference, fields.get("notAfter"), (line,))

@@ -6,14 +6,15 @@ import json
 import re
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-from worker.core import jakarta
+from worker.core import jakarta, mangled
 from worker.core.delivery import BATCH_ID, Message
 from worker.core.lanes import SWEEP
 from worker.core.outcome import Reason, Status
+from worker.core.rows import JSON_FORM, Form
 from worker.core.topology import Binding, Names, Queue, QueueType, Topology
 
 BATCH_SIZE: Final = "batch-size"
@@ -235,6 +236,7 @@ class Facts(NamedTuple):
     broker: str = ""
     gateway: str = ""
     place: str = ""
+    form: Form = JSON_FORM
 
 
 def belongs(facts: Facts, home: Home) -> bool:
@@ -400,12 +402,6 @@ class Speed:
         return remaining / rate if rate > 0 else None
 
 
-class Row(Protocol):
-    """A bill's row in the journal."""
-
-    def __getitem__(self, column: str, /) -> Any: ...
-
-
 # -- the report -----------------------------------------------------------------------------------------------------
 
 REPORT_COLUMNS: Final = (
@@ -423,27 +419,97 @@ REPORT_COLUMNS: Final = (
     "effectUnknown",
     "externalIds",
     "completedAt",
-    "duplicates",
 )
+_SENT: Final = {"bill": "billnumber", "merchant": "merchantId", "reference": "reference"}
+"""Columns of the input that are ours as well when they have these very names: they show what was sent."""
 
 
-def report_row(batch: str, row: Row, published: int) -> Sequence[object]:
-    """A bill's line of the report from its row in the journal, in the order of `REPORT_COLUMNS`."""
-    status = row["status"] or ("waiting" if row["number"] <= published else "unsent")
-    return (
-        row["line"],
-        row["bill"],
-        row["merchant"],
-        row["reference"],
-        command_id(batch, row["bill"], row["merchant"]),
-        status,
-        row["reason"],
-        row["response_code"],
-        row["response_message"],
-        row["detail"],
-        row["attempts"],
-        None if row["effect_unknown"] is None else ("true" if row["effect_unknown"] else "false"),
-        row["external_ids"],
-        row["completed_at"],
-        row["duplicates"],
-    )
+class ReportRow(Protocol):
+    """A row of the input with what the journal knows of its bill."""
+
+    def __getitem__(self, column: str, /) -> Any: ...
+
+
+class Report:
+    """The lines of a batch's report, one for each row of the input: its columns as they came, then ours."""
+
+    def __init__(self, facts: Facts) -> None:
+        form = facts.form
+        self._facts = facts
+        self._width = len(form.columns)
+        self._shared = {
+            name: form.places[ours]
+            for ours, name in _SENT.items()
+            if name in form.columns and ours in form.places and form.columns[form.places[ours]] == name
+        }
+        self._own = [column for column in REPORT_COLUMNS if column not in self._shared]
+
+    def header(self) -> list[str]:
+        """The names of the columns. One of the input that has the name of one of ours is told apart."""
+        columns = [f"{name} (input)" if name in self._own else name for name in self._facts.form.columns]
+        return [*columns, *self._own]
+
+    def line(self, row: ReportRow) -> list[object]:
+        """A row of the input."""
+        cells: list[object] = list(json.loads(row["cells"]))
+        cells += [""] * (self._width - len(cells))
+        if len(cells) > self._width:  # an invalid row; nothing of it gets lost
+            cells[self._width - 1 :] = [self._facts.form.delimiter.join(map(str, cells[self._width - 1 :]))]
+        ours = self._skipped(row) or self._sent(row)
+        if row["why"] is None:
+            for name, place in self._shared.items():
+                cells[place] = ours[name] or ""
+        return cells + [ours.get(column) for column in self._own]
+
+    def _skipped(self, row: ReportRow) -> dict[str, Any] | None:
+        if row["why"] is not None:
+            return {"line": row["line"], "status": "skipped", "reason": "invalid", "detail": row["why"]}
+        if row["first"] == row["line"]:
+            return None
+        stands = f"the same bill of the same merchant as line {row['first']}, which stands for it"
+        return {**self._identity(row), "status": "skipped", "reason": "duplicate", "detail": stands}
+
+    def _identity(self, row: ReportRow) -> dict[str, Any]:
+        return {
+            "line": row["line"],
+            "billnumber": row["bill"],
+            "merchantId": row["merchant"],
+            "reference": row["reference"],
+            "commandId": command_id(self._facts.batch.id, row["bill"], row["merchant"]),
+        }
+
+    def _sent(self, row: ReportRow) -> dict[str, Any]:
+        return {
+            **self._identity(row),
+            "status": row["status"] or ("waiting" if row["number"] <= self._facts.published else "unsent"),
+            "reason": row["reason"],
+            "responseCode": row["response_code"],
+            "responseMessage": row["response_message"],
+            "detail": row["detail"],
+            "attempts": row["attempts"],
+            "effectUnknown": None if row["effect_unknown"] is None else "true" if row["effect_unknown"] else "false",
+            "externalIds": row["external_ids"],
+            "completedAt": row["completed_at"],
+        }
+
+
+_FORMULA: Final = tuple("=+-@\t\r\n＝＋－＠")
+_NUMBER_LENGTH: Final = 11  # digits from which on a spreadsheet shows a number as 1,23E+11
+
+
+def harmless(cell: object) -> object:
+    """A cell that no spreadsheet takes for a formula: text may come from a gateway, or from anybody."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+def kept_as_text(cell: object) -> object:
+    """A cell of a CSV file whose digits a spreadsheet keeps: those that it would take for a number or a date."""
+    if not isinstance(cell, str) or mangled.unwrapped(cell) != cell:
+        return cell
+    if not cell.isascii() or '"' in cell or cell.startswith(_FORMULA):
+        return harmless(cell)
+    if cell.isdigit():
+        changed = len(cell) > _NUMBER_LENGTH or (cell.startswith("0") and cell != "0")
+    else:
+        changed = mangled.cause(cell) is not None and " " not in cell
+    return f'="{cell}"' if changed else harmless(cell)

@@ -61,6 +61,12 @@ class AmqpSettings(Group, variables="AMQP_"):
         return split_amqp_urls(self.url.get_secret_value())
 
 
+class DefaultMerchant(Group, variables="GATEWAY_MERCHANT_"):
+    """The one setting of the gateway that a sweep through the broker looks at."""
+
+    id: str | None = setting(rules.identifier, "Merchant of the commands that carry none.", default=None)
+
+
 class GatewaySettings(Group, variables="GATEWAY_"):
     """The payment gateway."""
 

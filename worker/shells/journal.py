@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from worker.core.rows import Row
+from worker.core.rows import BadRow, Form, Row
 from worker.core.sweep import (
     Batch,
     Bill,
@@ -55,14 +55,21 @@ _BUSY_SECONDS: Final = 10.0
 
 _TABLES: Final = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE rows (
+    line INTEGER PRIMARY KEY,
+    bill TEXT,
+    merchant TEXT,
+    reference TEXT,
+    not_after TEXT,
+    why TEXT,
+    turn INTEGER,
+    cells TEXT NOT NULL
+);
 CREATE TABLE bills (
     number INTEGER PRIMARY KEY,
     line INTEGER NOT NULL,
     bill TEXT NOT NULL,
     merchant TEXT NOT NULL,
-    reference TEXT,
-    not_after TEXT,
-    duplicates INTEGER NOT NULL DEFAULT 0,
     begun INTEGER NOT NULL DEFAULT 0,
     due REAL,
     progress TEXT,
@@ -79,26 +86,35 @@ CREATE TABLE bills (
 );
 CREATE INDEX due ON bills (due) WHERE due IS NOT NULL;
 """
-_INSERT: Final = """
-INSERT INTO bills (line, bill, merchant, reference, not_after) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (bill, merchant) DO UPDATE SET duplicates = duplicates + 1
+"""``rows`` is the input, ``bills`` what is sent, numbered in the order of sending. ``why`` a row is invalid is NULL for
+the others; ``turn`` counts the rows of its merchant."""
+
+_INSERT: Final = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ARRANGE: Final = """
+INSERT OR IGNORE INTO bills (line, bill, merchant)
+SELECT line, bill, merchant FROM rows WHERE why IS NULL ORDER BY {order}
 """
-_FIRST: Final = "SELECT number, bill, merchant, reference, not_after FROM bills ORDER BY number LIMIT ?"
-_UNSENT: Final = """
-SELECT number, bill, merchant, reference, not_after FROM bills
-WHERE number > ? AND status IS NULL ORDER BY number LIMIT ?
-"""
-_NEXT: Final = """
-SELECT number, bill, merchant, reference, not_after, begun, progress FROM bills
+_BILL: Final = "SELECT number, bills.bill, bills.merchant, rows.reference, rows.not_after"
+_ROW: Final = "CROSS JOIN rows ON rows.line = bills.line"
+_FIRST: Final = f"{_BILL} FROM bills {_ROW} ORDER BY number LIMIT ?"
+_UNSENT: Final = f"{_BILL} FROM bills {_ROW} WHERE number > ? AND status IS NULL ORDER BY number LIMIT ?"
+_NEXT: Final = f"""
+{_BILL}, begun, progress FROM bills {_ROW}
 WHERE number > ? AND status IS NULL AND due IS NULL ORDER BY number LIMIT ?
 """
-_DUE: Final = """
-SELECT number, bill, merchant, reference, not_after, begun, progress FROM bills WHERE due <= ? ORDER BY due LIMIT ?
+_DUE: Final = f"{_BILL}, begun, progress FROM bills {_ROW} WHERE due <= ? ORDER BY due LIMIT ?"
+_REPORT: Final = """
+SELECT rows.line, rows.bill, rows.merchant, rows.reference, rows.why, rows.cells, bills.line AS first, number, status,
+    reason, response_code, response_message, detail, attempts, effect_unknown, external_ids, completed_at
+FROM rows LEFT JOIN bills ON bills.bill = rows.bill AND bills.merchant = rows.merchant ORDER BY rows.line
 """
 _TELL: Final = """
 UPDATE bills SET status = ?, reason = ?, response_code = ?, response_message = ?, detail = ?, attempts = ?,
     effect_unknown = ?, external_ids = ?, completed_at = ?, due = NULL, progress = NULL WHERE number = ?
 """
+
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class JournalError(Exception):
@@ -203,9 +219,9 @@ class Journal:
         return found is not None and found[0] == _mark(report)
 
     def rows(self) -> Iterator[sqlite3.Row]:
-        """Every bill with all that is known, in the order of the input."""
+        """Every row of the input with all that is known of its bill, in the order of the input."""
         with _translated(self.path):
-            yield from self._db.execute("SELECT * FROM bills ORDER BY number")
+            yield from self._db.execute(_REPORT)
 
     # -- without a broker -------------------------------------------------------------------------------------------
 
@@ -286,6 +302,7 @@ class Journal:
             values["broker"],
             values["gateway"],
             values["place"],
+            Form(*json.loads(values["form"])),
         )
 
     @contextmanager
@@ -307,6 +324,8 @@ class Load:
     """A batch in the making: under a name that nobody finds, until `keep` gives it its own."""
 
     def __init__(self, directory: Path) -> None:
+        self._turns: dict[str, int] = {}
+        self._arranged = False
         self._path = directory / f"{LOADING}{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
         with _translated(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -317,27 +336,49 @@ class Load:
             self._db.execute("PRAGMA synchronous = OFF")
             self._db.executescript(_TABLES)
 
-    def fill(self, rows: Iterable[Row]) -> None:
-        """All of them, in constant memory; a bill (of one merchant) that comes again is only counted."""
+    def fill(self, rows: Iterable[Row | BadRow]) -> None:
+        """All of them, in constant memory but for a counter for each merchant."""
         with _translated(self._path):
             self._db.execute("BEGIN")
-            self._db.executemany(_INSERT, rows)
+            self._db.executemany(_INSERT, map(self._kept, rows))
             self._db.commit()
 
-    def counts(self) -> tuple[int, int]:
-        """(bills, duplicates)"""
+    def _kept(self, row: Row | BadRow) -> tuple[object, ...]:
+        cells = _encode(row.cells)
+        if isinstance(row, BadRow):
+            return (row.line, None, None, None, None, row.reason, None, cells)
+        self._turns[row.merchant] = turn = self._turns.get(row.merchant, 0) + 1
+        return (row.line, row.bill, row.merchant, row.reference, row.not_after, None, turn, cells)
+
+    def _arrange(self) -> None:
+        """Makes bills of the rows, a merchant's first bill beside the first of all others, then the second ones: a
+        merchant with few bills need not wait for one with many. A bill (of one merchant) that comes again is in once.
+        """
+        if self._arranged:
+            return
+        self._arranged = True
+        order = "turn, line" if len(self._turns) > 1 else "line"
+        self._db.execute("BEGIN")
+        self._db.execute(_ARRANGE.format(order=order))
+        self._db.commit()
+
+    def counts(self) -> tuple[int, int, int]:
+        """(bills, duplicates, invalid rows)"""
         with _translated(self._path):
-            bills, duplicates = self._db.execute("SELECT count(*), coalesce(sum(duplicates), 0) FROM bills").fetchone()
-        return int(bills), int(duplicates)
+            self._arrange()
+            rows, invalid = self._db.execute("SELECT count(*), count(why) FROM rows").fetchone()
+            bills = self._db.execute("SELECT count(*) FROM bills").fetchone()[0]
+        return int(bills), int(rows - invalid - bills), int(invalid)
 
     def first(self, limit: int) -> list[Bill]:
         """The first bills."""
         with _translated(self._path):
+            self._arrange()
             return [Bill(*row) for row in self._db.execute(_FIRST, (limit,))]
 
-    def keep(self, path: Path, *, batch: str, source: str, digest: str, invalid: int, now: float) -> None:
+    def keep(self, path: Path, *, batch: str, source: str, digest: str, form: Form, now: float) -> None:
         """Under its own name; the file appears whole or not at all."""
-        bills, duplicates = self.counts()
+        bills, duplicates, invalid = self.counts()
         with _translated(path):
             values: dict[str, object] = {
                 "format": _FORMAT,
@@ -345,6 +386,7 @@ class Load:
                 "size": bills,
                 "source": source,
                 "digest": digest,
+                "form": json.dumps(form),
                 "created_at": now,
                 "invalid": invalid,
                 "duplicates": duplicates,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.brokers import PrivateBroker
 from tests.rabbit import Rabbit
 from tests.waiting import wait_until
 from worker.cli import COMMANDS
@@ -435,6 +436,49 @@ def test_wait_ends_without_an_answer(cli: Cli, declared: dict[str, str]) -> None
     assert "no outcome within 0.3 s" in only_line(done.stderr)
     with Rabbit(declared["AMQP_URL"]) as rabbit:
         wait_until(lambda: rabbit.depth(names.queue("cancellation")) == 1, 30, "the command in its queue")
+
+
+def test_a_wait_that_the_operator_ends_says_what_is_published(
+    cli: Cli, tmp_path: Path, fresh: PrivateBroker, prefix: str
+) -> None:
+    """When its connection is closed at the broker, `publish --wait` says that the command stays published."""
+    broker = {"AMQP_URL": fresh.url, "AMQP_PREFIX": prefix}
+    assert cli("topology", "--apply", **broker).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", "publish", "1", "--wait"],
+        env=surroundings(broker),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with Rabbit(fresh.url) as rabbit:
+        wait_until(lambda: rabbit.depth(Names(prefix).queue("cancellation")) == 1, 30, "the command in its queue")
+
+    fresh.ctl("close_all_connections", "maintenance")
+    _, said = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert "is published and stays so; only the wait for its outcome ended" in only_line(said)
+    assert "maintenance" in said
+
+
+# --- simulator
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_simulator_s_key_follows_no_link(cli: Cli, tmp_path: Path, there: bool) -> None:
+    """A link that somebody put where the key is kept would make us write into their file, or take their key."""
+    target = tmp_path / "target"
+    if there:
+        target.write_text("matters")
+    (tmp_path / "simulator-key.pem").symlink_to(target)
+
+    done = cli("simulator", "--port", "0")
+
+    assert done.returncode == 2
+    assert "symbolic link" in only_line(done.stderr)
+    assert target.exists() == there
+    assert not there or target.read_text() == "matters"
 
 
 # --- run

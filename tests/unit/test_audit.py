@@ -19,7 +19,7 @@ def line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 def test_what_was_done_is_told_however_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
     """Facts are those at the end, and a failure is one of them."""
 
-    facts = {"removed": 0}
+    facts: dict[str, object] = {"removed": 0, "result": "done"}
 
     @audit("dead.purge", Filter(), lambda: facts)
     def purge() -> None:
@@ -31,6 +31,7 @@ def test_what_was_done_is_told_however_it_ends(capsys: pytest.CaptureFixture[str
 
     said = line(capsys)
     assert (said["event"], said["level"], said["removed"], said["error"]) == ("dead.purge", "error", 3, "disk full")
+    assert said["result"] == "failed"
 
 
 def test_a_user_without_a_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

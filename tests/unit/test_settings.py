@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +153,62 @@ def test_directory_as_env_file_is_a_problem(tmp_path: Path) -> None:
     assert amqp(tmp_path / "missing").prefix == "qris.expire"
 
 
+@pytest.mark.parametrize("mode", [0o602, 0o620, 0o666, 0o777])
+def test_env_file_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    """Who can write `.env` decides where our secrets are sent; nothing of it is taken."""
+
+    env_file = tmp_path / ".env"
+    env_file.write_text("AMQP_PREFIX=theirs\n")
+    env_file.chmod(mode)
+
+    with pytest.raises(SettingsError) as caught:
+        amqp(env_file)
+
+    assert caught.value.problems == [f".env: can be written by others (mode {mode:o}); run `chmod go-w .env`"]
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_env_file_of_another_user_is_refused(tmp_path: Path, through_a_link: bool) -> None:
+    """A `.env` in a directory that we share may be a trap, also behind a link."""
+
+    theirs, env_file = tmp_path / "theirs", tmp_path / ".env"
+    theirs.write_text("AMQP_PREFIX=theirs\n")
+    if through_a_link:
+        env_file.symlink_to(theirs)
+    else:
+        theirs.rename(env_file)
+    os.chown(env_file, os.geteuid() + 4321, -1)
+
+    with pytest.raises(SettingsError, match=r"^\.env: belongs to another user"):
+        amqp(env_file)
+
+
 def test_unknown_setting_names_the_nearest() -> None:
     """An unknown name with one of our prefixes is an error that suggests the nearest valid one."""
 
     assert problem(AmqpSettings, AMQP_PREFX="x") == "AMQP_PREFX: unknown setting; did you mean AMQP_PREFIX?"
     assert "no setting has a name like it" in problem(AmqpSettings, AMQP_ZZZZ="x")
-    assert "enableServiceLinks" in problem(MetricsSettings, METRICS_PORT_9108_TCP_ADDR="10.0.0.1")
+    assert "enableServiceLinks" not in problem(AmqpSettings, AMQP_PORT="5672")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        (MetricsSettings, "METRICS_PORT", "tcp://10.0.0.1:9108"),
+        (MetricsSettings, "METRICS_PORT_9108_TCP_ADDR", "10.0.0.1"),
+        (MetricsSettings, "METRICS_SERVICE_PORT_HTTP", "9108"),
+        (AmqpSettings, "AMQP_PORT", "tcp://10.0.0.1:5672"),
+        (LogSettings, "LOG_PORT", "udp://10.0.0.1:514"),
+        (WorkerSettings, "WORKER_PORT", "sctp://[fd00::1]:9"),
+    ],
+)
+def test_what_kubernetes_sets_for_a_service_is_told(group: Any, name: str, value: str) -> None:
+    """A Service whose name is the beginning of our variables sets some; the problem says so, and the cure."""
+
+    found = problem(group, **{name: value})
+
+    assert found.startswith(f"{name}: ")
+    assert "enableServiceLinks: false" in found
 
 
 def test_only_the_wanted_groups_are_checked() -> None:

@@ -43,7 +43,7 @@ def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> It
             **facts(),
         }
         if failure:
-            line["error"] = failure
+            line |= {"result": "failed", "error": failure}
         print(json_line("error" if failure else "info", line), file=sys.stderr, flush=True)
 
 

@@ -57,9 +57,12 @@ def publish(
 
     order = _Order(str(uuid.uuid4()), lane.value, _body(bill, merchant_id, reference, not_after))
     amqp = load(AmqpSettings)
-    with _broker(amqp) as channel:
+    stage = _Stage()
+    with _broker(amqp, order, stage) as channel:
         inbox = _inbox(channel, amqp.names, order.lane) if wait else ""
+        stage.sent = True
         _publish(channel, amqp.names, order)
+        stage.confirmed = True
         if not wait:
             print(f"published {order.command_id} to {amqp.names.queue(order.lane)}")
             return 0
@@ -89,8 +92,16 @@ def _body(bill: str, merchant_id: str | None, reference: str | None, not_after: 
     return body
 
 
+@dataclass(slots=True)
+class _Stage:
+    """How far the command came, for what is said when the connection ends."""
+
+    sent: bool = False
+    confirmed: bool = False
+
+
 @contextmanager
-def _broker(amqp: AmqpSettings) -> Iterator[Any]:
+def _broker(amqp: AmqpSettings, order: _Order, stage: _Stage) -> Iterator[Any]:
     """A channel in confirm mode."""
     from worker.shells.amqp.session import BrokerError, session
 
@@ -100,7 +111,17 @@ def _broker(amqp: AmqpSettings) -> Iterator[Any]:
             channel.confirm_delivery()
             yield channel
     except BrokerError as error:
-        raise Trouble(str(error)) from None
+        if stage.confirmed:
+            raise Trouble(
+                f"the command {order.command_id} is published and stays so; only the wait for its outcome ended: "
+                f"{error}"
+            ) from None
+        if stage.sent:
+            raise Trouble(
+                f"it is not known whether the command {order.command_id} is published: the connection ended before the "
+                f"broker confirmed it: {error}; if it is, its outcome has this commandId"
+            ) from None
+        raise Trouble(f"nothing was published: {error}") from None
 
 
 def _inbox(channel: Any, names: Names, lane: str) -> str:

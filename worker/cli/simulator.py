@@ -101,6 +101,8 @@ def _key(path: Path | None) -> tuple[RSAPublicKey, Path | None]:
 
     if path is None:
         path = OWN_KEY_FILE
+        if path.is_symlink():
+            raise ValueError(f"{path} is a symbolic link, which is not followed; remove it, or give --key-file")
         if not path.exists():
             write_private(path, private_pem(own_key()))
     pem = path.read_bytes()

@@ -14,6 +14,12 @@ MAX_SECRET_BYTES: Final = 65_536
 """The path of a secret may lead to a log or a device; reading it must not fill the memory."""
 
 
+SERVICE_LINK: Final = (
+    "Kubernetes sets it for a Service of that name: set enableServiceLinks: false in the pod, or rename the Service"
+)
+"""A Service ``metrics`` gives every pod METRICS_PORT=tcp://…, and more names that look like settings."""
+
+
 class SettingsError(Exception):
     """All that is wrong. Each problem is ``VARIABLE: what is wrong, what to do``, and holds no value."""
 
@@ -156,6 +162,8 @@ def build(group: type[G], texts: Mapping[str, str], wrong: Mapping[str, str], *,
             continue
         if name in texts:
             try:
+                if is_service_link(texts[name]):
+                    raise ValueError(SERVICE_LINK)
                 values[name] = declared.rule(texts[name])
             except ValueError as error:
                 problems[name] = f"{variable(name)}: {error}"
@@ -171,6 +179,11 @@ def build(group: type[G], texts: Mapping[str, str], wrong: Mapping[str, str], *,
     if problems:
         raise SettingsError(problems.values())
     return group(**values)
+
+
+def is_service_link(value: str) -> bool:
+    """Whether Kubernetes made this value of a variable."""
+    return bool(re.match(r"(tcp|udp|sctp)://", value))
 
 
 def is_utf8(content: bytes) -> bool:

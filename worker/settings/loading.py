@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from worker.settings.group import Group, SettingsError, build, read_mounted
+from worker.settings.group import SERVICE_LINK, Group, SettingsError, build, is_service_link, read_mounted
 from worker.settings.groups import GROUPS, Settings
 
 G = TypeVar("G", bound=Group)
@@ -59,6 +60,10 @@ def _env_file(path: Path | None, problems: list[str]) -> Variables:
 
     try:
         with path.open(encoding="utf-8") as file:
+            problem = _untrusted(os.fstat(file.fileno()))
+            if problem:
+                problems.append(f"{path.name}: {problem}")
+                return {}
             lines = list(parse_stream(file))
     except OSError as error:
         problems.append(f"{path.name}: cannot be read ({error.strerror}); make it readable, or remove it")
@@ -74,17 +79,27 @@ def _env_file(path: Path | None, problems: list[str]) -> Variables:
     return {line.key: line.value or "" for line in lines if line.key is not None}
 
 
+def _untrusted(status: os.stat_result) -> str:
+    """Why a ``.env`` is not to be trusted: who writes it decides where our secrets go. Empty when it is fine."""
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user (uid {status.st_uid}); use a file of your own, or set the variables"
+    if status.st_mode & 0o022:
+        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o}); run `chmod go-w .env`"
+    return ""
+
+
 def _unknown(groups: Iterable[type[Group]], sources: Iterable[Variables]) -> Iterator[str]:
     known = {group.variable(name) for group in groups for name in group.declared()}
     prefixes = tuple(group.prefix_of_variables() for group in groups)
-    for name in sorted({name for source in sources for name in source} - known):
+    given = {name: value for source in sources for name, value in source.items()}
+    for name in sorted(given.keys() - known):
         if name.startswith(prefixes):
-            yield f"{name}: unknown setting; {_suggestion(name, known)}"
+            yield f"{name}: unknown setting; {_suggestion(name, given[name], known)}"
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    if re.search(r"_SERVICE_(HOST|PORT)|_PORT_[0-9]+_(TCP|UDP)", name):
-        return "Kubernetes adds it for a Service of that name: set enableServiceLinks: false in the pod"
+def _suggestion(name: str, value: str, known: Iterable[str]) -> str:
+    if re.search(r"_SERVICE_(HOST|PORT)|_PORT_[0-9]+_(TCP|UDP|SCTP)", name) or is_service_link(value):
+        return SERVICE_LINK
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {nearest[0]}?" if nearest else "remove it, no setting has a name like it"
 

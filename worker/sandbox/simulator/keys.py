@@ -33,7 +33,7 @@ def private_pem(key: rsa.RSAPrivateKey) -> bytes:
 
 
 def write_private(path: Path, pem: bytes) -> None:
-    """Write a key that only its owner may read."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    """Writes a key that only its owner may read. A link is not followed: it may lead to a file that matters."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(pem)

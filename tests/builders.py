@@ -9,10 +9,11 @@ from typing import Any
 
 from worker.core.command import Command
 from worker.core.delivery import Delivery, Progress, receive
-from worker.core.outcome import Outcome, Reason
+from worker.core.outcome import STATUS_OF, Outcome, Reason, outcome_id
 from worker.core.ports import TokenUnavailable
 from worker.core.request import Partner
 from worker.core.retry import RetryPolicy
+from worker.core.settlement import Entry
 from worker.core.verdict import Kind, NoReply, Reply, Verdict
 
 NOON = 1_795_323_600.0
@@ -83,7 +84,7 @@ def progress(**changed: Any) -> Progress:
 
 
 def outcome(reason: Reason = Reason.SUCCESS, **changed: Any) -> Outcome:
-    """An outcome."""
+    """An outcome, of a command with the body of `body`."""
     whole: dict[str, Any] = {
         "command_id": "m-1",
         "lane": "cancellation",
@@ -101,7 +102,9 @@ def outcome(reason: Reason = Reason.SUCCESS, **changed: Any) -> Outcome:
         "received_at": NOON,
         "completed_at": NOON + 1.5,
     }
-    return Outcome(**{**whole, **changed})
+    whole |= changed
+    whole.setdefault("outcome_id", outcome_id(whole["command_id"], whole["lane"], body(), STATUS_OF[reason]))
+    return Outcome(**whole)
 
 
 def reply(
@@ -150,6 +153,11 @@ def policy(**changed: Any) -> RetryPolicy:
 def partner(**changed: Any) -> Partner:
     """A partner."""
     return Partner(**{"client_id": "client-1", "channel_id": "95051", **changed})
+
+
+def orphan() -> Entry:
+    """The ledger's entry of a command that the broker has taken back."""
+    return Entry("orphan")
 
 
 @dataclass(frozen=True, slots=True)

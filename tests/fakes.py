@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from tests.builders import NOON
@@ -49,7 +49,8 @@ class FakeGateway:
 
 
 class FakeTokens:
-    """The `Tokens` of the ports: ``failures`` first (None: none), then tokens named by their generation."""
+    """The `Tokens` of the ports: ``failures`` first (None: none), then tokens named by their generation. Each request
+    takes ``takes`` seconds."""
 
     def __init__(
         self, clock: FakeClock, failures: Iterable[TokenUnavailable | None] = (), *, takes: float = 0.0
@@ -66,6 +67,7 @@ class FakeTokens:
     def get(self) -> Token:
         failure = self._failures.popleft() if self._failures else None
         if failure is not None:
+            self._clock.sleep(self.takes)
             raise failure
         if self._missing:
             self._clock.sleep(self.takes)
@@ -85,7 +87,8 @@ class FakeTokens:
 class FakeGate:
     """The `Gate` of the ports: ``hold`` is what holds senders now, ``hold_after`` what begins to with a verdict.
 
-    ``drain_in`` seconds of backoff begin a drain.
+    ``broken`` are the lanes whose breaker is not closed, ``over`` counts the outages that ended; a call that is not
+    paced waits ``slot`` seconds; ``drain_in`` seconds of backoff begin a drain.
     """
 
     def __init__(self, clock: FakeClock) -> None:
@@ -94,26 +97,44 @@ class FakeGate:
         self.hold_after: dict[Kind, Held] = {}
         self.draining = False
         self.drain_in: float | None = None
-        self.broken = False
+        self.broken: set[str] = set()
+        self.over: Counter[str] = Counter()
+        self.slot = 0.0
         self.before_enter: Callable[[], None] = lambda: None
+        self.during_slot: Callable[[], None] = lambda: None
         self.entered: list[tuple[bool, bool]] = []
         self.recorded: list[tuple[Kind, bool]] = []
+        self.recorded_for: list[tuple[str, bool]] = []  # lane, and whether the token service answered
         self.slept: list[float] = []
 
-    def enter(self, *, probe: bool, paced: bool) -> None:
+    def enter(self, lane: str, *, probe: bool, paced: bool) -> float:
         self.before_enter()
+        self._check(probe=probe)
+        waited = 0.0 if paced else self.slot
+        if waited:
+            self._clock.sleep(waited)
+            self.during_slot()
+            self._check(probe=probe)
+        self.entered.append((probe, paced))
+        return waited
+
+    def _check(self, *, probe: bool) -> None:
         if self.draining:
             raise Draining
         if self.hold is not None and not (probe and self.hold.outage):
             raise self.hold
-        self.entered.append((probe, paced))
 
-    def outage(self) -> bool:
-        return self.broken or (self.hold is not None and self.hold.outage)
-
-    def record(self, verdict: Verdict, *, probe: bool) -> None:
+    def record(self, lane: str, verdict: Verdict, *, probe: bool, token: bool = False) -> None:
         self.recorded.append((verdict.kind, probe))
+        self.recorded_for.append((lane, token))
         self.hold = self.hold_after.get(verdict.kind, self.hold)
+
+    def outage(self, lane: str | None) -> bool:
+        held = self.hold is not None and self.hold.outage
+        return held or (bool(self.broken) if lane is None else lane in self.broken)
+
+    def outages(self, lane: str) -> int:
+        return self.over[lane]
 
     def sleep(self, seconds: float) -> None:
         if self.drain_in is not None and self.drain_in <= seconds:

@@ -1,159 +1,45 @@
-"""One worker process: wires everything, waits for signals, drains, and says with its exit code how it ended."""
+"""The life of one worker process: starts, waits for signals, drains, and says with its exit code how it ended."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
-import secrets
-import ssl
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from typing import Any, Final
 
 import structlog
-from requests.adapters import BaseAdapter
 
 from worker import __version__, signals
-from worker.app.expire import Expire, Hold
-from worker.app.gate import SendersGate
 from worker.core import diagnosis
-from worker.core.breaker import Breaker, Pacer, Throttle
-from worker.core.delivery import Delivery
-from worker.core.lanes import CANCELLATION, SWEEP, Lanes, sweep_cap
 from worker.core.ports import TokenUnavailable
-from worker.core.request import NODE_DIGITS, Partner, external_id
-from worker.core.retry import RetryPolicy
-from worker.core.topology import Names, topology
 from worker.core.verdict import Kind, NoReply
-from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
-from worker.shells.amqp.connection import new_loop
-from worker.shells.amqp.engine import Crashed, Dropped, Engine, Plan
-from worker.shells.amqp.session import BrokerError, parameters
-from worker.shells.clock import SystemClock
-from worker.shells.credentials import KEPT, Credentials, CredentialsError
-from worker.shells.fibers import Event, Fibers, Lock
-from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxy_for, timestamp
+from worker.settings import GatewaySettings, Settings
+from worker.shells.amqp.session import BrokerError
+from worker.shells.credentials import CredentialsError
 from worker.shells.http import Health, HealthServer, ListenError
-from worker.shells.metrics import Metrics
-from worker.shells.pool import Pool
-from worker.shells.telemetry import Telemetry
-from worker.shells.tokens import TokenStore
-from worker.shells.transport import BLOCKING, BoundedAdapter
+from worker.wiring import Client, engine
 
 DRAINED, FORCED, MISCONFIGURED, REFUSED = 0, 1, 2, 3
 FAILED: Final = 1
-PREFETCH_PER_SENDER: Final = 2
-"""Deliveries waiting in the process for each sender: one in hand, one behind it. More would only be redelivered after a
-crash, and would keep commands from other processes."""
 LOOP_SILENT: Final = 15.0  # seconds: a broker loop that has not turned for so long hangs, and only a restart helps
 SENDER_SILENT: Final = 120.0
 """Margin in seconds beyond a round's own bounds after which a sender counts as hung."""
-SECRETS_EVERY: Final = 2.0  # seconds between two looks at mounted secrets
 
 log = structlog.get_logger()
 
 
-class Calls:
-    """What calls the gateway, wired in one place: for the worker, and for a sweep that goes without a broker. All of it
-    runs in fibers."""
-
-    def __init__(self, settings: Settings, telemetry: Telemetry, clock: SystemClock, rng: random.Random) -> None:
-        gateway = settings.gateway
-        self.fibers = Fibers(new_loop())
-        self.credentials = Credentials(gateway, _rereading(gateway))
-        self.gate = _gate(settings, clock, rng, self.fibers)
-        client = GatewayClient(
-            endpoint(gateway),
-            telemetry,
-            context=lambda: self.credentials.context,
-            adapter=transport(gateway, os.environ, self.fibers),
-        )
-        self.tokens = TokenStore(
-            fetcher(client, self.credentials, gateway, clock),
-            telemetry,
-            clock=clock,
-            rng=rng,
-            pause=self.gate.sleep,
-            flight=Lock(self.fibers),
-        )
-        self.expire = Expire(
-            gateway=client,
-            tokens=self.tokens,
-            gate=self.gate,
-            observer=telemetry,
-            clock=clock,
-            rng=rng,
-            policy=_policy(settings),
-            partner=partner(gateway),
-            signer=lambda: self.credentials.sign,
-            new_external_id=external_ids(clock),
-            default_merchant=gateway.merchant_id,
-        )
-        self._secrets_at = time.monotonic() + SECRETS_EVERY
-
-    def take_over_secrets(self) -> None:
-        """Looks whether mounted secrets have changed; to be asked again and again, it knows how often to look."""
-        if time.monotonic() < self._secrets_at:
-            return
-        self._secrets_at = time.monotonic() + SECRETS_EVERY
-        if self.credentials.refresh():
-            self.tokens.renew()
-
-
-def calls(settings: Settings) -> Calls:
-    """For a process that serves no metrics. Raises `CredentialsError`."""
-    return Calls(settings, Telemetry(_metrics()), SystemClock(), random.Random())
-
-
 class Worker:
-    """Everything one process is made of, wired in one place."""
+    """Everything that one process is made of."""
 
     def __init__(self, settings: Settings) -> None:
-        clock, rng = SystemClock(), random.Random()
         self.settings = settings
-        self.metrics = _metrics()
-        self.metrics.started(clock.epoch())
-        self.calls = Calls(settings, Telemetry(self.metrics), clock, rng)
-        self.gate, self.expire = self.calls.gate, self.calls.expire
-        self.engine = Engine(
-            _plan(settings, settings.retry.delays_seconds),
-            _broker_parameters(settings.amqp),
-            fibers=self.calls.fibers,
-            gate=self.gate,
-            watch=self.metrics,
-            clock=clock,
-            rng=rng,
-        )
-        lanes: Lanes[Delivery] = Lanes(settings.worker.concurrency, settings.worker.sweep_share)
-        self.pool = Pool(lanes, self.gate, self.work, self.calls.fibers)
+        self.client = Client(settings, share=settings.worker.sweep_share)
+        self.metrics = self.client.metrics
+        self.metrics.started(self.client.clock.epoch())
         self.metrics.senders(settings.worker.concurrency)
-
-    def work(self, delivery: Delivery, probe: bool) -> bool:
-        """One command in one sender's hands. True when it stays in its lane."""
-        assert delivery.entry is not None
-        if delivery.entry.orphaned:
-            if probe:
-                self.gate.probe_lost()  # or none would ever follow it
-            self.engine.finish(delivery, Dropped())
-            return False
-        self.metrics.in_hand(delivery.lane, 1)
-        try:
-            result = self.expire(delivery, probe=probe)
-        except Exception as error:  # a bug of ours must not take the other senders with it
-            log.error("sender.crashed", command_id=delivery.command_id, lane=delivery.lane, exc_info=error)
-            self.engine.finish(delivery, Crashed())
-            return False
-        finally:
-            self.metrics.in_hand(delivery.lane, -1)
-            if probe:
-                self.gate.probe_lost()
-        if isinstance(result, Hold):
-            return True
-        self.engine.finish(delivery, result)
-        return False
+        self.engine = engine(settings, self.client)
+        self.pool = self.client.pool(self.engine.finish)
 
     # -- what probes read -------------------------------------------------------------------------------------------
 
@@ -202,7 +88,7 @@ def serve(settings: Settings) -> int:
         log.warning("settings.advice", reason=advice)
     try:
         worker.pool.start()
-        worker.engine.start(worker.pool)
+        worker.engine.start()
         code = _check_credentials(worker)
         if code is None:
             if not signals.received():
@@ -219,7 +105,7 @@ def _watch(worker: Worker) -> int:
         code = _trouble(worker)
         if code is not None:
             return code
-        worker.calls.take_over_secrets()
+        worker.client.take_over_secrets()
     return _drain(worker)
 
 
@@ -252,7 +138,7 @@ def _check_credentials(worker: Worker) -> int | None:
 
     A signal does not wait for it: a service that accepts and stays silent takes the whole GATEWAY_READ_TIMEOUT_SECONDS.
     """
-    asking = worker.calls.fibers.ask(worker.calls.tokens.get)
+    asking = worker.client.fibers.ask(worker.client.tokens.get)
     while not asking.done() and not signals.received():
         wait([asking], 0.02)
     failure = asking.exception() if asking.done() else None
@@ -283,7 +169,7 @@ def _drain(worker: Worker) -> int:
     log.info(
         "drain.started",
         signals=signals.names(),
-        in_hand=worker.pool.in_hand(),
+        in_hand=worker.engine.in_hand(),
         unsettled=worker.engine.unsettled(),
     )
     worker.engine.drain()
@@ -293,7 +179,8 @@ def _drain(worker: Worker) -> int:
             return _say(
                 FORCED,
                 "drain.forced",
-                f"{why}: {worker.pool.in_hand()} in hand, {worker.engine.unsettled()} unsettled go back to the broker",
+                f"{why}: {worker.engine.in_hand()} commands in hand and {worker.engine.unsettled()} unsettled ones go "
+                "back to the broker",
             )
     if worker.engine.failure is not None:
         return _say(FAILED, "worker.failed", f"the broker loop ended: {worker.engine.failure!r}")
@@ -313,9 +200,6 @@ def _say(code: int, event: str, reason: str, action: str = "") -> int:
     return code
 
 
-# -- wiring ---------------------------------------------------------------------------------------------------------
-
-
 def _server(settings: Settings, worker: Worker) -> HealthServer:
     from worker.processes import SOCKET_VARIABLE
 
@@ -324,106 +208,3 @@ def _server(settings: Settings, worker: Worker) -> HealthServer:
     if path:
         return HealthServer.unix(path, source)
     return HealthServer(settings.metrics.host, settings.metrics.port, source)
-
-
-def _metrics() -> Metrics:
-    return Metrics(__version__)
-
-
-def _gate(settings: Settings, clock: SystemClock, rng: random.Random, fibers: Fibers) -> SendersGate:
-    breaker = Breaker(
-        settings.breaker.failures, settings.breaker.cooldown_seconds, settings.breaker.max_cooldown_seconds
-    )
-    throttle = Throttle(settings.retry.initial_seconds, settings.retry.max_seconds)
-    pacer = Pacer(settings.gateway.max_requests_per_second)
-    return SendersGate(breaker, throttle, pacer, clock=clock, rng=rng, draining=Event(fibers))
-
-
-def _policy(settings: Settings) -> RetryPolicy:
-    retry = settings.retry
-    return RetryPolicy(
-        retry.max_attempts, retry.initial_seconds, retry.max_seconds, retry.budget_seconds, retry.delays_seconds
-    )
-
-
-def endpoint(gateway: GatewaySettings) -> Endpoint:
-    """Where and how the gateway is called."""
-    return Endpoint(
-        gateway.base_url + gateway.token_path,
-        gateway.base_url + gateway.expire_path,
-        gateway.connect_timeout_seconds,
-        gateway.read_timeout_seconds,
-    )
-
-
-def transport(
-    gateway: GatewaySettings, environ: Mapping[str, str], fibers: Fibers | None = None
-) -> Callable[[ssl.SSLContext | None], BaseAdapter]:
-    """The adapter for the gateway, proxies resolved once; without ``fibers`` its calls block their thread. Raises
-    `CredentialsError` for a proxy that cannot be used."""
-    try:
-        proxy = proxy_for(gateway.base_url, environ)
-    except ValueError as error:
-        raise CredentialsError(str(error)) from None
-    return lambda context: BoundedAdapter(context, fibers or BLOCKING, proxy)
-
-
-def partner(gateway: GatewaySettings) -> Partner:
-    """What every expire call has in common."""
-    return Partner(
-        gateway.client_id,
-        gateway.channel_id,
-        gateway.channel_headers,
-        gateway.sign_path,
-        gateway.bill_field,
-        gateway.timestamp_milliseconds,
-    )
-
-
-def _plan(settings: Settings, delays: Sequence[int]) -> Plan:
-    amqp, worker = settings.amqp, settings.worker
-    senders = {CANCELLATION: worker.concurrency, SWEEP: sweep_cap(worker.concurrency, worker.sweep_share)}
-    return Plan(
-        Names(amqp.prefix),
-        topology(amqp.prefix, amqp.queue_type, delays),
-        amqp.declare,
-        {lane: PREFETCH_PER_SENDER * count for lane, count in senders.items()},
-    )
-
-
-def external_ids(clock: SystemClock) -> Callable[[], str]:
-    """A new X-EXTERNAL-ID at each call, no other process's either."""
-    node, serial = secrets.randbelow(10**NODE_DIGITS), itertools.count()
-    return lambda: external_id(clock.epoch(), node, next(serial))
-
-
-def fetcher(
-    client: GatewayClient, credentials: Credentials, gateway: GatewaySettings, clock: SystemClock
-) -> Callable[[], Grant]:
-    """One token request, signed now with the key of now."""
-
-    def fetch() -> Grant:
-        moment = timestamp(clock.epoch(), milliseconds=gateway.timestamp_milliseconds)
-        signature = credentials.token_signature(gateway.client_id, moment)
-        return client.fetch_token(gateway.client_id, moment, signature)
-
-    return fetch
-
-
-def _rereading(gateway: GatewaySettings) -> Callable[[], GatewaySettings]:
-    return gateway.reread
-
-
-def _broker_parameters(amqp: AmqpSettings) -> Callable[[], Sequence[Any]]:
-    """Asked before every connection: a password that was rotated in its mounted file is used by the next one."""
-    good = parameters(amqp, "run")  # raises BrokerError at start for what can never work
-
-    def now() -> Sequence[Any]:
-        nonlocal good
-        try:
-            good = parameters(amqp.reread(), "run")
-        except (SettingsError, BrokerError) as error:
-            log.error("credentials.kept", reason=str(error), action=KEPT)
-        return good
-
-    return now

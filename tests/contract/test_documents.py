@@ -34,6 +34,7 @@ from worker.core.outcome import REASONS, STATUS_OF, Outcome, Reason, Status, enc
 from worker.core.topology import topology
 
 RELEASED = Path(__file__).parent / "released"
+UUID = "0b6d2f0c-7f43-5d1e-9a55-1c8e4d2b7a90"
 
 
 def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[jsonschema.ValidationError]:
@@ -193,6 +194,7 @@ def test_patterns_are_of_the_common_syntax(pattern: str) -> None:
 _TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 _OUTCOMES = st.builds(
     Outcome,
+    outcome_id=st.uuids().map(str),
     command_id=_TEXTS,
     lane=st.sampled_from(LANES),
     billnumber=st.none() | _IDENTIFIERS,
@@ -227,7 +229,7 @@ def _encoded() -> dict[str, Any]:
 
 
 def _an_outcome(reason: Reason = Reason.SUCCESS) -> Outcome:
-    return Outcome("m-1", "sweep", BILL, MERCHANT, None, None, reason, None, None, None, 1, (), False, NOON, NOON)
+    return Outcome(UUID, "m-1", "sweep", BILL, MERCHANT, None, None, reason, None, None, None, 1, (), False, NOON, NOON)
 
 
 @given(st.sampled_from(sorted(_encoded())), _ANYTHING)

@@ -19,8 +19,9 @@ from worker.cli.command_line import UsageError
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, sweep_cap
 from worker.core.topology import Names
 from worker.processes import MARGIN_SECONDS
-from worker.service import LOOP_SILENT, MISCONFIGURED, PREFETCH_PER_SENDER
+from worker.service import LOOP_SILENT, MISCONFIGURED
 from worker.settings import AmqpSettings, GatewaySettings, Group, RetrySettings, WorkerSettings
+from worker.wiring import PREFETCH_PER_SENDER
 
 Complaints = Iterator[str]
 Policy = Callable[[Manifests], Complaints]

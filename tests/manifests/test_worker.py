@@ -8,10 +8,11 @@ import yaml
 
 from tests.manifests.policies import broker_url
 from tests.manifests.rendering import K8S, Manifests, pod_template
+from worker import __version__
 from worker.core.topology import Binding, Exchange, Queue, Topology, topology
 from worker.sandbox.simulator import own_key, private_pem
-from worker.service import _metrics
 from worker.settings import AmqpSettings, RetrySettings, Settings, SettingsError, load
+from worker.shells.metrics import Metrics
 
 
 def settings_in(manifests: Manifests, directory: Path, **changed: str) -> Settings:
@@ -111,7 +112,7 @@ def test_another_topology_is_noticed(
 def test_a_scrape_fits_the_sample_limit(production: Manifests) -> None:
     """All series of a worker, which exist from the start, are less than half of what the PodMonitor takes."""
 
-    series = [line for line in _metrics().render().decode().splitlines() if not line.startswith("#")]
+    series = [line for line in Metrics(__version__).render().decode().splitlines() if not line.startswith("#")]
 
     assert 100 < len(series) < production.one("PodMonitor", "qris-expire")["spec"]["sampleLimit"] / 2
 

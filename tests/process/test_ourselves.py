@@ -24,7 +24,7 @@ from tests.worker_process import Producer, WorkerProcess, working
 from worker.core.lanes import LANES, sweep_cap
 from worker.core.topology import LANE_DELIVERY_LIMIT, topology
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
-from worker.service import PREFETCH_PER_SENDER
+from worker.wiring import PREFETCH_PER_SENDER
 
 AT_ONCE = 10.0
 """Seconds: what a loaded machine may take for something that waits for nothing; a drain's deadline comes later."""

@@ -19,8 +19,8 @@ from worker.core.lanes import sweep_cap
 from worker.core.topology import topology
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
-from worker.service import PREFETCH_PER_SENDER
 from worker.shells.tokens import REFUSALS_AT_ONCE, REFUSALS_EVERY
+from worker.wiring import PREFETCH_PER_SENDER
 
 AT_ONCE = 10.0
 """Seconds: what a loaded machine may take for something that waits for nothing; a drain's deadline comes later."""

@@ -8,30 +8,40 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.fakes import Ceiling
-from worker.core.breaker import Breaker, Pacer, State, Throttle
+from worker.core.breaker import Breakers, Pacer, State, Throttle
+from worker.core.lanes import LANES
 from worker.core.verdict import Kind
 
 GOOD = (Kind.DONE, Kind.REFUSED)
 BAD = (Kind.TRANSIENT, Kind.SYSTEMIC)
-NEITHER = (Kind.THROTTLED, Kind.TOKEN, Kind.ID_CLASH)
+NEITHER = (Kind.THROTTLED, Kind.TOKEN, Kind.ID_CLASH, Kind.LATER)
 
 
-def opened(now: float = 100.0) -> Breaker:
-    """A breaker of three failures that opened now; its cooldown is 15 s, at most 100."""
-    breaker = Breaker(3, 15.0, 100.0)
+A, B = LANES
+
+
+def breakers() -> Breakers:
+    """Breakers of three failures; the cooldown is 15 s, at most 100."""
+    return Breakers(3, 15.0, 100.0, LANES)
+
+
+def opened(now: float = 100.0) -> Breakers:
+    """The breaker of lane A opened now."""
+    made = breakers()
     for _ in range(3):
-        breaker.record(Kind.TRANSIENT, now)
-    return breaker
+        made.record(A, Kind.TRANSIENT, now)
+    return made
 
 
-def probe(breaker: Breaker, kind: Kind, now: float) -> None:
+def probe(made: Breakers, kind: Kind, now: float) -> None:
     """One probe goes out and comes back at once."""
-    assert breaker.probe_due(now)
-    breaker.probing()
-    breaker.record(kind, now, probe=True)
+    assert made.probes_due(A, now)
+    made.probing(A)
+    made.record(A, kind, now, probe=True)
+    made.probe_lost(A, now)  # a judged probe is not lost: this changes nothing
 
 
 def test_kinds_are_sorted() -> None:
@@ -42,182 +52,248 @@ def test_kinds_are_sorted() -> None:
 
 @pytest.mark.parametrize("kind", BAD)
 def test_opens_at_the_threshold(kind: Kind) -> None:
-    """So many consecutive transient or systemic answers open it, and not one less."""
+    """So many consecutive transient or systemic answers of a lane open its breaker, not one less, and no other's."""
 
-    breaker = Breaker(3, 15.0, 100.0)
-    states = []
+    made, states = breakers(), []
     for _ in range(3):
-        breaker.record(kind, 100.0)
-        states.append(breaker.state)
+        made.record(A, kind, 100.0)
+        states.append(made.state(A))
 
     assert states == [State.CLOSED, State.CLOSED, State.OPEN]
+    assert made.state(B) is State.CLOSED
+    assert made.worst is State.OPEN
 
 
+@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("kind", GOOD)
-def test_good_answers_reset_the_count(kind: Kind) -> None:
-    """A done or refused answer shows the gateway working."""
+def test_good_answers_reset_every_count(kind: Kind, lane: str) -> None:
+    """A done or refused answer in any lane shows the gateway working."""
 
-    breaker = Breaker(3, 15.0, 100.0)
-    for each in (Kind.TRANSIENT, Kind.TRANSIENT, kind, Kind.TRANSIENT, Kind.TRANSIENT):
-        breaker.record(each, 100.0)
+    made = breakers()
+    for each in (Kind.TRANSIENT, Kind.TRANSIENT):
+        made.record(A, each, 100.0)
+    made.record(lane, kind, 100.0)
+    for each in (Kind.TRANSIENT, Kind.TRANSIENT):
+        made.record(A, each, 100.0)
 
-    assert breaker.state is State.CLOSED
+    assert made.state(A) is State.CLOSED
+
+
+def test_the_token_service_counts_for_every_lane() -> None:
+    """Without a token no lane can call."""
+
+    made = breakers()
+    for _ in range(3):
+        made.record(None, Kind.SYSTEMIC, 100.0)
+
+    assert [made.state(lane) for lane in LANES] == [State.OPEN, State.OPEN]
 
 
 @pytest.mark.parametrize("kind", NEITHER)
 def test_neither_counts_nor_resets(kind: Kind) -> None:
-    """Throttled, token and id answers neither count nor reset the count."""
+    """Throttled, token, id and not-now answers neither count nor reset the count."""
 
-    breaker = Breaker(3, 15.0, 100.0)
+    made = breakers()
     for each in (Kind.TRANSIENT, kind, Kind.TRANSIENT, kind):
-        breaker.record(each, 100.0)
-    before = breaker.state
-    breaker.record(Kind.SYSTEMIC, 100.0)
-    assert (before, breaker.state) == (State.CLOSED, State.OPEN)
+        made.record(A, each, 100.0)
+    before = made.state(A)
+    made.record(A, Kind.SYSTEMIC, 100.0)
+    assert (before, made.state(A)) == (State.CLOSED, State.OPEN)
 
 
-def test_first_probe() -> None:
-    """The first probe goes out after the cooldown, and only one."""
+def test_three_probes_after_each_cooldown() -> None:
+    """Up to three probes go out after the cooldown, together or one after the other, and then no more."""
 
-    breaker = opened()
+    made = opened()
 
-    assert not breaker.probe_due(114.9)
-    assert breaker.probe_due(115.0)
-    breaker.probing()
-    assert breaker.state is State.HALF_OPEN
-    assert not breaker.probe_due(1_000.0)
+    assert made.probes_due(A, 114.9) == 0
+    assert made.probes_due(A, 115.0) == 3
+    made.probing(A, 2)
+    assert made.state(A) is State.HALF_OPEN
+    assert made.probes_due(A, 116.0) == 1
+    made.probing(A)
+    assert made.probes_due(A, 1_000.0) == 0
+    assert made.probes_due(B, 1_000.0) == 0
+
+
+def test_probes_of_one_turn_double_the_cooldown_once() -> None:
+    """The next cooldown begins when the last probe is back, and is twice as long however many failed."""
+
+    made = opened()
+    made.probing(A, 3)
+    for now in (116.0, 117.0, 118.0):
+        assert made.state(A) is State.HALF_OPEN
+        made.record(A, Kind.TRANSIENT, now, probe=True)
+
+    assert made.state(A) is State.OPEN
+    assert (made.cooldown(A), made.probe_at(A)) == (30.0, 148.0)
 
 
 def test_cooldown_doubles_to_the_maximum() -> None:
-    """Each failed probe doubles the cooldown, up to the maximum."""
+    """Each turn of failed probes doubles the cooldown, up to the maximum."""
 
-    breaker, now, cooldowns = opened(), 100.0, []
+    made, now, cooldowns = opened(), 100.0, []
     for _ in range(5):
-        now = breaker.probe_at
-        probe(breaker, Kind.TRANSIENT, now)
-        cooldowns.append(breaker.probe_at - now)
+        now = made.probe_at(A)
+        probe(made, Kind.TRANSIENT, now)
+        cooldowns.append(made.probe_at(A) - now)
 
     assert cooldowns == [30, 60, 100, 100, 100]
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_good_probe_closes(kind: Kind) -> None:
-    """A good probe closes it; the next outage begins with the first cooldown."""
+    """A good probe ends the outage; the next one begins with the first cooldown."""
 
-    breaker = opened()
-    probe(breaker, Kind.TRANSIENT, 115.0)
-    probe(breaker, kind, 145.0)
-    assert breaker.state is State.CLOSED
+    made = opened()
+    probe(made, Kind.TRANSIENT, 115.0)
+    probe(made, kind, 145.0)
+    assert made.state(A) is State.CLOSED
+    assert made.outages(A) == 1
 
     for _ in range(3):
-        breaker.record(Kind.TRANSIENT, 200.0)
-    assert breaker.probe_at == 215.0
+        made.record(A, Kind.TRANSIENT, 200.0)
+    assert made.probe_at(A) == 215.0
 
 
 @pytest.mark.parametrize("kind", NEITHER)
 def test_probe_that_proves_nothing(kind: Kind) -> None:
-    """A probe with a throttled, token or id answer waits one cooldown more, which does not grow."""
+    """After a probe with a throttled, token, id or not-now answer comes one cooldown more, which does not grow."""
 
-    breaker = opened()
-    probe(breaker, kind, 115.0)
+    made = opened()
+    probe(made, kind, 115.0)
 
-    assert breaker.state is State.OPEN
-    assert breaker.probe_at == 130.0
+    assert made.state(A) is State.OPEN
+    assert made.probe_at(A) == 130.0
 
 
 @pytest.mark.parametrize("kind", [*BAD, *NEITHER])
 def test_late_answers_change_nothing(kind: Kind) -> None:
     """Answers to calls from before do not lengthen the cooldown, nor end a probe."""
 
-    breaker = opened()
-    breaker.record(kind, 110.0)
-    assert breaker.probe_due(115.0)
-    breaker.probing()
-    breaker.record(kind, 116.0)
-    assert breaker.state is State.HALF_OPEN
+    made = opened()
+    made.record(A, kind, 110.0)
+    assert made.probes_due(A, 115.0) == 3
+    made.probing(A)
+    made.record(A, kind, 116.0)
+    assert made.state(A) is State.HALF_OPEN
+
+
+def test_a_success_elsewhere_is_no_end_of_an_outage() -> None:
+    """A lane whose own calls never failed shows that the gateway worked all the time: what failed meanwhile failed on
+    its own account. A lane that had failed as well shows that the outage is over."""
+
+    made = opened()
+    made.record(B, Kind.DONE, 101.0)
+    assert (made.state(A), made.outages(A)) == (State.CLOSED, 0)
+
+    made = opened()
+    made.record(B, Kind.TRANSIENT, 101.0)
+    made.record(B, Kind.DONE, 102.0)
+    assert (made.state(A), made.outages(A)) == (State.CLOSED, 1)
 
 
 def test_late_good_answer_closes() -> None:
     """A late good answer to a call from before closes it as a probe's does."""
 
-    breaker = opened()
-    breaker.record(Kind.DONE, 101.0)
+    made = opened()
+    made.record(A, Kind.DONE, 101.0)
 
-    assert breaker.state is State.CLOSED
+    assert made.state(A) is State.CLOSED
 
 
 def test_lost_probe() -> None:
     """A probe that ended without a call makes room for another at once; a judged one does not."""
 
-    breaker = opened()
-    breaker.probing()
-    breaker.probe_lost(120.0)
-    assert breaker.probe_due(120.0)
+    made = opened()
+    made.probing(A)
+    made.probe_lost(A, 120.0)
+    assert made.probes_due(A, 120.0) == 3
 
-    probe(breaker, Kind.TRANSIENT, 120.0)
-    breaker.probe_lost(120.0)
-    assert not breaker.probe_due(149.9)
+    probe(made, Kind.TRANSIENT, 120.0)
+    assert made.probes_due(A, 149.9) == 0
+
+
+def test_probe_at_once() -> None:
+    """A person may have the lanes probed before the cooldown is over."""
+
+    made = opened()
+    made.probe_now(101.0)
+
+    assert made.probes_due(A, 101.0) == 3
+    assert made.probes_due(B, 101.0) == 0
 
 
 def test_first_cooldown_is_bounded() -> None:
     """A first cooldown above the maximum is the maximum."""
 
-    breaker = Breaker(1, 50.0, 20.0)
-    breaker.record(Kind.SYSTEMIC, 0.0)
+    made = Breakers(1, 50.0, 20.0, LANES)
+    made.record(A, Kind.SYSTEMIC, 0.0)
 
-    assert breaker.probe_at == 20.0
+    assert made.probe_at(A) == 20.0
 
 
 class Outages(RuleBasedStateMachine):
-    """Any sequence of answers, late ones and probes against what the contract says about them."""
+    """Any sequence of answers, late ones and probes of two lanes against what the contract says about them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.breaker = Breaker(3, 15.0, 100.0)
+        self.breakers = breakers()
         self.now = 0.0
-        self.bad = 0
-        self.out = False
+        self.bad = dict.fromkeys(LANES, 0)
+        self.out = dict.fromkeys(LANES, 0)
+
+    def worked(self) -> None:
+        self.bad = dict.fromkeys(LANES, 0)
+        self.out = dict.fromkeys(LANES, 0)
 
     @rule(seconds=st.floats(0, 120))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(kind=st.sampled_from(Kind))
-    def answer(self, kind: Kind) -> None:
+    @rule(lane=st.sampled_from([*LANES, None]), kind=st.sampled_from(Kind))
+    def answer(self, lane: str | None, kind: Kind) -> None:
         if kind in GOOD:
-            self.bad, self.out = 0, False
-        elif self.breaker.state is State.CLOSED:
-            self.bad += kind in BAD
-        self.breaker.record(kind, self.now)
+            self.worked()
+        for each in LANES:
+            if lane in (each, None) and self.breakers.state(each) is State.CLOSED:
+                self.bad[each] += kind in BAD
+        self.breakers.record(lane, kind, self.now)
 
-    @precondition(lambda self: self.breaker.probe_due(self.now))
-    @rule()
-    def send_probe(self) -> None:
-        self.breaker.probing()
-        self.out = True
+    @rule(lane=st.sampled_from(LANES))
+    def send_probe(self, lane: str) -> None:
+        if self.breakers.probes_due(lane, self.now):
+            self.breakers.probing(lane)
+            self.out[lane] += 1
 
-    @precondition(lambda self: self.out)
-    @rule(kind=st.sampled_from(Kind))
-    def probe_answer(self, kind: Kind) -> None:
-        self.out = False
+    @rule(lane=st.sampled_from(LANES), kind=st.sampled_from(Kind), lost=st.booleans())
+    def probe_answer(self, lane: str, kind: Kind, lost: bool) -> None:
+        if not self.out[lane]:
+            return
+        self.out[lane] -= 1
+        if lost:
+            self.breakers.probe_lost(lane, self.now)
+            return
         if kind in GOOD:
-            self.bad = 0
-        self.breaker.record(kind, self.now, probe=True)
-        self.breaker.probe_lost(self.now)
-        if kind not in GOOD:
-            assert self.breaker.probe_at >= self.now + 15
+            self.worked()
+        self.breakers.record(lane, kind, self.now, probe=True)
+        if kind not in GOOD and not self.out[lane]:
+            assert self.breakers.probe_at(lane) >= self.now + 15
 
     @invariant()
     def open_exactly_after_the_threshold(self) -> None:
-        assert (self.breaker.state is State.CLOSED) == (self.bad < 3)
+        assert all((self.breakers.state(lane) is State.CLOSED) == (self.bad[lane] < 3) for lane in LANES)
 
     @invariant()
-    def one_probe_at_a_time(self) -> None:
-        assert (self.breaker.state is State.HALF_OPEN) == self.out
+    def at_most_three_probes(self) -> None:
+        assert all(count <= 3 for count in self.out.values())
+        assert all((self.breakers.state(lane) is State.HALF_OPEN) == (self.out[lane] > 0) for lane in LANES)
 
     @invariant()
     def cooldown_is_bounded(self) -> None:
-        assert self.breaker.state is State.CLOSED or 15 <= self.breaker.cooldown <= 100
+        assert all(
+            self.breakers.state(lane) is State.CLOSED or 15 <= self.breakers.cooldown(lane) <= 100 for lane in LANES
+        )
 
 
 TestOutages = Outages.TestCase

@@ -24,7 +24,7 @@ from worker.core.dead_letter import (
     read,
     redriven,
 )
-from worker.core.delivery import HOP, PROGRESS_HEADERS, dead_letter, delayed
+from worker.core.delivery import COPY_ID, PROGRESS_HEADERS, dead_letter, delayed
 from worker.core.outcome import Reason
 from worker.core.topology import Names
 
@@ -174,10 +174,10 @@ def test_nothing_breaks_it(headers: Any, message_id: Any, payload: bytes) -> Non
 def test_fresh_start() -> None:
     """Nothing of its death or its progress comes along; body, properties and foreign headers do."""
     there = parked()
-    message = redriven(NAMES, read(NAMES, there), there, "hop-1")
+    message = redriven(NAMES, read(NAMES, there), there, "copy-1")
 
     assert (message.exchange, message.routing_key, message.body) == ("p.commands", "cancellation", body())
-    assert message.properties["headers"] == {"batch-id": "B-1", "traceparent": "00-1", "mine": 7, HOP: "hop-1"}
+    assert message.properties["headers"] == {"batch-id": "B-1", "traceparent": "00-1", "mine": 7, COPY_ID: "copy-1"}
     assert (message.properties["message_id"], message.properties["correlation_id"]) == ("m-1", "c-1")
     assert message.properties["delivery_mode"] == 2
 
@@ -199,14 +199,14 @@ def test_fresh_start_of_the_brokers_own() -> None:
     message = redriven(NAMES, read(NAMES, there), there, "new")
 
     assert message.routing_key == "sweep"
-    assert message.properties["headers"] == {HOP: "new"}
+    assert message.properties["headers"] == {COPY_ID: "new"}
     assert set(message.properties) == {"message_id", "priority", "delivery_mode", "headers"}
 
 
 def test_redriven_is_another_message() -> None:
     """A worker that remembers the parked one must not take a redelivery of the redriven one for it."""
     there = parked()
-    message = redriven(NAMES, read(NAMES, there), there, "hop-1")
+    message = redriven(NAMES, read(NAMES, there), there, "copy-1")
     properties = {name: value for name, value in message.properties.items() if name != "delivery_mode"}
     again = delivery(message.body, **properties)
 

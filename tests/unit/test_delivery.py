@@ -92,8 +92,8 @@ def every_message(delivery: Delivery) -> list[Message]:
     return [
         outcome_message(NAMES, delivery, done),
         dead_letter(NAMES, delivery, lost),
-        delayed(NAMES, delivery, 30, 1, "hop-1"),
-        returned(NAMES, delivery, "hop-1"),
+        delayed(NAMES, delivery, 30, 1, "copy-1"),
+        returned(NAMES, delivery, "copy-1"),
     ]
 
 
@@ -154,11 +154,11 @@ def test_identity() -> None:
 
 
 def test_key_of_a_redelivery() -> None:
-    """A redelivery of a message has its key; after a hop, and for another lane, body or id, it is another."""
+    """A redelivery of a message has its key; as another copy, and for another lane, body or id, it is another."""
 
     key = builders.delivery().key
     others = [
-        again(returned(NAMES, builders.delivery(), "hop-1")),
+        again(returned(NAMES, builders.delivery(), "copy-1")),
         builders.delivery(lane="sweep"),
         builders.delivery(message_id="m-2"),
         builders.delivery(b"{}"),
@@ -192,7 +192,7 @@ def test_progress_survives_rounds(attempts: int, ids: list[str], unknown: bool, 
     delivery = builders.delivery(headers={"note": "n"}, correlation_id="c")
     for external_id in ids:
         delivery.progress.sent(external_id)
-    delivery.progress.attempts = attempts
+    delivery.progress.attempts, delivery.progress.calls = attempts, 3
     delivery.progress.effect_unknown, delivery.progress.last_code = unknown, code
     expected = {
         "attempts": attempts,
@@ -202,10 +202,11 @@ def test_progress_survives_rounds(attempts: int, ids: list[str], unknown: bool, 
         "last_code": code,
     }
 
-    later = again(delayed(NAMES, delivery, 30, 2, "hop-1"))
-    back = again(returned(NAMES, later, "hop-2"))
+    later = again(delayed(NAMES, delivery, 30, 2, "copy-1"))
+    back = again(returned(NAMES, later, "copy-2"))
 
-    assert later.progress == back.progress == builders.progress(round=2, **expected)
+    assert later.progress == back.progress == builders.progress(round=2, calls=0, **expected)
+    assert again(returned(NAMES, delivery, "copy-3")).progress == builders.progress(calls=3, **expected)
     assert (back.command_id, back.properties.correlation_id, back.headers["note"]) == ("m-1", "c", "n")
 
 
@@ -220,13 +221,58 @@ def test_latest_external_ids() -> None:
     assert progress.external_ids == [str(number) for number in range(5, 25)]
 
 
-@pytest.mark.parametrize("value", [-1, True, "3", 1.5, None, [1], {"a": 1}, 2**60])
+COUNTS = ("qris-round", "qris-calls", "qris-attempts")
+
+
+@pytest.mark.parametrize("value", [-1, True, "3", 1.5, None, [1], {"a": 1}, -(2**63)])
 def test_forged_counts(value: object) -> None:
-    """Headers of ours that a producer forged count as nothing."""
+    """Headers of ours that are no counts count as nothing."""
 
-    delivery = builders.delivery(headers={"qris-round": value, "qris-attempts": value, "qris-received-at": value})
+    progress = builders.delivery(headers=dict.fromkeys((*COUNTS, "qris-received-at"), value)).progress
 
-    assert (delivery.progress.round, delivery.progress.attempts, delivery.progress.received_at) == (0, 0, NOON)
+    assert (progress.round, progress.calls, progress.attempts, progress.received_at) == (0, 0, 0, NOON)
+
+
+@pytest.mark.parametrize("value", [module.MAX_COUNT + 1, 2**31, 2**53, 2**53 + 1, 2**63 - 1])
+def test_huge_counts_are_bounded(value: int) -> None:
+    """A count that no command reaches is cut, so that it fits every consumer's integer and our own headers again."""
+
+    delivery = builders.delivery(headers=dict.fromkeys(COUNTS, value))
+    delivery.progress.sent("1")
+
+    progress = again(returned(NAMES, delivery, "copy-1")).progress
+    assert (progress.round, progress.calls, progress.attempts) == (module.MAX_COUNT,) * 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "believed"),
+    [
+        (0, True),
+        (-1, True),
+        (-30 * 86_400, True),
+        (-30 * 86_400 - 1, False),
+        (1, False),
+        (40 * 365 * 86_400, False),
+        (-NOON, False),
+        (1 - NOON, False),
+    ],
+    ids=["now", "a second ago", "30 days ago", "older", "in a second", "in 40 years", "1970", "a second later"],
+)
+def test_believed_receipt(seconds: float, believed: bool) -> None:
+    """A time of receipt in the future, or longer ago than a command lives, is not believed."""
+
+    delivery = builders.delivery(headers={"qris-received-at": int((NOON + seconds) * 1000)})
+
+    assert delivery.progress.received_at == (NOON + seconds if believed else NOON)
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+def test_any_receipt(milliseconds: int) -> None:
+    """Whatever a producer wrote, a command was received within the last 30 days."""
+
+    received_at = builders.delivery(headers={"qris-received-at": milliseconds}).progress.received_at
+
+    assert NOON - module.MAX_AGE <= received_at <= NOON
 
 
 @pytest.mark.parametrize("value", ["yes", 1, "false", b"\x01", None])

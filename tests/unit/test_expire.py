@@ -22,24 +22,28 @@ from tests.builders import (
     STALE_TOKEN,
     SUCCESS,
     Properties,
+    body,
     no_reply,
     no_token,
     reply,
     throttled,
 )
 from tests.fakes import Ceiling, FakeClock, FakeGate, FakeGateway, FakeTokens, RecordingObserver
-from worker.app.expire import Delay, Disposition, Expire, GiveBack, Hold, Report
+from worker.app.expire import Expire
 from worker.core import jakarta
 from worker.core.delivery import Delivery, Message, delayed, receive, returned
+from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.outcome import Outcome, Reason, Status
 from worker.core.ports import Draining, Held, TokenUnavailable
-from worker.core.retry import RetryPolicy
+from worker.core.retry import RetryPolicy, Round
+from worker.core.settlement import Delay, Disposition, Entry, GiveBack, Hold, Report, Tag, TakenBack, Task
 from worker.core.topology import Names
 from worker.core.verdict import Kind, NoReply, Reply
 
 LAST_ROUND = {"qris-round": 3}
 """Headers of a command whose delayed rounds are used up."""
 THROTTLE, OUTAGE = Held(outage=False), Held(outage=True)
+NOT_NOW = reply("4039306", "Feature Not Allowed At This Time")
 
 
 class Bench:
@@ -78,12 +82,13 @@ class Bench:
         key = next(self.keys)
         return lambda _method, _path, token, _body, _moment: f"key-{key} {token}"
 
-    def __call__(self, delivery: Delivery | None = None, *, probe: bool = False) -> Disposition:
-        return self.expire(delivery or builders.delivery(), probe=probe)
+    def __call__(self, work: Delivery | Task | None = None, *, probe: bool = False) -> Disposition:
+        task = work if isinstance(work, Task) else Task(work or builders.delivery())
+        return self.expire(task, probe=probe)
 
-    def outcome(self, delivery: Delivery | None = None, *, probe: bool = False) -> Outcome:
+    def outcome(self, work: Delivery | Task | None = None, *, probe: bool = False) -> Outcome:
         """The outcome of a command that is reported."""
-        disposition = self(delivery, probe=probe)
+        disposition = self(work, probe=probe)
         assert isinstance(disposition, Report)
         return disposition.outcome
 
@@ -92,9 +97,14 @@ class Bench:
         return len(self.gateway.sent)
 
 
-def until(seconds: float, **fields: Any) -> Delivery:
+def task(**changed: Any) -> Task:
+    """A command in hand; see `builders.delivery`."""
+    return Task(builders.delivery(**changed))
+
+
+def until(seconds: float, **changed: Any) -> Delivery:
     """A command whose notAfter is so many seconds from now."""
-    return builders.delivery(builders.body(notAfter=jakarta.iso(NOON + seconds), **fields))
+    return builders.delivery(body(notAfter=jakarta.iso(NOON + seconds)), **changed)
 
 
 def next_round(message: Message) -> Delivery:
@@ -110,7 +120,13 @@ def test_success() -> None:
 
     outcome = bench.outcome(builders.delivery(builders.body(reference="ORD-77"), headers={"batch-id": "b-1"}))
 
-    assert outcome == builders.outcome(batch_id="b-1", external_ids=(f"{1:036d}",), received_at=NOON, completed_at=NOON)
+    assert outcome == builders.outcome(
+        outcome_id=outcome.outcome_id,
+        batch_id="b-1",
+        external_ids=(f"{1:036d}",),
+        received_at=NOON,
+        completed_at=NOON,
+    )
     assert bench.gateway.sent[0].body == b'{"billnumber":"10092081","additionalInfo":{"merchantId":"121xxxx"}}'
     assert bench.tokens.taken == 1
     assert bench.gate.slept == []
@@ -135,6 +151,21 @@ def test_invalid_commands(body: bytes, reason: Reason) -> None:
     assert (outcome.attempts, outcome.external_ids, outcome.effect_unknown) == (0, (), False)
     assert outcome.detail
     assert bench.calls == bench.tokens.fetched == len(bench.gate.entered) == 0
+
+
+@pytest.mark.parametrize("payload", [body(), b"\xff"], ids=["valid", "invalid"])
+def test_outcome_ids(payload: bytes) -> None:
+    """A redelivery of a command has its outcome id; another bill under the same id, another lane or end has another."""
+
+    def made(payload: bytes = payload, answer: Reply = SUCCESS, **changed: Any) -> str:
+        return Bench(answer).outcome(builders.delivery(payload, **changed)).outcome_id
+
+    others = [made(payload + b" "), made(lane="sweep"), made(message_id="m-2"), made(body(billnumber="2"))]
+    if payload == body():
+        others.append(made(answer=NOT_FOUND))
+
+    assert made() == made(redelivered=True, epoch=NOON + 60, headers={"qris-round": 2, "batch-id": "b"})
+    assert len({made(), *others}) == 1 + len(others)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +225,9 @@ def test_redelivered() -> None:
 # -- limits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", [BROKEN, no_reply(sent=False), BAD_SIGNATURE, STALE_TOKEN, ID_CLASH, throttled()])
+@pytest.mark.parametrize("answer", [BROKEN, no_reply(sent=False), BAD_SIGNATURE, STALE_TOKEN, ID_CLASH])
 def test_all_calls_count(answer: Reply | NoReply) -> None:
-    """A round has so many calls, whatever the answers are."""
+    """A round has so many calls, whatever the answers are (but throttled ones)."""
 
     bench = Bench(answer)
 
@@ -215,7 +246,20 @@ def test_failed_tokens_count() -> None:
     assert (outcome.reason, outcome.attempts, outcome.external_ids) == (Reason.CREDENTIALS, 0, ())
     assert not outcome.effect_unknown
     assert bench.gate.recorded == [(Kind.SYSTEMIC, False)] * 4
+    assert bench.gate.recorded_for == [(CANCELLATION, True)] * 4
     assert bench.calls == 0
+
+
+@pytest.mark.parametrize("lane", [CANCELLATION, SWEEP])
+def test_answers_are_recorded_for_their_lane(lane: str) -> None:
+    """An answer to an expire call counts for the lane of the command."""
+
+    bench = Bench(BROKEN, SUCCESS)
+
+    bench.outcome(builders.delivery(lane=lane))
+
+    assert bench.gate.recorded == [(Kind.TRANSIENT, False), (Kind.DONE, False)]
+    assert bench.gate.recorded_for == [(lane, False)] * 2
 
 
 def test_budget() -> None:
@@ -227,8 +271,61 @@ def test_budget() -> None:
     assert bench.gateway.sent_at == [1_000.0, 1_010.0]
 
 
+@pytest.mark.parametrize("slot", [1.0, 30.0, 600.0])
+def test_waits_for_slots_are_no_part_of_the_budget(slot: float) -> None:
+    """Under a low rate limit a failing command has all its calls: waiting for its turn is not its fault."""
+
+    bench = Bench(BROKEN, takes=3.0)
+    bench.gate.slot = slot
+
+    assert bench() == Delay(30, 1)
+    assert bench.gateway.sent_at == [1_000.0, 1_003.5 + slot, 1_007.5 + 2 * slot, 1_012.5 + 3 * slot]
+
+
+def test_waits_for_slots_do_not_stretch_the_budget() -> None:
+    """What is spent on calls and backoffs counts as ever, however long the waits are."""
+
+    bench = Bench(BROKEN, takes=9.5)
+    bench.gate.slot = 30.0
+
+    assert bench() == Delay(30, 1)
+    assert bench.gateway.sent_at == [1_000.0, 1_040.0]
+
+
+def test_wait_for_a_slot_that_a_hold_ends() -> None:
+    """The wait for a slot is no part of the budget either when a hold begins meanwhile."""
+
+    bench = Bench(BROKEN, takes=9.0)
+    bench.gate.slot = 60.0
+
+    def begin() -> None:
+        bench.gate.hold, bench.gate.during_slot = THROTTLE, lambda: None
+
+    bench.gate.during_slot = begin
+    held = task()
+    assert bench(held) == Hold()
+    bench.clock.sleep(100.0)
+    bench.gate.hold = None
+
+    assert bench(held) == Delay(30, 1)
+    assert bench.gateway.sent_at == [1_000.0, 1_169.5, 1_239.5]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_waits_for_tokens_are_no_part_of_the_budget(shared: bool) -> None:
+    """A slow token service leaves a command all its calls, whether it answers in the end or not."""
+
+    bench = Bench(BROKEN, failures=[no_token(Kind.TRANSIENT, shared=shared)] * 2, takes=7.0)
+    bench.tokens.takes = 60.0
+
+    assert bench() == Delay(30, 1)
+    assert (bench.calls, len(bench.observer.attempts)) == (2, 4)
+
+
 @given(
-    st.lists(st.sampled_from([BROKEN, no_reply(), BAD_SIGNATURE, STALE_TOKEN, ID_CLASH]), min_size=1, max_size=6),
+    st.lists(
+        st.sampled_from([BROKEN, no_reply(), BAD_SIGNATURE, STALE_TOKEN, ID_CLASH, NOT_NOW]), min_size=1, max_size=6
+    ),
     st.integers(1, 6),
     st.floats(0.01, 60),
     st.floats(0, 30),
@@ -271,7 +368,8 @@ def test_no_delayed_rounds() -> None:
         ([BROKEN, BROKEN, BROKEN, BAD_SIGNATURE], Reason.CREDENTIALS),
         ([BAD_SIGNATURE, BAD_SIGNATURE, BAD_SIGNATURE, BROKEN], Reason.RETRIES_EXHAUSTED),
         ([ID_CLASH], Reason.RETRIES_EXHAUSTED),
-        ([throttled()], Reason.RETRIES_EXHAUSTED),
+        ([NOT_NOW], Reason.RETRIES_EXHAUSTED),
+        ([BAD_SIGNATURE, NOT_NOW], Reason.RETRIES_EXHAUSTED),
         ([no_reply()], Reason.RETRIES_EXHAUSTED),
     ],
 )
@@ -281,6 +379,26 @@ def test_credentials_or_exhausted(answers: list[Reply | NoReply], reason: Reason
     outcome = Bench(*answers).outcome(builders.delivery(headers=LAST_ROUND))
 
     assert (outcome.status, outcome.reason) == (Status.UNRESOLVED, reason)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_not_at_this_time_ends_the_round(before: int) -> None:
+    """ "Not allowed at this time" ends the round at once: a moment later it is not allowed either."""
+
+    bench = Bench(*[BROKEN] * before, NOT_NOW)
+
+    assert bench() == Delay(30, 1)
+    assert bench.calls == before + 1
+    assert bench.gate.recorded[-1] == (Kind.LATER, False)
+
+
+def test_not_at_this_time_to_the_end() -> None:
+    """After the last round it is told with the gateway's words, and the bill was surely not touched."""
+
+    outcome = Bench(NOT_NOW).outcome(builders.delivery(headers=LAST_ROUND))
+
+    assert (outcome.status, outcome.reason, outcome.attempts) == (Status.UNRESOLVED, Reason.RETRIES_EXHAUSTED, 1)
+    assert (outcome.response_code, outcome.effect_unknown) == ("4039306", False)
 
 
 def test_what_an_unresolved_outcome_tells() -> None:
@@ -348,11 +466,20 @@ def test_not_found_after_unknown_effect(before: Reply | NoReply) -> None:
     assert outcome.response_code == "4049301"
 
 
-@pytest.mark.parametrize("before", [no_reply(sent=False), STALE_TOKEN, ID_CLASH, BAD_SIGNATURE, throttled()])
+@pytest.mark.parametrize("before", [no_reply(sent=False), STALE_TOKEN, ID_CLASH, BAD_SIGNATURE])
 def test_not_found_after_no_effect(before: Reply | NoReply) -> None:
     """A bill that is not found after calls that took no effect is not found."""
 
     assert Bench(before, NOT_FOUND).outcome().reason is Reason.NOT_FOUND
+
+
+def test_not_found_after_a_throttle() -> None:
+    """A throttled call took no effect."""
+
+    bench, held = Bench(throttled(), NOT_FOUND), task()
+
+    assert bench(held) == Hold()
+    assert bench.outcome(held).reason is Reason.NOT_FOUND
 
 
 def test_not_found_in_a_later_round() -> None:
@@ -434,10 +561,10 @@ def test_a_round_that_waited_in_vain_is_not_over() -> None:
 
     vain = [no_token(Kind.TRANSIENT, shared=True)] * 4
     bench = Bench(failures=[*vain, *vain, vain[0], no_token(Kind.TRANSIENT)])
-    delivery = builders.delivery()
+    waiting = task()
 
-    assert [bench(delivery), bench(delivery)] == [Hold(), Hold()]
-    assert bench.outcome(delivery).reason is Reason.SUCCESS
+    assert [bench(waiting), bench(waiting)] == [Hold(), Hold()]
+    assert bench.outcome(waiting).reason is Reason.SUCCESS
     assert Bench(failures=[*vain[:3], no_token(Kind.TRANSIENT)])() == Delay(30, 1)
 
 
@@ -486,10 +613,34 @@ def test_deadline_between_calls() -> None:
 
 
 def test_deadline_before_the_next_round() -> None:
-    """No delayed round is begun that would come after notAfter."""
+    """No delayed round is begun that would come after notAfter, which is told while there is nothing to wait for."""
 
-    assert Bench(BROKEN).outcome(until(29)).reason is Reason.DEADLINE_PASSED
+    outcome = Bench(BROKEN).outcome(until(29))
+
+    assert (outcome.reason, outcome.attempts, outcome.effect_unknown) == (Reason.DEADLINE_PASSED, 4, True)
+    assert (outcome.response_code, outcome.detail) == ("5009300", "notAfter is before the next attempt")
     assert Bench(BROKEN)(until(60)) == Delay(30, 1)
+
+
+def test_earlier_delay_before_a_deadline() -> None:
+    """A delay that would end after notAfter gives way to the longest that does not, an earlier one again, until none
+    fits."""
+
+    bench = Bench(BROKEN, policy=builders.policy(max_attempts=1))
+
+    def deliver(left: float, round_: int) -> Disposition:
+        return bench(until(left, headers={"qris-round": round_}))
+
+    assert [deliver(299.0, 1), deliver(1_799.0, 2), deliver(77.0, 2)] == [Delay(30, 2), Delay(300, 3), Delay(30, 3)]
+    last = deliver(29.0, 2)
+    assert isinstance(last, Report)
+    assert last.outcome.reason is Reason.DEADLINE_PASSED
+
+
+def test_deadline_is_not_blamed_after_the_last_round() -> None:
+    """When all rounds are used up and a call would still be in time, the retries are exhausted."""
+
+    assert Bench(BROKEN).outcome(until(60, headers=LAST_ROUND)).reason is Reason.RETRIES_EXHAUSTED
 
 
 def test_deadline_while_waiting_to_be_let_in() -> None:
@@ -543,85 +694,110 @@ def test_no_call_after_the_deadline(answers: list[Reply | NoReply], ahead: int, 
 
 
 def test_throttled_command_is_held() -> None:
-    """A throttled answer holds the command; its calls still count, and waiting costs neither calls nor budget."""
+    """A throttled answer holds the command, and waiting costs neither calls nor budget."""
 
     bench = Bench(throttled("15"), throttled("15"), SUCCESS)
     bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
-    delivery = builders.delivery()
+    held = task()
 
     for _ in range(2):
-        assert bench(delivery) == Hold()
-        assert bench(delivery) == Hold()  # still held
+        assert bench(held) == Hold()
+        assert bench(held) == Hold()  # still held
         bench.clock.sleep(15.0)
         bench.gate.hold = None
 
-    outcome = bench.outcome(delivery)
+    outcome = bench.outcome(held)
     assert (outcome.reason, outcome.attempts, outcome.effect_unknown) == (Reason.SUCCESS, 3, False)
     assert bench.gate.slept == []
     assert bench.observer.retries == [Kind.THROTTLED] * 2
 
 
-def test_throttled_calls_are_limited() -> None:
-    """A command that is throttled again and again uses up its calls."""
+@pytest.mark.parametrize("headers", [{}, LAST_ROUND], ids=["first round", "last round"])
+@pytest.mark.parametrize("asked", [None, "10", "600"])
+@pytest.mark.parametrize("by_token_service", [False, True])
+def test_lasting_throttle_costs_nothing(headers: dict[str, int], asked: str | None, by_token_service: bool) -> None:
+    """However long a throttle lasts, a command has all its calls and its budget afterwards, in the same round."""
 
-    bench = Bench(throttled("15"))
+    answers = 500
+    failures = [no_token(Kind.THROTTLED)] * answers if by_token_service else []
+    bench = Bench(*([] if by_token_service else [throttled(asked)] * answers), BROKEN, failures=failures, takes=1.0)
+    bench.tokens.takes = 0.05
     bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
-    delivery = builders.delivery()
+    held = task(headers=headers)
 
-    dispositions = []
-    for _ in range(4):
-        dispositions.append(bench(delivery))
-        bench.clock.sleep(15.0)
+    for _ in range(answers):
+        assert bench(held) == Hold()
         bench.gate.hold = None
+        bench.clock.sleep(15.0)
 
-    assert dispositions == [Hold(), Hold(), Hold(), Delay(30, 1)]
-    assert bench.calls == 4
+    before = bench.calls
+    disposition = bench(held)
+    moments = bench.gateway.sent_at[before:]
+    assert [moment - moments[0] for moment in moments] == [0.0, 1.5, 3.5, 6.5]
+    if headers:
+        assert isinstance(disposition, Report)
+        assert disposition.outcome.reason is Reason.RETRIES_EXHAUSTED
+    else:
+        assert disposition == Delay(30, 1)
 
 
-def test_held_time_costs_no_budget() -> None:
-    """A round that a throttle interrupted goes on with the budget it had."""
+def test_throttle_between_calls() -> None:
+    """A round that a throttle interrupts goes on with the calls, the backoff and the budget that it had."""
 
-    bench = Bench(throttled("19"), BROKEN, takes=8.0)
+    bench = Bench(BROKEN, throttled("19"), BROKEN, takes=1.0)
     bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
-    delivery = builders.delivery()
-    assert bench(delivery) == Hold()
+    held = task()
+    assert bench(held) == Hold()
     bench.clock.sleep(500.0)
     bench.gate.hold, bench.gate.hold_after = None, {}
 
-    assert bench(delivery) == Delay(30, 1)
-    assert bench.gateway.sent_at == [1_000.0, 1_508.0, 1_516.5]
+    assert bench(held) == Delay(30, 1)
+    assert bench.calls == 5
+    assert bench.gate.slept == [0.5, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("asked", "disposition"), [("21", Delay(30, 1)), ("31", Delay(300, 2)), ("600", Delay(1800, 3))]
-)
-def test_long_wait_is_spent_in_the_broker(asked: str, disposition: Delay) -> None:
-    """A wait longer than the budget goes to the first delay that is long enough."""
+def test_throttle_that_an_outage_follows() -> None:
+    """A round that a throttle interrupted goes on, whatever ended meanwhile."""
 
-    bench = Bench(throttled(asked))
+    bench, held = Bench(BROKEN, throttled("19"), BROKEN), task()
+    bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
+    assert bench(held) == Hold()
+    bench.gate.hold = OUTAGE
+    assert bench(task()) == Hold()
+    bench.gate.hold, bench.gate.hold_after = None, {}
+    bench.gate.over[held.lane] += 1
 
-    assert bench() == disposition
-    assert bench.calls == 1
+    assert bench(held) == Delay(30, 1)
+    assert bench.calls == 5
 
 
-def test_long_wait_without_a_round() -> None:
-    """Where no delayed round is left, the command waits with the senders, and its calls stay limited."""
+def test_held_time_costs_no_budget() -> None:
+    """A round that a throttle interrupted goes on with the budget it had: neither the throttled call nor the hold is
+    part of it."""
+
+    bench = Bench(BROKEN, throttled("19"), BROKEN, takes=8.0)
+    bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
+    held = task()
+    assert bench(held) == Hold()
+    bench.clock.sleep(500.0)
+    bench.gate.hold, bench.gate.hold_after = None, {}
+
+    assert bench(held) == Delay(30, 1)
+    assert bench.gateway.sent_at == [1_000.0, 1_008.5, 1_516.5, 1_525.5]
+
+
+def test_deadline_of_a_throttled_command() -> None:
+    """A deadline that passes while the gateway throttles us is one that passed."""
 
     bench = Bench(throttled("100"))
-    delivery = builders.delivery(headers=LAST_ROUND)
+    bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
+    held = Task(until(60))
+    assert bench(held) == Hold()
+    bench.clock.sleep(61.0)
 
-    for _ in range(3):
-        assert bench(delivery) == Hold()
-        bench.clock.sleep(100.0)
+    outcome = bench.outcome(held)
 
-    outcome = bench.outcome(delivery)
-    assert (outcome.reason, outcome.attempts) == (Reason.RETRIES_EXHAUSTED, 4)
-
-
-def test_wait_ends_after_the_deadline() -> None:
-    """A long wait that would end after notAfter is not begun."""
-
-    assert Bench(throttled("100")).outcome(until(60)).reason is Reason.DEADLINE_PASSED
+    assert (outcome.reason, outcome.attempts, outcome.response_code) == (Reason.DEADLINE_PASSED, 1, "4299300")
 
 
 # -- outages --------------------------------------------------------------------------------------------------------
@@ -632,66 +808,210 @@ def test_outage_holds() -> None:
 
     bench = Bench()
     bench.gate.hold = OUTAGE
-    delivery = builders.delivery()
+    held = task()
 
-    assert bench(delivery) == Hold()
+    assert bench(held) == Hold()
     assert bench.calls == bench.tokens.fetched == 0
     bench.gate.hold = None
-    assert bench.outcome(delivery).attempts == 1
+    assert bench.outcome(held).attempts == 1
+
+
+def interrupted(bench: Bench, held: Task) -> None:
+    """Its round is interrupted by its lane's breaker after two calls, and the breaker is closed again later."""
+    bench.gate.hold_after = {Kind.SYSTEMIC: OUTAGE}
+    assert bench(held) == Hold()
+    assert bench.calls == 2
+    assert bench(held) == Hold()  # still held
+    bench.gate.hold, bench.gate.hold_after = None, {}
+    bench.clock.sleep(1_000.0)
 
 
 def test_outage_during_a_round() -> None:
     """A round that an outage ends starts afresh after it, with all its calls and budget."""
 
-    bench = Bench(BROKEN)
-    delivery = builders.delivery()
-    bench.gate.hold_after = {Kind.TRANSIENT: OUTAGE}
-    assert bench(delivery) == Hold()
-    assert bench.calls == 1
+    bench, held = Bench(BROKEN, BAD_SIGNATURE, BROKEN), task()
+    interrupted(bench, held)
+    bench.gate.over[held.lane] += 1
 
-    bench.gate.hold, bench.gate.hold_after = None, {}
-    bench.clock.sleep(1_000.0)
-    assert bench(delivery) == Delay(30, 1)
-    assert bench.calls == 5
-    assert delivery.progress.attempts == 5
+    assert bench(held) == Delay(30, 1)
+    assert bench.calls == 6
+    assert held.delivery.progress.attempts == 6
+    assert bench.gate.slept == [0.5, 1, 0.5, 1, 2]
+
+
+def test_hold_while_others_succeed() -> None:
+    """Where no outage was over since (others succeeded all the time), the command failed on its own account: its round
+    goes on with the calls, the backoff and the budget that it had."""
+
+    bench, held = Bench(BROKEN, BAD_SIGNATURE, BROKEN), task()
+    interrupted(bench, held)
+
+    assert bench(held) == Delay(30, 1)
+    assert bench.calls == 4
+    assert bench.gate.slept == [0.5, 1, 2]
+
+
+def test_outage_of_the_other_lane_changes_no_round() -> None:
+    """Only outages of the command's own lane let its round start afresh."""
+
+    bench, held = Bench(BROKEN, BAD_SIGNATURE, BROKEN), task()
+    interrupted(bench, held)
+    bench.gate.over[SWEEP] += 1
+
+    assert bench(held) == Delay(30, 1)
+    assert bench.calls == 4
+
+
+def test_round_that_a_hold_interrupts_twice() -> None:
+    """A round that goes on after a hold may be interrupted again."""
+
+    bench, held = Bench(BROKEN), task()
+    bench.gate.hold_after = {Kind.TRANSIENT: OUTAGE}
+    for _ in range(3):
+        assert bench(held) == Hold()
+        bench.gate.hold = None
+        bench.clock.sleep(1_000.0)
+    bench.gate.hold_after = {}
+
+    assert bench(held) == Delay(30, 1)
+    assert bench.calls == 4
+
+
+def test_kept_round() -> None:
+    """What a hold interrupts is kept with the command, and only then."""
+
+    bench, held = Bench(BROKEN, SUCCESS), task()
+    bench.gate.hold_after = {Kind.TRANSIENT: OUTAGE}
+    bench.gate.over[held.lane] = 7
+
+    assert bench(held) == Hold()
+    assert held.round == Round(1_000.0, calls=1, failures=1, interrupted=1_000.5, outages=7)
+    bench.gate.hold = None
+    bench.outcome(held)
+    assert held.round is None
+
+
+def test_round_that_went_back_goes_on() -> None:
+    """A command that went to the end of its lane in the middle of a round has the calls left that it had."""
+
+    bench = Bench(BROKEN)
+
+    assert bench(builders.delivery(headers={"qris-calls": 2})) == Delay(30, 1)
+    assert bench.calls == 2
+
+
+@pytest.mark.parametrize("calls", [4, 5, 10**6, 2**53])
+def test_round_that_went_back_used_up(calls: int) -> None:
+    """Whatever its headers say of its round, a command is called for once before the round ends."""
+
+    bench = Bench(BROKEN)
+    forged = builders.delivery(headers={"qris-calls": calls})
+
+    assert bench(forged) == Delay(30, 1)
+    assert bench.calls == 1
+    assert forged.progress.calls == 0
 
 
 @pytest.mark.parametrize("round_", [0, 3])
-@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, STALE_TOKEN, no_reply(), throttled("100")])
+@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, STALE_TOKEN, no_reply(), NOT_NOW])
 def test_no_round_ends_in_an_outage(round_: int, answer: Reply | NoReply) -> None:
     """A round whose last call falls into an outage is not over: no delayed round, no report."""
 
     bench = Bench(answer, policy=builders.policy(max_attempts=1))
-    bench.gate.broken = True
+    bench.gate.broken = {CANCELLATION}
 
     assert bench(builders.delivery(headers={"qris-round": round_})) == Hold()
     assert bench.calls == 1
 
 
-def test_final_answers_in_an_outage() -> None:
+@pytest.mark.parametrize("round_", [0, 2, 3])
+@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, no_reply()])
+def test_round_ends_while_the_other_lane_is_held(round_: int, answer: Reply | NoReply) -> None:
+    """While nothing succeeds in any lane, a round that failed costs none: the command waits and comes round again."""
+
+    bench = Bench(answer)
+    bench.gate.broken = {SWEEP}
+
+    assert bench(builders.delivery(headers={"qris-round": round_})) == Delay(30, round_)
+    assert bench.calls == 4
+
+
+@pytest.mark.parametrize(
+    ("left", "delays", "expected"),
+    [(60, (30, 300), Delay(30, 1)), (60, (300, 30), Delay(30, 1)), (20, (30, 5, 10), Delay(10, 1))],
+)
+def test_deadline_while_the_other_lane_is_held(left: int, delays: tuple[int, ...], expected: Delay) -> None:
+    """That wait ends before notAfter, too."""
+
+    bench = Bench(BROKEN, policy=builders.policy(delays=delays))
+    bench.gate.broken = {SWEEP}
+
+    assert bench(until(left, headers={"qris-round": 1})) == expected
+
+
+def test_no_delay_fits_while_the_other_lane_is_held() -> None:
+    """Where none does, the deadline has passed."""
+
+    bench = Bench(BROKEN)
+    bench.gate.broken = {SWEEP}
+
+    assert bench.outcome(until(29, headers=LAST_ROUND)).reason is Reason.DEADLINE_PASSED
+
+
+@pytest.mark.parametrize(
+    ("answer", "delays"), [(BROKEN, ()), (ID_CLASH, (30,)), (NOT_NOW, (30,))], ids=["no delays", "id clash", "not now"]
+)
+def test_rounds_that_the_other_lane_does_not_save(answer: Reply, delays: tuple[int, ...]) -> None:
+    """What is no failure of the gateway's ends as ever, and so does everything where there are no delayed rounds."""
+
+    bench = Bench(answer, policy=builders.policy(delays=delays))
+    bench.gate.broken = {SWEEP}
+
+    outcome = bench.outcome(builders.delivery(headers=LAST_ROUND))
+
+    assert outcome.reason is Reason.RETRIES_EXHAUSTED
+
+
+@pytest.mark.parametrize("lane", [CANCELLATION, SWEEP])
+def test_final_answers_in_an_outage(lane: str) -> None:
     """A final answer is reported, outage or not."""
 
     bench = Bench(SUCCESS)
-    bench.gate.broken = True
+    bench.gate.broken = {lane}
 
     assert bench.outcome().reason is Reason.SUCCESS
 
 
-@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, no_reply(), no_reply(sent=False)])
-@pytest.mark.parametrize("headers", [{}, LAST_ROUND])
+@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, no_reply(), no_reply(sent=False), NOT_NOW])
+@pytest.mark.parametrize("headers", [{}, LAST_ROUND, {"qris-calls": 3}])
 def test_probe_is_one_call(answer: Reply | NoReply, headers: dict[str, int]) -> None:
-    """A probe sends one call; when it fails the command is held, whatever round it is in."""
+    """A probe sends one call; when it fails the command goes to the end of its lane, whatever round it is in."""
 
     bench = Bench(answer)
     bench.gate.hold = OUTAGE
-    delivery = builders.delivery(headers=headers)
+    probed = task(headers=headers)
 
     for number in range(1, 9):
-        assert bench(delivery, probe=True) == Hold()
+        assert bench(probed, probe=True) == GiveBack()
         assert bench.calls == number
     assert bench.gate.slept == []
     assert all(probe for _, probe in bench.gate.recorded)
-    assert delivery.round is None
+    assert (probed.round, probed.delivery.progress.calls) == (None, 0)
+    assert probed.delivery.progress.attempts == 8
+    assert bench.observer.retries == []
+
+
+def test_probe_without_a_token() -> None:
+    """A probe for which no token could be had has failed as well."""
+
+    bench = Bench(failures=[no_token(Kind.TRANSIENT), no_token(Kind.TRANSIENT, shared=True)])
+    bench.gate.hold = OUTAGE
+    probed = task()
+
+    assert [bench(probed, probe=True), bench(probed, probe=True)] == [GiveBack(), GiveBack()]
+    assert bench.gate.recorded == [(Kind.TRANSIENT, True)]
+    assert bench.gate.recorded_for == [(CANCELLATION, True)]
+    assert bench.calls == 0
 
 
 def test_probe_replays_a_stale_token() -> None:
@@ -704,18 +1024,28 @@ def test_probe_replays_a_stale_token() -> None:
     assert bench.gate.recorded == [(Kind.TOKEN, True), (Kind.DONE, True)]
 
 
-def test_probe_after_a_throttle() -> None:
-    """A probe has a round of its own, however many calls a throttle interrupted."""
+def test_probe_replays_once() -> None:
+    """A probe whose new token is refused as well has failed."""
 
-    bench = Bench(throttled("15"), throttled("15"), throttled("15"), STALE_TOKEN, SUCCESS)
+    bench = Bench(STALE_TOKEN)
+    bench.gate.hold = OUTAGE
+
+    assert bench(probe=True) == GiveBack()
+    assert bench.calls == 2
+
+
+def test_probe_after_a_throttle() -> None:
+    """A probe has a round of its own, however many calls a hold interrupted."""
+
+    bench = Bench(BROKEN, throttled("15"), throttled("15"), STALE_TOKEN, SUCCESS)
     bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
-    delivery = builders.delivery()
-    for _ in range(3):
-        assert bench(delivery) == Hold()
+    probed = task(headers={"qris-calls": 2})
+    for _ in range(2):
+        assert bench(probed) == Hold()
         bench.gate.hold = None
     bench.gate.hold = OUTAGE
 
-    assert bench.outcome(delivery, probe=True).attempts == 5
+    assert bench.outcome(probed, probe=True).attempts == 5
 
 
 def test_probe_that_succeeds() -> None:
@@ -728,29 +1058,148 @@ def test_probe_that_succeeds() -> None:
 
 
 def test_throttled_probe() -> None:
-    """A probe that is throttled is held and keeps no round."""
+    """A probe that is throttled is held at the front of its lane and keeps no round."""
 
     bench = Bench(throttled("15"))
     bench.gate.hold = OUTAGE
     bench.gate.hold_after = {Kind.THROTTLED: THROTTLE}
-    delivery = builders.delivery()
+    probed = task()
 
-    assert bench(delivery, probe=True) == Hold()
-    assert (bench.calls, delivery.round) == (1, None)
+    assert bench(probed, probe=True) == Hold()
+    assert (bench.calls, probed.round) == (1, None)
+
+
+@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, NOT_NOW])
+def test_probe_that_fails_after_the_outage(answer: Reply) -> None:
+    """A probe costs no round either when another one has closed the breaker before it fails."""
+
+    for delays in ((30,), ()):
+        bench = Bench(answer, policy=builders.policy(max_attempts=1, delays=delays))
+        assert bench(probe=True) == GiveBack()
+
+
+def test_probe_that_the_deadline_overtakes() -> None:
+    """A probe after its notAfter is reported without a call."""
+
+    bench = Bench()
+    bench.gate.hold = OUTAGE
+
+    assert bench.outcome(until(-1), probe=True).reason is Reason.DEADLINE_PASSED
+    assert bench.calls == 0
 
 
 def test_probes_cost_no_attempts() -> None:
     """A command that was a probe many times has all its calls afterwards."""
 
     bench = Bench(BROKEN)
-    delivery = builders.delivery()
+    probed = task()
     bench.gate.hold = OUTAGE
     for _ in range(5):
-        bench(delivery, probe=True)
+        bench(probed, probe=True)
     bench.gate.hold = None
 
-    assert bench(delivery) == Delay(30, 1)
+    assert bench(probed) == Delay(30, 1)
     assert bench.calls == 9
+
+
+# -- taken back by the broker ---------------------------------------------------------------------------------------
+
+
+def owned(**changed: Any) -> Task:
+    """A command whose delivery a channel of ours holds."""
+    return Task(builders.delivery(**changed), Entry("key", [Tag(1, 1)]))
+
+
+def lose(owner: Task) -> None:
+    """The channel is lost, and the broker has the command again."""
+    assert owner.entry is not None
+    owner.entry.tags.clear()
+
+
+def lost_in_call(bench: Bench, owner: Task, number: int = 1) -> None:
+    """The channel is lost while call ``number`` is out."""
+    send = bench.gateway.send
+
+    def sent(request: Any) -> Reply | NoReply:
+        if bench.calls == number - 1:
+            lose(owner)
+        return send(request)
+
+    bench.gateway.send = sent  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_taken_back_before_the_first_call(probe: bool) -> None:
+    """A command that the broker has again is not called for here."""
+
+    bench, lost = Bench(), owned()
+    lose(lost)
+
+    assert bench(lost, probe=probe) == TakenBack()
+    assert bench.calls == bench.tokens.fetched == 0
+
+
+@pytest.mark.parametrize("answer", [BROKEN, STALE_TOKEN, ID_CLASH, BAD_SIGNATURE, no_reply()])
+@pytest.mark.parametrize("during", [1, 2, 4])
+def test_taken_back_between_calls(answer: Reply | NoReply, during: int) -> None:
+    """A round whose command the broker takes back ends with the call that is out: no further call, round or report."""
+
+    bench, lost = Bench(answer), owned()
+    lost_in_call(bench, lost, during)
+
+    assert bench(lost) == TakenBack()
+    assert bench.calls == lost.delivery.progress.attempts == during
+
+
+def test_taken_back_while_waiting_for_a_slot() -> None:
+    """A command that is lost while it waits for its slot is not called for."""
+
+    bench, lost = Bench(BROKEN), owned()
+    bench.gate.slot = 5.0
+    bench.gate.during_slot = lambda: lose(lost)
+
+    assert bench(lost) == TakenBack()
+    assert bench.calls == 1
+
+
+def test_taken_back_while_a_token_is_fetched() -> None:
+    """A command that is lost while a token is fetched is not called for."""
+
+    bench, lost = Bench(), owned()
+    bench.tokens.takes = 1.0
+    sleep = bench.clock.sleep
+
+    def slept(seconds: float) -> None:
+        sleep(seconds)
+        lose(lost)
+
+    bench.clock.sleep = slept  # type: ignore[method-assign]
+
+    assert bench(lost) == TakenBack()
+    assert (bench.calls, bench.tokens.fetched) == (0, 1)
+
+
+@pytest.mark.parametrize("answer", [SUCCESS, NOT_FOUND])
+def test_taken_back_before_a_final_answer(answer: Reply) -> None:
+    """What a call that was out came to is told to the desk, which knows what may be published."""
+
+    bench, lost = Bench(answer), owned()
+    lost_in_call(bench, lost)
+
+    assert bench.outcome(lost).attempts == 1
+
+
+@pytest.mark.parametrize("round_", [0, 3])
+@pytest.mark.parametrize("broken", [set(), {CANCELLATION}, {SWEEP}])
+def test_taken_back_in_the_last_call_of_a_round(broken: set[str], round_: int) -> None:
+    """Whether rounds are left or not, an orphan's round ends in nothing, outage or not."""
+
+    bench = Bench(BROKEN, policy=builders.policy(max_attempts=1))
+    bench.gate.broken = broken
+    lost = owned(headers={"qris-round": round_})
+    lost_in_call(bench, lost)
+
+    assert bench(lost) == TakenBack()
 
 
 # -- draining -------------------------------------------------------------------------------------------------------
@@ -766,7 +1215,7 @@ def test_drain_before_a_call() -> None:
     assert bench.calls == 0
 
 
-@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, throttled(), no_reply()])
+@pytest.mark.parametrize("answer", [BROKEN, BAD_SIGNATURE, ID_CLASH, no_reply()])
 def test_drain_during_a_backoff(answer: Reply | NoReply) -> None:
     """A drain ends a backoff: the command goes back with what is known of its calls."""
 
@@ -782,7 +1231,6 @@ def test_drain_does_not_stop_a_call() -> None:
     """A call that is out when a drain begins is finished and reported."""
 
     bench = Bench()
-    bench.gate.before_enter = lambda: None
     send = bench.gateway.send
 
     def drained(request: Any) -> Reply | NoReply:

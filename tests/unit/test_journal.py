@@ -13,9 +13,10 @@ import pytest
 
 from tests.builders import NOON
 from tests.unit.test_sweep import BATCH, told
+from worker.core.delivery import Progress
 from worker.core.outcome import Reason
 from worker.core.rows import JSON_FORM, BadRow, Form, Row
-from worker.core.sweep import REPORT_COLUMNS, Progress, Report, harmless, kept_as_text
+from worker.core.sweep import REPORT_COLUMNS, Report, harmless, kept_as_text
 from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune, replacing
 
 Make = Callable[..., Journal]
@@ -242,7 +243,7 @@ def test_bill_that_was_never_sent_is_as_new(make: Make) -> None:
 
     journal = make(2)
     journal.take(0, 2)
-    known = Progress(1, 3, ("77",), True, NOON, "5009300")
+    known = Progress(1, 3, ["77"], True, NOON, "5009300", calls=2)
 
     journal.put_back([(1, Progress(), None), (2, known, None)])
 

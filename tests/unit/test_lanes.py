@@ -120,28 +120,28 @@ def test_order_within_a_lane() -> None:
 
 
 def test_limit() -> None:
-    """No more go out than the limit, and none at zero, whoever finishes."""
+    """No more of a lane go out than its limit, and none at zero, whoever finishes; the other lane goes on."""
 
     lanes = filled(4, 1.0, 9, 9)
-    out = taken(lanes)
-    lanes.limit = 0
-    lanes.done(out[0])
-    assert taken(lanes) == []
-    lanes.limit = 4
-    assert len(taken(lanes)) == 1
+    lanes.limit = {CANCELLATION: 0, SWEEP: 2}
+    assert lanes.takable() == 2
+    assert [item.lane for item in taken(lanes)] == [SWEEP, SWEEP]
+    assert lanes.takable() == 0
+    lanes.limit = {CANCELLATION: 4, SWEEP: 0}
+    assert [item.lane for item in taken(lanes)] == [CANCELLATION, CANCELLATION]
 
 
 def test_one_particular_command() -> None:
     """A probe is taken whatever the limit, once, and counts as in hand."""
 
     lanes = filled(4, 0.25, 0, 3)
-    lanes.limit = 0
+    lanes.limit[SWEEP] = 0
     wanted = Waiting(SWEEP, 1)
 
     assert lanes.take_this(wanted)
     assert not lanes.take_this(wanted)
     assert lanes.in_hand() == 1
-    assert [item.number for item in lanes.waiting()] == [0, 2]
+    assert [item.number for item in lanes.waiting(SWEEP)] == [0, 2]
 
 
 def test_remove() -> None:
@@ -151,7 +151,7 @@ def test_remove() -> None:
 
     assert lanes.remove(Waiting(CANCELLATION, 0))
     assert not lanes.remove(Waiting(CANCELLATION, 0))
-    assert list(lanes.waiting()) == [Waiting(SWEEP, 0)]
+    assert [*lanes.waiting(CANCELLATION), *lanes.waiting(SWEEP)] == [Waiting(SWEEP, 0)]
     assert lanes.in_hand() == 0
 
 
@@ -166,6 +166,9 @@ class Traffic(RuleBasedStateMachine):
         self.probes = 0
         self.number = 0
 
+    def room(self, lane: str, in_hand: Counter[str]) -> bool:
+        return in_hand[lane] < self.lanes.limit[lane] and (lane == CANCELLATION or in_hand[SWEEP] < 2)
+
     @rule(lane=st.sampled_from(LANES))
     def put(self, lane: str) -> None:
         self.number += 1
@@ -178,11 +181,11 @@ class Traffic(RuleBasedStateMachine):
         before = Counter(item.lane for item in self.out)
         item = self.lanes.take()
         if item is None:
-            may = [w for w in self.waiting if w.lane == CANCELLATION or before[SWEEP] < 2]
-            assert before.total() >= self.lanes.limit or not may
+            may = [w for w in self.waiting if self.room(w.lane, before)]
+            assert before.total() >= 4 or not may
             return
-        assert before.total() < self.lanes.limit
-        assert item.lane == CANCELLATION or before[SWEEP] < 2
+        assert before.total() < 4
+        assert self.room(item.lane, before)
         assert item == next(w for w in self.waiting if w.lane == item.lane)
         self.waiting.remove(item)
         self.out.append(item)
@@ -204,14 +207,24 @@ class Traffic(RuleBasedStateMachine):
         if probe:
             self.out.append(item)
 
-    @rule(limit=st.integers(0, 4))
-    def limit(self, limit: int) -> None:
-        self.lanes.limit = limit
+    @rule(lane=st.sampled_from(LANES), limit=st.integers(0, 4))
+    def limit(self, lane: str, limit: int) -> None:
+        self.lanes.limit[lane] = limit
+
+    @invariant()
+    def what_is_said_to_be_takable_is(self) -> None:
+        before = Counter(item.lane for item in self.out)
+        rooms = {CANCELLATION: self.lanes.limit[CANCELLATION], SWEEP: min(2, self.lanes.limit[SWEEP])}
+        may = sum(
+            max(0, min(room - before[lane], sum(item.lane == lane for item in self.waiting)))
+            for lane, room in rooms.items()
+        )
+        assert self.lanes.takable() == max(0, min(4 - before.total(), may))
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        assert len(list(self.lanes.waiting())) == len(self.waiting)
-        assert set(self.lanes.waiting()) == set(self.waiting)
+        for lane in LANES:
+            assert list(self.lanes.waiting(lane)) == [item for item in self.waiting if item.lane == lane]
         assert self.lanes.in_hand() == len(self.out)
 
 

@@ -7,11 +7,12 @@ import uuid
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import builders
-from worker.core.outcome import DEAD_LETTERED, OUTCOME_TYPE, REASONS, STATUS_OF, Reason, Status, encode
+from worker.core.lanes import LANES
+from worker.core.outcome import DEAD_LETTERED, OUTCOME_TYPE, REASONS, STATUS_OF, Reason, Status, encode, outcome_id
 
 CONTRACT = {
     "expired": {"success", "already_expired"},
@@ -94,20 +95,37 @@ def test_any_text_is_encoded(command_id: str, reference: str | None, batch: str 
     )
 
 
-@given(st.text(max_size=10), st.text(max_size=10), st.sampled_from(Reason), st.sampled_from(Reason))
-def test_outcome_ids(one: str, other: str, reason: Reason, another: Reason) -> None:
-    """Two outcomes share an id exactly when command and status are the same."""
-
-    made = [builders.outcome(reason, command_id=one), builders.outcome(another, command_id=other)]
-
-    same = made[0].outcome_id == made[1].outcome_id
-
-    assert same == (one == other and STATUS_OF[reason] is STATUS_OF[another])
-    assert str(uuid.UUID(made[0].outcome_id)) == made[0].outcome_id
+COMMANDS = st.tuples(
+    st.text(st.sampled_from("1\n\ud800é"), max_size=4), st.sampled_from(LANES), st.binary(max_size=3) | st.just(b"1\n1")
+)
 
 
-@pytest.mark.parametrize("changed", [{"completed_at": 1.0}, {"attempts": 9}, {"external_ids": ()}, {"lane": "sweep"}])
+@given(COMMANDS, COMMANDS, st.sampled_from(Status), st.sampled_from(Status))
+@example(("1\n1", "sweep", b""), ("1", "sweep", b"1\n"), Status.EXPIRED, Status.EXPIRED)
+def test_outcome_ids(
+    one: tuple[str, str, bytes], other: tuple[str, str, bytes], status: Status, another: Status
+) -> None:
+    """Two outcomes share an id exactly when the command (its id, lane and body) and the status are the same."""
+
+    made = outcome_id(*one, status)
+
+    assert (made == outcome_id(*other, another)) == ((one, status) == (other, another))
+    assert str(uuid.UUID(made)) == made
+    assert (uuid.UUID(made).version, uuid.UUID(made).variant) == (5, uuid.RFC_4122)
+
+
+def test_outcome_id_is_the_same_everywhere() -> None:
+    """The id is RFC 9562's name-based UUID, so every process and version makes the same."""
+
+    made = outcome_id("m-1", "sweep", b'{"billnumber":"1"}', Status.EXPIRED)
+
+    namespace = uuid.UUID("0c4f3f6e-0f3a-5d2b-8c39-0d0a3a5f1d11")
+    assert made == str(uuid.uuid5(namespace, 'expired\nsweep\n3\nm-1\n{"billnumber":"1"}'))
+    assert made == "05ed4300-c812-5e94-8393-5574fc2307fd"
+
+
+@pytest.mark.parametrize("changed", [{"completed_at": 1.0}, {"attempts": 9}, {"external_ids": ()}, {"detail": "x"}])
 def test_outcome_id_survives_a_redelivery(changed: dict[str, Any]) -> None:
     """What differs from one redelivery to the next does not change the id."""
 
-    assert builders.outcome(**changed).outcome_id == builders.outcome().outcome_id
+    assert json.loads(encode(builders.outcome(**changed)))["outcomeId"] == builders.outcome().outcome_id

@@ -1,27 +1,53 @@
-"""Acks and confirms: no command is acked before everything that settles it is confirmed, and none is forgotten.
+"""Acks and confirms: no command is acked before everything that settles it is confirmed, and none is lost.
 
-`Settlement` plays consumer and publisher against a small model of a broker; the other tests show single facts.
+`Settlement` drives the engine's own Desk against a small model of a broker; the other tests show single facts.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker.core.settlement import Acks, Confirms, Entry, Ledger, Tag, Take
+from tests import builders
+from tests.builders import NOON
+from worker.core.delivery import Message as Published
+from worker.core.outcome import Outcome, Reason
+from worker.core.settlement import (
+    Acks,
+    Arrival,
+    Confirms,
+    Crashed,
+    Delay,
+    Desk,
+    Disposition,
+    Entry,
+    GiveBack,
+    Ledger,
+    Orders,
+    Report,
+    Tag,
+    Take,
+    TakenBack,
+    Task,
+)
+from worker.core.topology import Names
 
-KEYS = ("a", "b", "c")
+NAMES = Names("q")
 
 
 @dataclass(eq=False)
 class Message:
-    """One message in the broker."""
+    """One message in the broker. ``number`` is the produced command's; copies of it keep it."""
 
+    number: int
     key: str
+    headers: dict[str, Any] = field(default_factory=dict)
     redelivered: bool = False
     given_back: bool = False
 
@@ -30,9 +56,10 @@ class Message:
 class Publication:
     """One message on its way to the broker."""
 
-    entry: Entry
+    message: Published
+    task: Task
+    disposition: Disposition
     routable: bool = True
-    promised: bool = False
 
 
 @dataclass
@@ -45,33 +72,44 @@ class Channel:
     acks: Acks = field(default_factory=Acks)
 
 
+def outcome_of(task: Task, reason: Reason) -> Outcome:
+    """The outcome of a task."""
+    return builders.outcome(reason, command_id=task.delivery.command_id, batch_id=task.delivery.batch_id)
+
+
 class Settlement(RuleBasedStateMachine):
-    """Ledger, Confirms and Acks together, wired as the engine wires them, against a broker that does its worst."""
+    """The Desk that the engine has, with its confirms and acks, against a broker that does its worst."""
 
     def __init__(self) -> None:
         super().__init__()
         # the broker
         self.ready: deque[Message] = deque()
-        self.acked: list[Message] = []
         self.channel = Channel(1)
         self.outstanding: dict[int, Publication] = {}  # by the number that the broker counts
         self.counted = 0
+        self.told: Counter[int] = Counter()  # outcomes, by the produced command
+        self.produced = 0
+        self.twins: set[int] = set()
         # ours
-        self.ledger = Ledger()
+        ids = itertools.count(1)
+        self.desk = Desk(NAMES, lambda: f"copy-{next(ids)}")
         self.confirms: Confirms[Publication] = Confirms()
         self.backlog: deque[Publication] = deque()
-        self.working: list[Entry] = []
-        self.publishing: list[Entry] = []
-        self.publications: dict[Entry, list[Publication]] = {}
+        self.working: list[Task] = []
+        self.publishing: list[Task] = []
         self.may_ack: dict[int, Message] = {}
-        self.promised: set[str] = set()
 
     # -- what the world does ----------------------------------------------------------------------------------------
 
-    @rule(key=st.sampled_from(KEYS))
-    def produce(self, key: str) -> None:
-        """A producer sends a command, maybe one it has sent before."""
-        self.ready.append(Message(key))
+    @rule(twin=st.integers(0, 3))
+    def produce(self, twin: int) -> None:
+        """A producer sends a command, maybe one it has sent before (the same id and body)."""
+        self.produced += 1
+        again = twin == 0 and self.ready
+        key = self.ready[-1].key if again else f"k-{self.produced}"
+        if again:
+            self.twins |= {self.ready[-1].number, self.produced}
+        self.ready.append(Message(self.produced, key, {"batch-id": str(self.produced)}))
 
     @precondition(lambda self: self.ready)
     @rule()
@@ -86,72 +124,77 @@ class Settlement(RuleBasedStateMachine):
         channel.tags += 1
         channel.unacked[channel.tags] = message
         tag = Tag(channel.number, channel.tags)
-        take, entry = self.ledger.deliver(message.key, tag, redelivered=message.redelivered)
-        match take:
+        delivery = builders.delivery(
+            message_id=message.key, headers=message.headers, redelivered=message.redelivered, lane="sweep"
+        )
+        arrival = self.desk.deliver(delivery, tag)
+        match arrival.take:
             case Take.WORK:
-                self.working.append(entry)
-                assert entry.tags == [tag]
+                assert arrival.task is not None
+                assert arrival.task.delivery is delivery
+                assert delivery.progress.effect_unknown or not message.redelivered
+                if arrival.known is None:
+                    self.working.append(arrival.task)
+                else:
+                    assert message.redelivered
+                    self.settle(arrival.task, arrival.known)
             case Take.JOINED:
                 assert message.redelivered
-                assert entry in self.working or entry in self.publishing
-                assert tag in entry.tags
+                assert arrival.task in [*self.working, *self.publishing]
+                assert arrival.task.delivery.progress.effect_unknown
             case Take.SETTLED:
                 assert message.redelivered
-                assert message.key in self.promised
-                self.settle(tag)
+                self.ack(tag)
 
     @rule()
     def consumer_lost(self) -> None:
         """The consuming channel dies; the broker has back what it held."""
-        self.ledger.channel_lost(self.channel.number)
+        self.desk.channel_lost(self.channel.number)
         for message in self.channel.unacked.values():
             message.redelivered, message.given_back = True, False
         self.ready.extendleft(reversed(self.channel.unacked.values()))
         self.channel = Channel(self.channel.number + 1)
         self.may_ack = {}
 
-    @rule()
-    def publisher_lost(self) -> None:
+    @rule(taken=st.booleans())
+    def publisher_lost(self, taken: bool) -> None:
         """The publishing channel dies; what was not confirmed may have been taken, or not."""
+        for publication in self.outstanding.values() if taken else ():
+            self.store(publication)
         self.backlog.extendleft(reversed(self.confirms.lost()))
         self.outstanding, self.counted = {}, 0
 
     # -- what senders do --------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.working)
-    @rule(data=st.data(), messages=st.integers(1, 2))
-    def finish(self, data: st.DataObject, messages: int) -> None:
+    @rule(data=st.data(), reason=st.sampled_from([Reason.SUCCESS, Reason.PAID, Reason.RETRIES_EXHAUSTED]))
+    def report(self, data: st.DataObject, reason: Reason) -> None:
         """An outcome, or an outcome and a dead letter."""
-        entry = self.pick(data)
-        self.publishing.append(entry)
-        self.ledger.publish(entry, messages)
-        self.publications[entry] = [Publication(entry) for _ in range(messages)]
-        self.backlog.extend(self.publications[entry])
+        task = self.pick(data)
+        task.delivery.progress.sent("1" * 36)
+        self.settle(task, Report(outcome_of(task, reason)))
 
-    @precondition(lambda self: any(entry.orphaned for entry in self.working))
-    @rule()
-    def drop(self) -> None:
-        """An orphan is not started."""
-        entry = next(entry for entry in self.working if entry.orphaned)
-        self.working.remove(entry)
-        assert not self.ledger.abandon(entry)
+    @precondition(lambda self: self.working)
+    @rule(data=st.data(), disposition=st.sampled_from([Delay(30, 1), GiveBack(), TakenBack()]))
+    def finish(self, data: st.DataObject, disposition: Disposition) -> None:
+        """A delayed round, the end of its lane, or a command that may have been taken back."""
+        self.settle(self.pick(data), disposition)
 
     @precondition(lambda self: self.working)
     @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
-        """A drain leaves a delivery to the end of its channel."""
-        for tag in self.ledger.abandon(self.pick(data)):
-            self.channel.unacked[tag.number].given_back = True
+    def abandon(self, data: st.DataObject) -> None:
+        """A drain without a way to publish hands a delivery back."""
+        for tag in self.desk.abandon(self.pick(data)):
+            self.hand_back(tag)
 
     @precondition(lambda self: self.working)
     @rule(data=st.data())
-    def requeue(self, data: st.DataObject) -> None:
-        """A sender crashed: its delivery is nacked."""
-        for tag in self.ledger.abandon(self.pick(data)):
-            self.channel.acks.skip(tag.number)
-            message = self.channel.unacked.pop(tag.number)
-            message.redelivered = True
-            self.ready.append(message)
+    def crash(self, data: st.DataObject) -> None:
+        """A sender crashed: its delivery is rejected."""
+        orders = self.desk.settle(self.pick(data), Crashed())
+        assert not orders.publish
+        for tag in orders.reject:
+            self.hand_back(tag)
 
     # -- publishing -------------------------------------------------------------------------------------------------
 
@@ -187,37 +230,64 @@ class Settlement(RuleBasedStateMachine):
             covered = [tag for tag in channel.unacked if tag <= number] if multiple else [number]
             for tag in covered:
                 assert tag in self.may_ack, "acked without a promise"
-                self.acked.append(channel.unacked.pop(tag))
-                assert not self.acked[-1].given_back
+                channel.unacked.pop(tag)
                 del self.may_ack[tag]
 
     @rule()
     def calm(self) -> None:
-        """Everything is finished, confirmed and flushed: nothing stays unacked but what was given back."""
-        for entry in self.working:
-            self.ledger.publish(entry, 1)
-            self.publications[entry] = [Publication(entry)]
-            self.backlog.extend(self.publications[entry])
-            self.publishing.append(entry)
-        self.working = []
+        """Everything is finished, confirmed and flushed: nothing stays unacked."""
+        working, self.working = self.working, []
+        for task in working:
+            self.settle(task, Report(outcome_of(task, Reason.SUCCESS)))
         while self.backlog or self.outstanding:
             while self.backlog:
                 self.publish(routable=True)
             self.confirm(self.counted, multiple=True, ack=True)
         self.flush()
-        assert all(message.given_back for message in self.channel.unacked.values())
+        assert not self.channel.unacked
         assert not self.publishing
-        assert len(self.confirms) == len(self.ledger) == 0
+        assert len(self.confirms) == len(self.desk) == 0
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
-    def pick(self, data: st.DataObject) -> Entry:
+    def pick(self, data: st.DataObject) -> Task:
         return self.working.pop(data.draw(st.integers(0, len(self.working) - 1)))
 
-    def settle(self, tag: Tag) -> None:
+    def settle(self, task: Task, disposition: Disposition) -> None:
+        """As the engine does."""
+        orphaned = task.orphaned
+        orders = self.desk.settle(task, disposition)
+        assert not orders.reject
+        if orphaned:
+            assert orders == Orders(), "published for a command that the broker has given away"
+            return
+        if orders.again:
+            self.working.append(task)
+            return
+        assert orders.publish
+        self.publishing.append(task)
+        self.backlog.extend(Publication(message, task, disposition) for message in orders.publish)
+
+    def ack(self, tag: Tag) -> None:
         assert tag.channel == self.channel.number, "an ack for a dead channel"
         self.may_ack[tag.number] = self.channel.unacked[tag.number]
         self.channel.acks.settle(tag.number)
+
+    def hand_back(self, tag: Tag) -> None:
+        self.channel.acks.skip(tag.number)
+        message = self.channel.unacked.pop(tag.number)
+        message.redelivered = True
+        self.ready.append(message)
+
+    def store(self, publication: Publication) -> None:
+        """The broker takes a message."""
+        message, delivery = publication.message, publication.task.delivery
+        number = int(delivery.batch_id or 0)
+        if message.exchange == NAMES.outcomes:
+            self.told[number] += 1
+        elif message.exchange != NAMES.dead:
+            headers = dict(message.properties["headers"])
+            self.ready.append(Message(number, delivery.command_id, headers))
 
     def confirm(self, number: int, *, multiple: bool, ack: bool) -> None:
         numbers = [known for known in self.outstanding if known <= number] if multiple else [number]
@@ -230,51 +300,153 @@ class Settlement(RuleBasedStateMachine):
         assert confirmed == promised
         assert again == [publication for publication in answered if publication not in promised]
         for publication in confirmed:
-            self.confirmed(publication)
+            self.store(publication)
+            settled = self.desk.confirmed(publication.task, publication.disposition)
+            if settled is not None:
+                assert not any(other.task is publication.task for other in self.waiting(but=confirmed))
+                self.publishing.remove(settled.task)
+                for tag in settled.tags:
+                    self.ack(tag)
         self.backlog.extend(again)
 
-    def confirmed(self, publication: Publication) -> None:
-        entry, publication.promised = publication.entry, True
-        held = list(entry.tags)
-        tags = self.ledger.confirmed(entry)
-        if not all(each.promised for each in self.publications[entry]):
-            assert not tags, "acked before the last confirm"
-            return
-        assert list(tags) == held
-        self.publishing.remove(entry)
-        self.promised.add(entry.key)
-        for tag in tags:
-            self.settle(tag)
+    def waiting(self, but: list[Publication]) -> list[Publication]:
+        """Publications without their confirm."""
+        return [each for each in [*self.backlog, *self.outstanding.values()] if each not in but]
 
     # -- what always holds ------------------------------------------------------------------------------------------
 
     @invariant()
-    def acked_only_after_a_promise(self) -> None:
-        assert all(message.key in self.promised for message in self.acked)
+    def nothing_is_lost(self) -> None:
+        """Every command has an outcome, or is with the broker: in a queue, or not acked. (Of two commands that nobody
+        can tell apart, one stands for both.)"""
+        there = {message.number for message in [*self.ready, *self.channel.unacked.values()]}
+        lost = set(range(1, self.produced + 1)) - there - set(self.told) - self.twins
+        assert not lost
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
-        """Whatever is unacked is in a sender's hands, waits for a confirm or the flush, or was given back."""
-        owned = {tag.number for entry in [*self.working, *self.publishing] for tag in entry.tags}
-        for number, message in self.channel.unacked.items():
-            assert (number in owned) + (number in self.may_ack) + message.given_back == 1
+        """Whatever is unacked is in a sender's hands, or waits for a confirm or the flush."""
+        owned = {tag.number for task in [*self.working, *self.publishing] for tag in tags(task)}
+        for number in self.channel.unacked:
+            assert (number in owned) + (number in self.may_ack) == 1
 
     @invariant()
     def tags_are_alive(self) -> None:
-        for entry in [*self.working, *self.publishing]:
-            assert entry.orphaned == (not entry.tags)
-            assert all(tag.channel == self.channel.number for tag in entry.tags)
-            assert all(tag.number in self.channel.unacked for tag in entry.tags)
+        for task in [*self.working, *self.publishing]:
+            assert task.orphaned == (not tags(task))
+            assert all(tag.channel == self.channel.number for tag in tags(task))
+            assert all(tag.number in self.channel.unacked for tag in tags(task))
 
     @invariant()
     def counts_are_true(self) -> None:
         assert len(self.confirms) == len(self.outstanding)
         assert list(self.confirms) == list(self.outstanding.values())
-        assert len(self.ledger) == len(self.working) + len(self.publishing)
+        assert len(self.desk) == len(self.working) + len(self.publishing)
+
+
+def tags(task: Task) -> list[Tag]:
+    """The deliveries that a task answers for."""
+    assert task.entry is not None
+    return task.entry.tags
 
 
 TestSettlement = Settlement.TestCase
-TestSettlement.settings = settings(max_examples=80, stateful_step_count=40)
+TestSettlement.settings = settings(max_examples=80, stateful_step_count=50)
+
+
+def arrived(desk: Desk, number: int = 1, *, channel: int = 1, redelivered: bool = False, key: str = "m-1") -> Arrival:
+    """What the desk says of a delivery."""
+    return desk.deliver(builders.delivery(message_id=key, redelivered=redelivered), Tag(channel, number))
+
+
+def new_desk() -> Desk:
+    """A desk whose copies are all named alike."""
+    return Desk(NAMES, lambda: "copy")
+
+
+def task_of(arrival: Arrival) -> Task:
+    """The task of a delivery that is to be worked on."""
+    assert arrival.task is not None
+    return arrival.task
+
+
+def test_an_orphan_publishes_nothing() -> None:
+    """Once the broker has a command again, whatever we learned of it is not published: another process reports it."""
+
+    for disposition in (Report(builders.outcome(Reason.NOT_FOUND)), Delay(30, 1), GiveBack(), TakenBack()):
+        desk = new_desk()
+        task = task_of(arrived(desk))
+        desk.channel_lost(1)
+
+        assert desk.settle(task, disposition) == Orders()
+        assert len(desk) == 0
+
+
+def test_a_code_that_we_expired_is_reported_when_it_comes_back() -> None:
+    """A call that succeeded after its delivery was lost is not repeated if the command comes back to us."""
+
+    desk = new_desk()
+    task, report = task_of(arrived(desk)), Report(builders.outcome())
+    desk.channel_lost(1)
+    task.delivery.progress.sent("1" * 36)
+    desk.settle(task, report)
+
+    back = arrived(desk, channel=2, redelivered=True)
+    assert back.known == report
+    assert task_of(back).delivery.progress.attempts == 1
+
+
+def test_a_refusal_is_not_believed_when_its_command_comes_back() -> None:
+    """Another process may have expired the code meanwhile, so that it is not found: we call again."""
+
+    desk = new_desk()
+    task = task_of(arrived(desk))
+    desk.channel_lost(1)
+    task.delivery.progress.sent("1" * 36)
+    desk.settle(task, Report(builders.outcome(Reason.NOT_FOUND)))
+
+    back = arrived(desk, channel=2, redelivered=True)
+    assert back.known is None
+    assert task_of(back).delivery.progress.effect_unknown
+
+
+def test_losing_the_channel_makes_the_effect_unknown() -> None:
+    """A command that comes back while it is in hand may have been in other hands, too."""
+
+    desk = new_desk()
+    task = task_of(arrived(desk))
+    desk.channel_lost(1)
+    assert not task.delivery.progress.effect_unknown
+
+    assert arrived(desk, channel=2, redelivered=True).take is Take.JOINED
+    assert task.delivery.progress.effect_unknown
+
+
+def test_a_command_that_was_never_called_for_comes_back_without_suspicion() -> None:
+    """A copy that goes back to the end of its lane says what is known, and a new copy is no redelivery."""
+
+    desk = new_desk()
+    (message,) = desk.settle(task_of(arrived(desk)), GiveBack()).publish
+    copy = builders.delivery(headers=message.properties["headers"])
+
+    assert not copy.progress.effect_unknown
+    assert copy.progress.attempts == 0
+    assert copy.copy_id == "copy"
+
+
+def test_the_oldest_of_a_lane() -> None:
+    """The oldest dated command in hand counts, of its own lane alone."""
+
+    desk, tasks = new_desk(), {}
+    for number, (lane, date) in enumerate(
+        [("sweep", NOON - 5), ("sweep", NOON - 9), ("sweep", None), ("cancellation", NOON - 20)], 1
+    ):
+        delivery = builders.delivery(message_id=str(number), lane=lane, timestamp=date)
+        tasks[date] = task_of(desk.deliver(delivery, Tag(1, number)))
+    assert desk.oldest("sweep") == NOON - 8  # a date in whole seconds is read as the end of its second
+
+    desk.abandon(tasks[NOON - 9])
+    assert (desk.oldest("sweep"), desk.oldest("cancellation"), desk.oldest("other")) == (NOON - 4, NOON - 19, None)
 
 
 def settled(ledger: Ledger, entry: Entry) -> list[Tag]:
@@ -489,22 +661,6 @@ def test_acks_are_joined(order: list[int], bursts: list[int], skipped: set[int])
         assert not unacked & done
 
     assert acks.flush() == []
-
-
-def test_the_oldest_of_a_lane() -> None:
-    """The oldest dated command that is open counts, of its own lane alone."""
-
-    ledger = Ledger()
-    dates = {"a": ("sweep", 5.0), "b": ("sweep", 3.0), "c": ("sweep", None), "d": ("cancellation", 1.0)}
-    for number, (key, (lane, published_at)) in enumerate(dates.items(), 1):
-        _, entry = ledger.deliver(key, Tag(1, number), redelivered=False)
-        entry.lane, entry.published_at = lane, published_at
-        if key == "b":
-            oldest = entry
-    assert ledger.oldest("sweep") == 3.0
-
-    ledger.abandon(oldest)
-    assert (ledger.oldest("sweep"), ledger.oldest("cancellation"), ledger.oldest("other")) == (5.0, 1.0, None)
 
 
 def test_prefix_is_one_frame() -> None:

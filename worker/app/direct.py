@@ -1,39 +1,28 @@
-"""A batch without a broker: the same engine straight from the journal to the gateway; the journal is the queue."""
+"""A batch without a broker: the journal is the intake of the same dispatcher, and takes what the senders bring."""
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final, Protocol, assert_never
+from typing import Any, Final, Protocol, TypeVar, assert_never
 
-from worker.app.expire import Delay, Disposition, Expire, GiveBack, Hold, Report
-from worker.app.gate import SendersGate
+from worker.app.dispatch import Dispatcher, Holds, Wishes
 from worker.app.sweep import Ended, Screen
 from worker.core.breaker import State
-from worker.core.delivery import BATCH_ID, Delivery
-from worker.core.delivery import Progress as Travelling
+from worker.core.delivery import BATCH_ID, Delivery, Progress
 from worker.core.lanes import SWEEP
 from worker.core.outcome import encode
 from worker.core.ports import Clock
-from worker.core.sweep import (
-    Facts,
-    Job,
-    Progress,
-    Recorded,
-    Standing,
-    Tally,
-    Told,
-    command_body,
-    command_id,
-    read_outcome,
-)
+from worker.core.settlement import Crashed, Delay, Disposition, GiveBack, Hold, Report, TakenBack, Task
+from worker.core.sweep import Facts, Job, Recorded, Standing, Tally, Told, command_body, command_id, read_outcome
 
 TICK: Final = 0.1
 AT_ONCE: Final = 500  # results kept in one transaction
 AHEAD: Final = 4
 """Bills taken at once for each sender: what a crash leaves as *maybe sent*, against a write to disk for each bill."""
+
+T = TypeVar("T")
 
 
 class Journal(Protocol):
@@ -45,10 +34,10 @@ class Journal(Protocol):
         """The next bills to send, marked as begun before anybody sends them."""
 
     def take_due(self, now: float, limit: int) -> list[Job]:
-        """The bills whose delayed round has come (``now``: seconds since the epoch), marked as begun."""
+        """The bills whose time has come again (``now``: seconds since the epoch), marked as begun."""
 
     def next_due(self) -> float | None:
-        """When the next delayed round begins."""
+        """When the next of those is due."""
 
     def put_back(self, jobs: Iterable[tuple[int, Progress, float | None]]) -> None:
         """Bills (number, progress, due) that were not finished."""
@@ -60,16 +49,10 @@ class Journal(Protocol):
         """The sum."""
 
 
-class Senders(Protocol):
-    """What carries out `Direct.work`."""
+class OnLoop(Protocol):
+    """Runs a function on the senders' thread, which the dispatcher belongs to, and returns its result."""
 
-    def offer(self, delivery: Delivery) -> None: ...
-    def hold(self) -> None: ...
-    def release(self, *, ramp: bool) -> None: ...
-    def probe(self, delivery: Delivery) -> bool: ...
-    def remove(self, delivery: Delivery) -> bool: ...
-    def waiting(self) -> list[Delivery]: ...
-    def in_hand(self) -> int: ...
+    def __call__(self, function: Callable[[], T]) -> T: ...
 
 
 @dataclass(slots=True)
@@ -89,7 +72,7 @@ class _NoProperties:
 
 
 class Direct:
-    """One batch. `run` has a thread, which alone touches the journal; `work` is called in the senders'.
+    """One batch. `run` has a thread, which alone touches the journal; `finish` is called in the senders'.
 
     A bill is marked as begun before a sender gets it, and finished only with its outcome: after a crash, those in
     between are sent again as what they are, sent maybe.
@@ -98,8 +81,8 @@ class Direct:
     def __init__(
         self,
         journal: Journal,
-        expire: Expire,
-        gate: SendersGate,
+        dispatcher: Dispatcher,
+        on_loop: OnLoop,
         *,
         concurrency: int,
         drain_seconds: float,
@@ -110,75 +93,90 @@ class Direct:
     ) -> None:
         self._journal = journal
         self._batch = journal.facts.batch.id
-        self._expire = expire
-        self._gate = gate
-        self._concurrency = concurrency
+        self._dispatcher = dispatcher
+        self._on_loop = on_loop
+        self._ahead = AHEAD * concurrency
         self._drain_seconds = drain_seconds
         self._stop = stop
         self._chores = chores
         self._screen = screen
         self._clock = clock
-        self._results: queue.SimpleQueue[tuple[Delivery, Disposition | Exception]] = queue.SimpleQueue()
-        self._numbers: dict[str, int] = {}  # command id → number, of what the senders have
+        self._results: queue.SimpleQueue[tuple[Task, Disposition]] = queue.SimpleQueue()
+        self._numbers: dict[Task, int] = {}  # of the bills that the dispatcher has
         self._read = 0
         self._exhausted = False
         self._next_due = journal.next_due()
-        self._was_held = False
-        self._probes = 0
         tally = journal.tally()
         self._standing = Standing(tally.bills, tally.bills, dict(tally.told))
-        self.crashes: list[Exception] = []
+        self.crashes = 0
 
-    def work(self, delivery: Delivery, probe: bool) -> bool:
-        """One bill in one sender's hands. True when it stays where it is."""
-        result: Disposition | Exception
-        try:
-            result = self._expire(delivery, probe=probe)
-        except Exception as error:  # noqa: BLE001  # a bug of ours must not take the other senders with it
-            result = error
-        finally:
-            if probe:
-                self._gate.probe_lost()
-        if isinstance(result, Hold):
-            return True
-        self._results.put((delivery, result))
-        return False
+    def finish(self, task: Task, disposition: Disposition) -> None:
+        """A sender is done with a bill. In the senders' thread."""
+        self._results.put((task, disposition))
 
-    def run(self, senders: Senders) -> Ended:
+    def run(self) -> Ended:
         """Until every bill has its outcome, or people want it to end."""
-        self._gate.on_hold = partial(self._hold_now, senders)
+        self._dispatcher.begin()
         while not self._stop():
-            self._refill(senders)
-            self._regulate(senders)
+            wishes = self._on_loop(lambda: self._dispatcher.look(ready=True))
+            self._give_back(wishes.give_back)
+            if SWEEP not in wishes.paused:
+                self._refill()
+            self._fetch(wishes)
             self._collect(TICK)
             self._chores()
             self._screen.show(self._standing, self._trouble())
             if self._exhausted and not self._numbers and self._next_due is None:
                 return Ended.DONE
-        return self._drain(senders)
+        return self._drain()
 
     # -- out --------------------------------------------------------------------------------------------------------
 
-    def _refill(self, senders: Senders) -> None:
-        room = AHEAD * self._concurrency - len(self._numbers)
-        if room < AHEAD * self._concurrency // 2:
-            return
-        now = self._clock.epoch()
-        jobs = []
-        if self._next_due is not None and self._next_due <= now:
-            jobs = self._journal.take_due(now, room)
+    def _refill(self) -> None:
+        room = self._ahead - len(self._numbers)
+        if room >= self._ahead // 2:
+            self._offer(self._next(room))
+
+    def _fetch(self, wishes: Wishes) -> None:
+        """Single bills to probe with."""
+        for lane, count in wishes.fetch.items():
+            jobs = self._next(count) if lane == SWEEP else []
+            self._offer(jobs)
+            self._on_loop(lambda lane=lane: self._dispatcher.fetched(lane))  # type: ignore[misc]
+
+    def _next(self, limit: int) -> list[Job]:
+        """New bills, and those whose time has come again: half of each while there are both, so that bills that fail
+        again and again do not stop the others."""
+        due: list[Job] = []
+        if self._next_due is not None and self._next_due <= self._clock.epoch():
+            due = self._journal.take_due(self._clock.epoch(), limit if self._exhausted else max(1, limit // 2))
             self._next_due = self._journal.next_due()
-        if not jobs and not self._exhausted:
-            jobs = self._journal.take(self._read, room)
-            self._exhausted = not jobs
-            self._read = jobs[-1].bill.number if jobs else self._read
+        fresh: list[Job] = []
+        if not self._exhausted and len(due) < limit:
+            fresh = self._journal.take(self._read, limit - len(due))
+            self._exhausted = not fresh
+            self._read = fresh[-1].bill.number if fresh else self._read
+        return fresh + due
+
+    def _offer(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        tasks = []
         for job in jobs:
-            delivery = self._delivery(job)
-            self._numbers[delivery.command_id] = job.bill.number
-            senders.offer(delivery)
+            task = Task(self._delivery(job))
+            self._numbers[task] = job.bill.number
+            tasks.append(task)
+
+        def offer() -> None:
+            for task in tasks:
+                self._dispatcher.offer(task)
+
+        self._on_loop(offer)
 
     def _delivery(self, job: Job) -> Delivery:
-        bill, earlier = job.bill, job.progress
+        bill, progress = job.bill, job.progress
+        progress.effect_unknown = progress.effect_unknown or job.begun
+        progress.received_at = progress.received_at or self._clock.epoch()
         return Delivery(
             lane=SWEEP,
             body=command_body(bill),
@@ -186,77 +184,47 @@ class Direct:
             redelivered=job.begun,
             arrived=self._clock.monotonic(),
             command_id=command_id(self._batch, bill.bill, bill.merchant),
-            hop="",
-            progress=Travelling(
-                round=earlier.round,
-                attempts=earlier.attempts,
-                external_ids=list(earlier.external_ids),
-                effect_unknown=earlier.effect_unknown or job.begun,
-                received_at=earlier.received_at or self._clock.epoch(),
-                last_code=earlier.last_code,
-            ),
+            copy_id="",
+            progress=progress,
             published_at=None,
             headers={BATCH_ID: self._batch},
         )
 
-    def _hold_now(self, senders: Senders) -> None:
-        """In the sender whose answer began a hold. It may be over by the next look."""
-        self._was_held = True
-        senders.hold()
-
-    def _regulate(self, senders: Senders) -> None:
-        """Makes the senders follow what holds them, and tests a gateway that fails with single bills."""
-        holds = self._gate.holds()
-        if holds.any:
-            self._was_held = True
-            senders.hold()
-        elif self._was_held:
-            self._was_held = False
-            senders.release(ramp=True)
-        if holds.breaker is State.OPEN and self._gate.probe_due():
-            self._probe(senders)
-
-    def _probe(self, senders: Senders) -> None:
-        """With the bill whose turn was longest ago, so that no bad one can hold the breaker open."""
-        waiting = senders.waiting()
-        if not waiting:
-            return
-        chosen = min(waiting, key=lambda delivery: delivery.probed)
-        self._probes += 1
-        chosen.probed = self._probes
-        self._gate.probing()
-        if not senders.probe(chosen):
-            self._gate.probe_lost()
-
     # -- back -------------------------------------------------------------------------------------------------------
 
+    def _give_back(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            self.finish(task, GiveBack())
+
     def _collect(self, wait: float) -> None:
-        """What senders have finished, into the journal."""
+        """What senders have finished, into the journal. What goes back to the end of the lane is due at once; in a
+        drain it waits for the next run."""
         told: list[Told] = []
         unfinished: list[tuple[int, Progress, float | None]] = []
-        for delivery, result in self._finished(wait):
-            number = self._numbers.pop(delivery.command_id)
-            match result:
+        for task, disposition in self._finished(wait):
+            number, progress = self._numbers.pop(task), task.delivery.progress
+            match disposition:
                 case Report(outcome):
                     found = read_outcome(encode(outcome))
                     assert found is not None
                     told.append(found)
                 case Delay(seconds, round_):
-                    delivery.progress.round = round_
-                    unfinished.append((number, _progress(delivery), self._clock.epoch() + seconds))
-                case Exception():
-                    self.crashes.append(result)  # it stays begun, so the next run sends it as what it is, sent maybe
-                case GiveBack() | Hold():
-                    unfinished.append((number, _progress(delivery), None))
+                    progress.round, progress.calls = round_, 0
+                    unfinished.append((number, progress, self._clock.epoch() + seconds))
+                case Crashed():
+                    self.crashes += 1  # it stays begun, so the next run sends it as what it is, sent maybe
+                case GiveBack() | Hold() | TakenBack():
+                    due = None if self._dispatcher.draining else self._clock.epoch()
+                    unfinished.append((number, progress, due))
                 case _:
-                    assert_never(result)
+                    assert_never(disposition)
         if told:
             self._standing.add(self._journal.record(told))
         if unfinished:
             self._journal.put_back(unfinished)
             self._next_due = self._journal.next_due()
 
-    def _finished(self, wait: float) -> list[tuple[Delivery, Disposition | Exception]]:
+    def _finished(self, wait: float) -> list[tuple[Task, Disposition]]:
         found = []
         try:
             found.append(self._results.get(timeout=wait))
@@ -266,37 +234,23 @@ class Direct:
             pass
         return found
 
-    def _drain(self, senders: Senders) -> Ended:
+    def _drain(self) -> Ended:
         """Takes nothing new, finishes what is on its way, gives the rest back; a second wish means now."""
         deadline = self._clock.monotonic() + self._drain_seconds
-        self._gate.drain()
-        senders.hold()
+        self._dispatcher.drain()
         while self._numbers and self._stop() < 2 and self._clock.monotonic() < deadline:
-            unsent = [delivery for delivery in senders.waiting() if senders.remove(delivery)]
-            if unsent:
-                self._journal.put_back([(self._numbers.pop(each.command_id), _progress(each), None) for each in unsent])
+            self._give_back(self._on_loop(lambda: self._dispatcher.look(ready=True)).give_back)
             self._collect(TICK)
-            self._screen.show(self._standing, f"stopping: {senders.in_hand()} calls are on their way")
+            self._screen.show(self._standing, f"stopping: {self._dispatcher.in_hand()} calls are on their way")
         return Ended.STOPPED
 
     def _trouble(self) -> str:
-        holds = self._gate.holds()
-        if holds.breaker is not State.CLOSED:
-            return f"the gateway fails; one bill tests it every {self._gate.cooldown():.0f} s"
+        holds: Holds = self._dispatcher.holds()
+        if holds.breakers[SWEEP] is not State.CLOSED:
+            wait = max(0.0, (holds.until or 0.0) - self._clock.monotonic())
+            return f"the gateway fails; the next bills test it in {wait:.0f} s"
         if holds.throttled:
             return "the gateway asks us to slow down"
         if self._exhausted and self._next_due is not None and not self._numbers:
             return f"the next round begins in {max(0.0, self._next_due - self._clock.epoch()):.0f} s"
         return ""
-
-
-def _progress(delivery: Delivery) -> Progress:
-    progress = delivery.progress
-    return Progress(
-        progress.round,
-        progress.attempts,
-        tuple(progress.external_ids),
-        progress.effect_unknown,
-        progress.received_at,
-        progress.last_code,
-    )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final, assert_never, cast
 
 from tenacity import RetryCallState, Retrying, retry_if_result
 
 from worker.core import request
 from worker.core.command import Command, Invalid, parse
 from worker.core.delivery import Delivery
-from worker.core.outcome import Outcome, Reason
+from worker.core.outcome import STATUS_OF, Outcome, Reason, outcome_id
 from worker.core.ports import (
     Attempt,
     Clock,
@@ -25,56 +25,34 @@ from worker.core.ports import (
     TokenUnavailable,
 )
 from worker.core.request import Partner, SignedRequest
-from worker.core.retry import RetryPolicy, Round, retry_after
+from worker.core.retry import Again, Decision, Later, Over, RetryPolicy, Round
+from worker.core.settlement import Delay, Disposition, GiveBack, Hold, Report, TakenBack, Task
 from worker.core.signing import Sign
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 
 TOKEN_AT_HAND: Final = 0.1  # seconds: a token that took longer was fetched, and other senders waited for it too
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The command is finished: publish its outcome, and its dead letter where the status has one."""
-
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Delay:
-    """It waits ``seconds`` in the broker; then comes round ``round``."""
-
-    seconds: int
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Senders are held: it stays in hand, at the front of its lane, and has lost nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class GiveBack:
-    """We are draining: it goes back to its queue."""
-
-
-Disposition = Report | Delay | Hold | GiveBack
-
-
 class _DeadlinePassed(Exception):
     """``notAfter`` forbids the next call."""
+
+
+class _TakenBack(Exception):
+    """The broker has given the command to somebody else, or will."""
 
 
 @dataclass(slots=True)
 class _Job:
     """One command on its way through a round."""
 
-    delivery: Delivery
+    task: Task
     command: Command
     round: Round
     probe: bool
     paced: bool = True  # whoever took it from its lane has waited for the rate limit already
     first: Verdict | None = None  # what the first attempt came to, until tenacity has been told
-    in_vain: bool = False  # the last attempt waited for a token that another sender asked for, and there was none
+    decision: Decision | None = None  # what follows the last attempt
+    shared_failure: bool = False  # the last attempt waited for a token that another sender asked for, and got none
 
 
 class Expire:
@@ -115,17 +93,17 @@ class Expire:
         self._attempts = Retrying(
             retry=retry_if_result(_not_final),
             wait=self._pause,
-            stop=self._over,
+            stop=_no_call_follows,
             sleep=gate.sleep,
             retry_error_callback=_last_verdict,
         )
 
-    def __call__(self, delivery: Delivery, *, probe: bool = False) -> Disposition:
+    def __call__(self, task: Task, *, probe: bool = False) -> Disposition:
         """One command to its disposition. A ``probe`` tests an open breaker with it; its calls cost no attempts."""
-        command = parse(delivery.body, self._default_merchant)
+        command = parse(task.delivery.body, self._default_merchant)
         if isinstance(command, Invalid):
-            return Report(self._invalid(delivery, command))
-        job = _Job(delivery, command, self._round(delivery, probe), probe)
+            return Report(self._invalid(task, command))
+        job = _Job(task, command, self._round(task, probe), probe)
         try:
             verdict = self._attempt(job)
             if not verdict.kind.final:  # asked here, since most need no second call, and tenacity costs 10 µs
@@ -138,21 +116,32 @@ class Expire:
             return self._hold(job, held)
         except Draining:
             return GiveBack()
+        except _TakenBack:
+            return TakenBack()
 
-    def _round(self, delivery: Delivery, probe: bool) -> Round:
-        """The round that a throttle interrupted goes on; otherwise, and for a probe, a fresh one."""
-        now = self._clock.monotonic()
-        kept, delivery.round = delivery.round, None
-        if kept is None or probe:
+    def _round(self, task: Task, probe: bool) -> Round:
+        """The round that a hold interrupted goes on; otherwise, for a probe, and after an outage, a fresh one."""
+        now, progress = self._clock.monotonic(), task.delivery.progress
+        kept, task.round = task.round, None
+        calls, progress.calls = progress.calls, 0
+        if probe:
+            return Round(now)
+        if kept is None:
+            return Round(now, calls)
+        if kept.outages is not None and kept.outages != self._gate.outages(task.lane):
             return Round(now)
         kept.resume(now)
         return kept
 
-    def _hold(self, job: _Job, held: Held) -> Hold:
-        """An outage costs the round nothing, so it starts afresh; after a throttle its calls still count."""
-        if not (held.outage or job.probe):
-            job.round.interrupt(self._clock.monotonic())
-            job.delivery.round = job.round
+    def _hold(self, job: _Job, held: Held) -> Disposition:
+        """Neither a hold nor a probe costs the command anything. A command whose probe failed lets others go first."""
+        if job.probe:
+            return GiveBack() if held.outage else Hold()
+        task = job.task
+        if job.shared_failure:
+            return Hold()  # it has not failed on its own account: its next round is a fresh one
+        job.round.interrupt(self._clock.monotonic(), self._gate.outages(task.lane) if held.outage else None)
+        task.round = job.round
         return Hold()
 
     def _first_or_next(self, job: _Job) -> Verdict:
@@ -163,25 +152,25 @@ class Expire:
 
     def _attempt(self, job: _Job) -> Verdict:
         """Gate, token, sign, send, judge, tell."""
-        self._check_deadline(job, 0.0)
-        self._gate.enter(probe=job.probe, paced=job.paced)
-        self._check_deadline(job, 0.0)
+        self._enter(job, paced=job.paced)
         job.paced = False
+        progress = job.task.delivery.progress
         started = self._clock.monotonic()
         try:
             token = self._tokens.get()
         except TokenUnavailable as failure:
             job.round.calls += 1
-            job.in_vain = failure.shared
-            return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared)
-        job.in_vain = False
-        if self._clock.monotonic() - started > TOKEN_AT_HAND:
+            job.shared_failure = failure.shared
+            return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared, token=True)
+        job.shared_failure = False
+        waited = self._clock.monotonic() - started
+        job.round.waited(waited)
+        if waited > TOKEN_AT_HAND:
             # All senders may have waited for this token: they must not call together now, nor into a hold or drain.
-            self._gate.enter(probe=job.probe, paced=False)
-            self._check_deadline(job, 0.0)
+            self._enter(job, paced=False)
         job.round.calls += 1
         signed = self._sign(job.command, token.value)
-        job.delivery.progress.sent(signed.external_id)
+        progress.sent(signed.external_id)
         started = self._clock.monotonic()
         answer = self._gateway.send(signed)
         verdict = judge(answer)
@@ -189,9 +178,35 @@ class Expire:
             self._tokens.refused(token.generation)
         elif verdict.kind.final:
             self._tokens.accepted()
-        job.delivery.progress.effect_unknown |= verdict.effect_unknown
-        job.delivery.progress.last_code = verdict.code
+        progress.effect_unknown |= verdict.effect_unknown
+        progress.last_code = verdict.code
         return self._judged(job, verdict, signed, answer, started)
+
+    def _enter(self, job: _Job, *, paced: bool) -> None:
+        """Returns when the call may begin; the wait for a slot is no part of the round's budget, even when a hold
+        begins meanwhile."""
+        self._check(job)
+        started = self._clock.monotonic()
+        try:
+            waited = self._gate.enter(job.task.lane, probe=job.probe, paced=paced)
+        except Held:
+            job.round.waited(self._clock.monotonic() - started)
+            raise
+        if waited:
+            job.round.waited(waited)
+        self._check(job)
+
+    def _check(self, job: _Job) -> None:
+        if job.task.orphaned:
+            raise _TakenBack
+        left = self._left(job)
+        if left is not None and left < 0:
+            raise _DeadlinePassed
+
+    def _left(self, job: _Job) -> float | None:
+        """Seconds until ``notAfter`` forbids a call."""
+        not_after = job.command.not_after
+        return None if not_after is None else not_after - self._clock.epoch()
 
     def _sign(self, command: Command, token: str) -> SignedRequest:
         now = self._clock.epoch()
@@ -206,10 +221,15 @@ class Expire:
         started: float,
         *,
         counts: bool = True,
+        token: bool = False,
     ) -> Verdict:
+        seconds = self._clock.monotonic() - started
+        if signed is None or verdict.kind is Kind.THROTTLED:
+            job.round.waited(seconds)  # no part of the budget
         if counts:
-            self._gate.record(verdict, probe=job.probe)
-        delivery = job.delivery
+            job.task.answer = verdict.kind
+            self._gate.record(job.task.lane, verdict, probe=job.probe, token=token)
+        delivery = job.task.delivery
         self._observer.attempted(
             Attempt(
                 command_id=delivery.command_id,
@@ -220,38 +240,35 @@ class Expire:
                 external_id=None if signed is None else signed.external_id,
                 verdict=verdict,
                 status=answer.status if isinstance(answer, Reply) else None,
-                seconds=self._clock.monotonic() - started,
+                seconds=seconds,
             )
         )
+        if verdict.kind is Kind.THROTTLED:
+            # Throttling costs no attempt, however long it lasts: the command waits for the end of the hold.
+            job.round.calls -= 1
+            self._observer.retrying(verdict)
+            raise Held(outage=False)
         return verdict
-
-    def _check_deadline(self, job: _Job, ahead: float) -> None:
-        not_after = job.command.not_after
-        if not_after is not None and self._clock.epoch() + ahead > not_after:
-            raise _DeadlinePassed
 
     # -- what tenacity asks between attempts ------------------------------------------------------------------------
 
     def _pause(self, state: RetryCallState) -> float:
+        """Decides what follows; seconds until the next call."""
         job, verdict = _job(state), _last_verdict(state)
-        return job.round.pause(verdict, self._policy, self._rng)
-
-    def _over(self, state: RetryCallState) -> bool:
-        job, verdict = _job(state), _last_verdict(state)
-        if job.probe and state.upcoming_sleep > 0:
-            raise Held(outage=True)  # one call is a probe (and the replay that a stale token costs): enough is known
-        over = job.round.over(state.upcoming_sleep, self._clock.monotonic(), self._policy)
-        # A wait that the gateway asks for and that does not fit the budget is spent in the broker.
-        over = over or self._asked_wait(verdict) > self._policy.budget
-        if not over:
-            self._check_deadline(job, state.upcoming_sleep)
-            self._observer.retrying(verdict)
-        return over
-
-    def _asked_wait(self, verdict: Verdict) -> float:
-        if verdict.kind is not Kind.THROTTLED:
+        decision = job.decision = self._policy.decide(
+            verdict,
+            job.round,
+            round_=job.task.delivery.progress.round,
+            now=self._clock.monotonic(),
+            left=self._left(job),
+            rng=self._rng,
+        )
+        if not isinstance(decision, Again):
             return 0.0
-        return retry_after(verdict.retry_after, self._clock.epoch()) or 0.0
+        if job.probe and decision.pause > 0:
+            raise Held(outage=True)  # one call is a probe (and the replay that a stale token costs): enough is known
+        self._observer.retrying(verdict)
+        return decision.pause
 
     # -- the end of a round -----------------------------------------------------------------------------------------
 
@@ -259,32 +276,38 @@ class Expire:
         """What the last verdict of a round means for the command."""
         if verdict.kind.final and verdict.reason is not None:
             return self._report(job, _final_reason(job, verdict), verdict, None)
-        if self._gate.outage():
+        if job.task.orphaned:
+            return TakenBack()
+        if job.probe or self._gate.outage(job.task.lane):
             raise Held(outage=True)  # its round is over because of the outage, so it is not over
-        if job.in_vain:
+        if job.shared_failure:
             # Nor this one: all senders wait for one request, which counts once. A token service that hangs would end a
             # round of each of them for every failure that the breaker counts.
             raise Held(outage=True)
-        asked = self._asked_wait(verdict)
-        following = self._policy.next_delay(job.delivery.progress.round, asked)
-        if following is not None:
-            seconds, round_ = following
-            not_after = job.command.not_after
-            if not_after is not None and self._clock.epoch() + seconds > not_after:
-                return self._report(job, Reason.DEADLINE_PASSED, verdict, "notAfter is before the next round")
-            return Delay(seconds, round_)
-        if asked > self._policy.budget and job.round.calls < self._policy.max_attempts:
-            # No delayed round is left to wait in; the hold is every sender's, so it waits with them.
-            raise Held(outage=False)
-        if verdict.kind in (Kind.SYSTEMIC, Kind.TOKEN):
-            return self._report(job, Reason.CREDENTIALS, verdict, None)
-        return self._report(job, Reason.RETRIES_EXHAUSTED, verdict, None)
+        decision = job.decision
+        if self._gate.outage(None) and self._policy.delays and verdict.kind.bad:
+            # Nothing has succeeded since the other lane's breaker opened: it waits, and this costs it no round either.
+            seconds = self._policy.delay(0, self._left(job))
+            if seconds is not None:
+                return Delay(seconds, job.task.delivery.progress.round)
+            decision = Over(Reason.DEADLINE_PASSED)
+        match decision:
+            case Later(seconds, round_):
+                return Delay(seconds, round_)
+            case Over(reason):
+                detail = "notAfter is before the next attempt" if reason is Reason.DEADLINE_PASSED else None
+                return self._report(job, reason, verdict, detail)
+            case Again() | None:
+                raise AssertionError("tenacity stops only where no call follows")
+            case _:
+                assert_never(decision)
 
     def _report(self, job: _Job, reason: Reason, verdict: Verdict | None, detail: str | None) -> Report:
-        delivery, command = job.delivery, job.command
+        delivery, command = job.task.delivery, job.command
         code = verdict.code if verdict is not None else delivery.progress.last_code
         return Report(
             Outcome(
+                outcome_id=_outcome_id(delivery, reason),
                 command_id=delivery.command_id,
                 lane=delivery.lane,
                 billnumber=command.billnumber,
@@ -303,15 +326,17 @@ class Expire:
             )
         )
 
-    def _invalid(self, delivery: Delivery, invalid: Invalid) -> Outcome:
+    def _invalid(self, task: Task, invalid: Invalid) -> Outcome:
+        delivery, reason = task.delivery, Reason(invalid.reason)
         return Outcome(
+            outcome_id=_outcome_id(delivery, reason),
             command_id=delivery.command_id,
             lane=delivery.lane,
             billnumber=invalid.billnumber,
             merchant_id=None,
             reference=invalid.reference,
             batch_id=delivery.batch_id,
-            reason=Reason(invalid.reason),
+            reason=reason,
             response_code=None,
             response_message=None,
             detail=invalid.detail,
@@ -323,12 +348,20 @@ class Expire:
         )
 
 
+def _outcome_id(delivery: Delivery, reason: Reason) -> str:
+    return outcome_id(delivery.command_id, delivery.lane, delivery.body, STATUS_OF[reason])
+
+
 def _final_reason(job: _Job, verdict: Verdict) -> Reason:
     """ "Not found" after a call that may have taken effect may be that very effect: nobody knows."""
     assert verdict.reason is not None
-    if verdict.reason is Reason.NOT_FOUND and job.delivery.progress.effect_unknown:
+    if verdict.reason is Reason.NOT_FOUND and job.task.delivery.progress.effect_unknown:
         return Reason.NOT_FOUND_AFTER_UNKNOWN_EFFECT
     return verdict.reason
+
+
+def _no_call_follows(state: RetryCallState) -> bool:
+    return not isinstance(_job(state).decision, Again)
 
 
 def _not_final(verdict: Verdict) -> bool:

@@ -34,10 +34,10 @@ class Calling:
         """A token. Raises `Trouble` with what its refusal is a sign of, and `CredentialsError`."""
         from worker.core import diagnosis
         from worker.core.ports import TokenUnavailable
-        from worker.service import endpoint, fetcher, transport
         from worker.shells.clock import SystemClock
         from worker.shells.credentials import Credentials
         from worker.shells.gateway import GatewayClient
+        from worker.wiring import endpoint, fetcher, transport
 
         gateway = self.gateway
         credentials = Credentials(gateway, gateway.reread)
@@ -54,9 +54,9 @@ class Calling:
     def expire(self, command: Command, gateway: GatewaySettings) -> Finding:
         """What comes of an expire call, after `fetch`, that is signed as ``gateway`` says."""
         from worker.core import diagnosis, request
-        from worker.service import external_ids, partner
         from worker.shells.clock import SystemClock
         from worker.shells.credentials import Credentials
+        from worker.wiring import external_ids, partner
 
         assert self._client is not None
         assert self.token is not None

@@ -13,10 +13,10 @@ from worker.cli import INVALID, Trouble
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended
-    from worker.service import Calls
     from worker.settings import Settings
     from worker.shells.fibers import Fibers
     from worker.shells.journal import Journal
+    from worker.wiring import Client
 
 
 class GatewayRefuses(Exception):
@@ -27,38 +27,34 @@ def send(journal: Journal, settings: Settings) -> Ended:
     """Every bill that has no outcome, until it has one or people want it to end. Raises `Trouble`, `GatewayRefuses`."""
     from worker.app.direct import Direct
     from worker.cli.meter import Meter
-    from worker.core.lanes import Lanes
-    from worker.service import calls
     from worker.shells.amqp.bulk import WINDOW
-    from worker.shells.clock import SystemClock
     from worker.shells.credentials import CredentialsError
-    from worker.shells.pool import Pool
+    from worker.wiring import Client
 
     try:
-        made = calls(settings)
+        client = Client(settings, share=1.0)
     except CredentialsError as error:
         raise Trouble(str(error), code=INVALID) from None
-    with _turning(made.fibers) as loop:
-        _check_credentials(made)
+    with _turning(client.fibers) as loop:
+        _check_credentials(client)
         journal.direct(journal.facts.published + WINDOW)
         signals.install()
         with Meter(f"sweep {journal.facts.batch.id}", publish=False) as meter:
-            engine = Direct(
+            direct = Direct(
                 journal,
-                made.expire,
-                made.gate,
+                client.dispatcher,
+                lambda function: client.fibers.ask(function).result(),
                 concurrency=settings.worker.concurrency,
                 drain_seconds=settings.worker.drain_seconds,
                 stop=signals.received,
-                chores=_chores(made, loop),
+                chores=_chores(client, loop),
                 screen=meter,
-                clock=SystemClock(),
+                clock=client.clock,
             )
-            pool = Pool(Lanes(settings.worker.concurrency, 1.0), made.gate, engine.work, made.fibers)
-            pool.start()
-            ended = engine.run(pool)
-    if engine.crashes:
-        print(f"qris-expire: {len(engine.crashes)} bills failed unexpectedly: {engine.crashes[0]!r}", file=sys.stderr)
+            client.pool(direct.finish).start()
+            ended = direct.run()
+    if direct.crashes:
+        print(f"qris-expire: {direct.crashes} bills failed unexpectedly; the log says why", file=sys.stderr)
     return ended
 
 
@@ -74,24 +70,24 @@ def _turning(fibers: Fibers) -> Iterator[threading.Thread]:
         over.set()
 
 
-def _check_credentials(made: Calls) -> None:
+def _check_credentials(client: Client) -> None:
     """A refusal ends it before anything is begun; a token service that is not there is waited for."""
     from worker.core.ports import TokenUnavailable
     from worker.core.verdict import Kind
 
     try:
-        made.fibers.ask(made.tokens.get).result()
+        client.fibers.ask(client.tokens.get).result()
     except TokenUnavailable as failure:
         if failure.verdict.kind is Kind.SYSTEMIC:
             raise GatewayRefuses(f"the gateway refuses us: {failure.verdict.message}") from None
 
 
-def _chores(made: Calls, loop: threading.Thread) -> Callable[[], None]:
+def _chores(client: Client, loop: threading.Thread) -> Callable[[], None]:
     """Takes over mounted secrets that change, as a worker does, and notices when nobody sends any more."""
 
     def chores() -> None:
         if not loop.is_alive():
             raise RuntimeError("the senders have ended, see the traceback above")
-        made.take_over_secrets()
+        client.take_over_secrets()
 
     return chores

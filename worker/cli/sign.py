@@ -113,8 +113,8 @@ def _fetched(gateway: GatewaySettings) -> str:
 
 def _signed(command: Command, gateway: GatewaySettings, recorder: _Recorder, token: str, epoch: float) -> SignedRequest:
     from worker.core import request
-    from worker.service import external_ids, partner
     from worker.shells.clock import SystemClock
+    from worker.wiring import external_ids, partner
 
     external_id = external_ids(SystemClock())()
     return request.sign(command, partner(gateway), recorder.signer(gateway), token, epoch, external_id)

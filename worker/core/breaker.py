@@ -1,13 +1,18 @@
-"""The two reasons to hold every sender: a gateway that does not work for us, and one that says slow down."""
+"""When senders wait for the gateway: one breaker for each lane, one throttle, and the pace of a rate limit."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
 from worker.core.verdict import Kind
+
+PROBES: Final = 3
+"""Probes of a lane after each cooldown. With one, a bad command at the front of its lane would cost everybody behind it
+a whole cooldown; with many, an outage would meet a crowd."""
 
 
 class State(IntEnum):
@@ -20,63 +25,154 @@ class State(IntEnum):
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens after ``threshold`` consecutive bad attempts over all commands and the token service, so that an outage
-    burns no command's attempts. Single probes test the gateway after each cooldown (seconds), which doubles up to
-    ``max_cooldown``. Times are monotonic seconds, passed in.
+    """One lane's breaker; `Breakers` decides what it is told. Times are monotonic seconds.
+
+    ``outages`` counts how often it was closed by a probe. A round that this breaker interrupted starts afresh only when
+    the count has changed since: a success that is no probe's shows that the gateway worked all the time.
     """
 
-    threshold: int
-    initial_cooldown: float
-    max_cooldown: float
+    cooldown: float = 0.0
     state: State = State.CLOSED
     failures: int = 0
-    cooldown: float = 0.0
     probe_at: float = 0.0
+    sent: int = 0  # probes since the last cooldown
+    out: int = 0  # probes without an answer
+    failed: bool = False  # one of them failed
+    outages: int = 0
 
-    def record(self, kind: Kind, now: float, *, probe: bool = False) -> None:
-        """Counts one attempt's verdict. A late good answer to a call from before is as good as a probe's: it shows
-        the gateway working. Late bad ones say nothing new and do not lengthen the cooldown."""
+    def open(self, cooldown: float, now: float) -> None:
+        """The lane is held; the first probes go out after ``cooldown`` seconds."""
+        self.cooldown = cooldown
+        self.wait(now)
+
+    def wait(self, now: float) -> None:
+        """The next probes go out after the cooldown."""
+        self.state, self.probe_at = State.OPEN, now + self.cooldown
+        self.sent, self.out, self.failed = 0, 0, False
+
+    def close(self) -> None:
+        """The lane goes on."""
+        self.state, self.failures = State.CLOSED, 0
+        self.sent, self.out, self.failed = 0, 0, False
+
+
+class Breakers:
+    """One `Breaker` for each lane of the fleet.
+
+    ``threshold`` consecutive bad attempts of a lane open its breaker, so that an outage costs no command its attempts;
+    failures of the token service (lane None) count for every lane. Any final answer, in whatever lane, shows the
+    gateway working for us: it resets every count and closes every breaker. After each cooldown (seconds; it doubles up
+    to ``max_cooldown``) up to `PROBES` commands of the lane test the gateway. Source: the README's *Breaker*.
+    """
+
+    def __init__(self, threshold: int, initial_cooldown: float, max_cooldown: float, lanes: Iterable[str]) -> None:
+        self._threshold = threshold
+        self._initial = min(initial_cooldown, max_cooldown)
+        self._max = max_cooldown
+        self._lanes = {lane: Breaker() for lane in lanes}
+        self._clean = True  # no failure is counted and none is open: what a good answer finds nearly always
+
+    def record(self, lane: str | None, kind: Kind, now: float, *, probe: bool = False) -> None:
+        """Counts one attempt's verdict. A ``probe`` is answered by its own verdict only, or by `probe_lost`. Late bad
+        answers to calls from before say nothing new and do not lengthen the cooldown."""
         if kind.final:
-            self._close()
-        elif self.state is State.CLOSED:
-            self.failures += kind.bad
-            if self.failures >= self.threshold:
-                self._open(now)
-        elif probe:
-            if kind.bad:
-                self.cooldown = min(self.cooldown * 2, self.max_cooldown)
-            self._wait(now)
+            if not self._clean:
+                self._worked(lane, probe=probe)
+            return
+        for name, breaker in self._lanes.items():
+            if lane is not None and name != lane:
+                continue
+            if breaker.state is State.CLOSED:
+                if kind.bad:
+                    breaker.failures += 1
+                    self._clean = False
+                    if breaker.failures >= self._threshold:
+                        breaker.open(self._initial, now)
+            elif probe and lane is not None:
+                self._probe_back(breaker, now, bad=kind.bad)
 
-    def probe_due(self, now: float) -> bool:
-        """Whether a probe may go out now."""
-        return self.state is State.OPEN and now >= self.probe_at
+    def state(self, lane: str) -> State:
+        """Whether the lane's commands may go."""
+        return self._lanes[lane].state
 
-    def probing(self) -> None:
-        """A probe has gone out: no second one until it is back."""
-        self.state = State.HALF_OPEN
+    @property
+    def worst(self) -> State:
+        """The state of the lane that is held most."""
+        return max(breaker.state for breaker in self._lanes.values())
 
-    def probe_lost(self, now: float) -> None:
-        """The probe's command ended without a call (invalid, past its deadline): another may go at once."""
-        if self.state is State.HALF_OPEN:
-            self.state, self.probe_at = State.OPEN, now
+    def outages(self, lane: str) -> int:
+        """How often a probe has ended an outage of the lane."""
+        return self._lanes[lane].outages
 
-    def _open(self, now: float) -> None:
-        self.cooldown = min(self.initial_cooldown, self.max_cooldown)
-        self._wait(now)
+    def cooldown(self, lane: str) -> float:
+        """Seconds between the lane's probes now."""
+        return self._lanes[lane].cooldown
 
-    def _wait(self, now: float) -> None:
-        self.state = State.OPEN
-        self.probe_at = now + self.cooldown
+    def probe_at(self, lane: str) -> float:
+        """When the lane's next probe may go out, while its breaker is not closed."""
+        return self._lanes[lane].probe_at
 
-    def _close(self) -> None:
-        self.state = State.CLOSED
-        self.failures = 0
+    def probe_now(self, now: float) -> None:
+        """A person says that the gateway works again: probes are due at once."""
+        for breaker in self._lanes.values():
+            if breaker.state is State.OPEN:
+                breaker.probe_at = now
+
+    def probes_due(self, lane: str, now: float) -> int:
+        """How many probes of the lane may go out now."""
+        breaker = self._lanes[lane]
+        if breaker.state is State.HALF_OPEN or (breaker.state is State.OPEN and now >= breaker.probe_at):
+            return PROBES - breaker.sent
+        return 0
+
+    def probing(self, lane: str, count: int = 1) -> None:
+        """So many probes of the lane have been chosen and go out."""
+        breaker = self._lanes[lane]
+        breaker.state = State.HALF_OPEN
+        breaker.sent += count
+        breaker.out += count
+
+    def probe_lost(self, lane: str, now: float) -> None:
+        """A probe ended without a call (invalid, past its deadline, taken back): another may go at once."""
+        breaker = self._lanes[lane]
+        if breaker.state is State.HALF_OPEN:
+            breaker.sent -= 1
+            breaker.out -= 1
+            if breaker.out == 0:
+                self._settle(breaker, now)
+
+    def _probe_back(self, breaker: Breaker, now: float, *, bad: bool) -> None:
+        if breaker.state is not State.HALF_OPEN:
+            return
+        breaker.out -= 1
+        breaker.failed = breaker.failed or bad
+        if breaker.out == 0:
+            self._settle(breaker, now)
+
+    def _settle(self, breaker: Breaker, now: float) -> None:
+        """No probe is out any more, and none was good."""
+        if breaker.sent == 0:
+            breaker.state, breaker.probe_at = State.OPEN, now
+            return
+        if breaker.failed:
+            breaker.cooldown = min(breaker.cooldown * 2, self._max)
+        breaker.wait(now)
+
+    def _worked(self, lane: str | None, *, probe: bool) -> None:
+        """A final answer. A lane's own count must have been clean for its success to show that the gateway worked all
+        the time; else it is the end of an outage that this lane had seen as well."""
+        seen = lane is None or bool(self._lanes[lane].failures)
+        for name, breaker in self._lanes.items():
+            if breaker.state is not State.CLOSED and (probe or (seen and name != lane)):
+                breaker.outages += 1
+            breaker.close()
+        self._clean = True
 
 
 @dataclass(slots=True)
 class Throttle:
     """Holds every sender after a throttled answer: for its Retry-After, else for a backoff that doubles while the
-    answers stay throttled. Half of the backoff is jittered: it shall spread processes, and still be a wait."""
+    answers stay throttled. Half of the backoff is jitter: it spreads processes, and still is a wait."""
 
     initial: float
     maximum: float

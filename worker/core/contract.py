@@ -106,18 +106,17 @@ _TIME: Final[Schema] = {
 _UUID: Final = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 _DERIVED: Final[Mapping[str, Schema]] = {
-    "outcomeId": {
-        "description": "The same for every redelivery of the same command with the same status: drop what you know. "
-        "Also the message_id.",
-        "type": "string",
-        "format": "uuid",
-        "pattern": _UUID,
-    },
     "status": {"description": "The end of the command.", "type": "string", "enum": list(map(str, Status))},
 }
 """Fields of the JSON that `Outcome` derives."""
 
 _MEANING: Final[Mapping[str, Schema]] = {
+    "outcome_id": {
+        "description": "The same for every redelivery of the same command (its id, lane and body) with the same "
+        "status: drop what you know. Also the message_id.",
+        "format": "uuid",
+        "pattern": _UUID,
+    },
     "command_id": {"description": "The command's message_id; where it had none, a UUID made from its body."},
     "lane": {"description": "The lane it came by.", "enum": list(LANES)},
     "billnumber": {"description": "Null where none could be read.", "pattern": _whole(IDENTIFIER)},
@@ -159,7 +158,7 @@ def outcome_schema() -> Schema:
         _camel(name): {"type": _types(annotation), **_MEANING[name]}
         for name, annotation in get_type_hints(Outcome).items()
     }
-    properties = dict(_DERIVED) | own
+    properties = own | dict(_DERIVED)
     return {
         "$schema": DIALECT,
         "$id": "urn:qris-expire:outcome:v1",

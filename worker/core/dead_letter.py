@@ -20,7 +20,7 @@ from worker.core.command import parse, parse_rfc3339
 from worker.core.delivery import (
     ATTEMPTS,
     BROKER_HEADERS,
-    HOP,
+    COPY_ID,
     LAST_CODE,
     PROGRESS_HEADERS,
     Message,
@@ -157,7 +157,7 @@ def redriven(names: Names, letter: DeadLetter, parcel: Parcel, hop: str) -> Mess
     properties["message_id"] = properties["message_id"] or letter.command_id
     carried = {name: value for name, value in properties.items() if value is not None}
     return Message(
-        names.commands, letter.lane, parcel.body, {**carried, "delivery_mode": 2, "headers": {**kept, HOP: hop}}
+        names.commands, letter.lane, parcel.body, {**carried, "delivery_mode": 2, "headers": {**kept, COPY_ID: hop}}
     )
 
 

@@ -7,14 +7,12 @@ has confirmed them all, ack that delivery.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol, TypeGuard
 
 from worker.core import jakarta
 from worker.core.command import command_id
 from worker.core.outcome import OUTCOME_TYPE, Outcome, encode
-from worker.core.retry import Round
-from worker.core.settlement import Entry
 from worker.core.topology import Names
 
 MAX_EXTERNAL_IDS: Final = 20
@@ -30,11 +28,17 @@ ATTEMPTS: Final = "qris-attempts"
 EXTERNAL_IDS: Final = "qris-external-ids"
 EFFECT_UNKNOWN: Final = "qris-effect-unknown"
 RECEIVED_AT: Final = "qris-received-at"
-HOP: Final = "qris-hop"
+COPY_ID: Final = "qris-hop"
+"""Each copy that we publish has its own, so that a redelivery of one is not taken for another."""
 STAMPED: Final = "timestamp_in_ms"
 """Set by RabbitMQ's `message_interceptors.incoming.set_header_timestamp` (rabbitmq.com/docs/message-interceptors)."""
 LAST_CODE: Final = "qris-last-code"
-PROGRESS_HEADERS: Final = (ROUND, ATTEMPTS, EXTERNAL_IDS, EFFECT_UNKNOWN, RECEIVED_AT, HOP, LAST_CODE)
+CALLS: Final = "qris-calls"
+PROGRESS_HEADERS: Final = (ROUND, CALLS, ATTEMPTS, EXTERNAL_IDS, EFFECT_UNKNOWN, RECEIVED_AT, COPY_ID, LAST_CODE)
+MAX_COUNT: Final = 1_000_000
+"""The highest round, call or attempt count that is believed: producers can write our headers, too."""
+MAX_AGE: Final = 30 * 86_400.0
+"""Seconds. A `qris-received-at` that is older is not believed."""
 
 BATCH_ID: Final = "batch-id"
 CARRIED_HEADERS: Final = (BATCH_ID, "traceparent")
@@ -59,7 +63,8 @@ class Properties(Protocol):
 
 @dataclass(slots=True)
 class Progress:
-    """What earlier rounds of a command leave to later ones, through headers of our own."""
+    """What earlier rounds of a command leave to later ones, through headers of our own. ``calls``: those that the
+    command made in the round that goes on now, before it went back to the end of its lane."""
 
     round: int = 0
     attempts: int = 0
@@ -67,6 +72,7 @@ class Progress:
     effect_unknown: bool = False
     received_at: float = 0.0
     last_code: str | None = None
+    calls: int = 0
 
     def sent(self, external_id: str) -> None:
         """One more expire call goes out."""
@@ -86,27 +92,25 @@ class Message(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Delivery:
-    """One hand-over by the broker. ``key`` names the physical message: lane, command id, hop and body."""
+    """One hand-over by the broker, as it came. ``arrived``: monotonic seconds; ``published_at``: seconds since the
+    epoch, None when nobody dated it; ``progress``: what its headers say of earlier rounds."""
 
     lane: str
     body: bytes
     properties: Properties
     redelivered: bool
-    arrived: float  # monotonic
+    arrived: float
     command_id: str
-    hop: str
+    copy_id: str
     progress: Progress
     published_at: float | None
     headers: Mapping[str, Any]
-    entry: Entry | None = None  # its place in the ledger
-    round: Round | None = None  # a round that a throttle interrupted
-    probed: int = 0  # when it last served as a probe in this outage; 0: not yet
 
     @property
     def key(self) -> str:
-        """The same for every redelivery of the same physical message, another after each hop. The body counts, since a
-        producer that gives all its commands one id must not lose those that come back together."""
-        return f"{self.lane}\n{self.command_id}\n{self.hop}\n{hash(self.body)}"
+        """Names the physical message: the same for every redelivery, another for each copy that we publish. The body
+        counts, since a producer that gives all its commands one id must not lose those that come back together."""
+        return f"{self.lane}\n{self.command_id}\n{self.copy_id}\n{hash(self.body)}"
 
     @property
     def batch_id(self) -> str | None:
@@ -130,7 +134,7 @@ def receive(
         redelivered=redelivered,
         arrived=monotonic,
         command_id=_identity(properties.message_id, body),
-        hop=text(headers.get(HOP, "")),
+        copy_id=text(headers.get(COPY_ID, "")),
         progress=progress,
         published_at=_published(properties.timestamp, headers.get(STAMPED), progress.received_at),
         headers=headers,
@@ -141,16 +145,15 @@ def outcome_message(names: Names, delivery: Delivery, outcome: Outcome) -> Messa
     """The outcome as the contract publishes it."""
     # The message id itself, not the command's: that one is text, and may be longer than a property can be.
     correlation = delivery.properties.correlation_id or delivery.properties.message_id or outcome.command_id
-    outcome_id = outcome.outcome_id
     return Message(
         names.outcomes,
         f"{outcome.lane}.{outcome.status}",
-        encode(outcome, outcome_id),
+        encode(outcome),
         {
             "content_type": "application/json",
             "delivery_mode": 2,
             "type": OUTCOME_TYPE,
-            "message_id": outcome_id,
+            "message_id": outcome.outcome_id,
             "correlation_id": correlation,
             "timestamp": int(outcome.completed_at),
             "headers": _carried(delivery.headers),
@@ -171,15 +174,15 @@ def dead_letter(names: Names, delivery: Delivery, outcome: Outcome) -> Message:
     return Message(names.dead, delivery.lane, delivery.body, _kept(delivery, ours, outcome.command_id))
 
 
-def delayed(names: Names, delivery: Delivery, seconds: int, round_: int, hop: str) -> Message:
+def delayed(names: Names, delivery: Delivery, seconds: int, round_: int, copy_id: str) -> Message:
     """The command for its next round, into the queue whose TTL is ``seconds`` (by the default exchange)."""
-    ours = _progress_headers(delivery.progress, round_, hop)
+    ours = _progress_headers(replace(delivery.progress, round=round_, calls=0), copy_id)
     return Message("", names.retry(delivery.lane, seconds), delivery.body, _kept(delivery, ours, delivery.command_id))
 
 
-def returned(names: Names, delivery: Delivery, hop: str) -> Message:
+def returned(names: Names, delivery: Delivery, copy_id: str) -> Message:
     """The command back to the end of its lane, unharmed: a fresh message, so no redelivery is counted against it."""
-    ours = _progress_headers(delivery.progress, delivery.progress.round, hop)
+    ours = _progress_headers(delivery.progress, copy_id)
     return Message(names.commands, delivery.lane, delivery.body, _kept(delivery, ours, delivery.command_id))
 
 
@@ -222,27 +225,29 @@ def _carried(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if _size(value) <= MAX_HEADER_BYTES // 4}
 
 
-def _progress_headers(progress: Progress, round_: int, hop: str) -> dict[str, Any]:
+def _progress_headers(progress: Progress, copy_id: str) -> dict[str, Any]:
     return {
-        ROUND: round_,
+        ROUND: progress.round,
+        CALLS: progress.calls,
         ATTEMPTS: progress.attempts,
         EXTERNAL_IDS: ",".join(progress.external_ids),
         EFFECT_UNKNOWN: progress.effect_unknown,
         RECEIVED_AT: round(progress.received_at * 1000),
-        HOP: hop,
+        COPY_ID: copy_id,
         LAST_CODE: progress.last_code or "",
     }
 
 
 def _progress(headers: Mapping[str, Any], epoch: float) -> Progress:
     ids = text(headers.get(EXTERNAL_IDS, "")).split(",")
-    received = _whole(headers.get(RECEIVED_AT)) / 1000
+    received = _whole(headers.get(RECEIVED_AT), most=2**53) / 1000
     return Progress(
         round=_whole(headers.get(ROUND)),
+        calls=_whole(headers.get(CALLS)),
         attempts=_whole(headers.get(ATTEMPTS)),
         external_ids=[i for i in ids if i.isascii() and i.isdigit() and len(i) <= 36][-MAX_EXTERNAL_IDS:],
         effect_unknown=headers.get(EFFECT_UNKNOWN) is True,
-        received_at=received if 0 < received <= epoch else epoch,
+        received_at=received if epoch - MAX_AGE <= received <= epoch else epoch,
         last_code=text(headers.get(LAST_CODE) or "")[:7] or None,
     )
 
@@ -254,8 +259,8 @@ def _identity(message_id: object, body: bytes) -> str:
     return command_id(text(message_id) if message_id else None, body)
 
 
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
+def _whole(value: object, most: int = MAX_COUNT) -> int:
+    return min(value, most) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
 
 
 def _published(timestamp: object, stamped: object, received_at: float) -> float | None:

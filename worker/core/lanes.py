@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -31,15 +31,15 @@ def sweep_cap(concurrency: int, share: float) -> int:
 
 
 class Lanes(Generic[T]):
-    """Waiting commands and who may be sent. Not thread-safe; the pool locks around it.
+    """Waiting commands and who may be sent.
 
-    ``limit`` is how many commands may be in hand at once: the concurrency, less while a recovery ramps up, 0 while
-    senders are held.
+    ``limit`` is how many commands of a lane may be in hand at once: the concurrency, less while the lane recovers, 0
+    while it is held.
     """
 
     def __init__(self, concurrency: int, share: float) -> None:
         self.concurrency = concurrency
-        self.limit = concurrency
+        self.limit = dict.fromkeys(LANES, concurrency)
         self._cap = sweep_cap(concurrency, share)
         self._waiting: Mapping[str, deque[T]] = {lane: deque() for lane in LANES}
         self._in_hand = dict.fromkeys(LANES, 0)
@@ -55,8 +55,6 @@ class Lanes(Generic[T]):
 
     def take(self) -> T | None:
         """The next command for a free sender, or None when none may go. Pair with `done`."""
-        if self._in_hand[CANCELLATION] + self._in_hand[SWEEP] >= self.limit:
-            return None
         lane = self._choose()
         if lane is None:
             return None
@@ -65,15 +63,12 @@ class Lanes(Generic[T]):
 
     def takable(self) -> int:
         """How many could be taken now."""
-        free = self.limit - self._in_hand[CANCELLATION] - self._in_hand[SWEEP]
-        sweep = min(len(self._waiting[SWEEP]), self._cap - self._in_hand[SWEEP])
-        return max(0, min(free, len(self._waiting[CANCELLATION]) + max(0, sweep)))
+        free = self.concurrency - self.in_hand()
+        return max(0, min(free, sum(min(self._room(lane), len(self._waiting[lane])) for lane in LANES)))
 
     def take_this(self, item: T) -> bool:
         """Takes one particular waiting command, whatever the limit: a probe. False when it is gone."""
-        try:
-            self._waiting[item.lane].remove(item)
-        except ValueError:
+        if not self.remove(item):
             return False
         self._in_hand[item.lane] += 1
         return True
@@ -90,21 +85,27 @@ class Lanes(Generic[T]):
             return False
         return True
 
-    def waiting(self) -> Iterator[T]:
-        """All that wait, cancellations first."""
-        for lane in LANES:
-            yield from self._waiting[lane]
+    def waiting(self, lane: str) -> Sequence[T]:
+        """What waits in the lane, first come first."""
+        return tuple(self._waiting[lane])
 
     def in_hand(self) -> int:
         """Commands in senders' hands."""
-        return sum(self._in_hand.values())
+        return self._in_hand[CANCELLATION] + self._in_hand[SWEEP]
+
+    def _room(self, lane: str) -> int:
+        most = min(self.limit[lane], self._cap) if lane == SWEEP else self.limit[lane]
+        return max(0, most - self._in_hand[lane])
 
     def _choose(self) -> str | None:
-        cancellations, sweep = self._waiting[CANCELLATION], self._waiting[SWEEP]
-        may_sweep = bool(sweep) and self._in_hand[SWEEP] < self._cap
-        if cancellations and may_sweep:
+        hand = self._in_hand
+        if hand[CANCELLATION] + hand[SWEEP] >= self.concurrency:
+            return None
+        may_cancel = bool(self._waiting[CANCELLATION]) and hand[CANCELLATION] < self.limit[CANCELLATION]
+        may_sweep = bool(self._waiting[SWEEP]) and hand[SWEEP] < min(self._cap, self.limit[SWEEP])
+        if may_cancel and may_sweep:
             self._turn = (self._turn + 1) % SWEEP_TURN
             return SWEEP if self._turn == 0 else CANCELLATION
-        if cancellations:
+        if may_cancel:
             return CANCELLATION
         return SWEEP if may_sweep else None

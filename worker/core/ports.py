@@ -68,7 +68,7 @@ class Clock(Protocol):
 
 
 class Held(Exception):
-    """Senders are held: the command goes back to its lane's front and loses nothing. ``outage``: by the breaker."""
+    """The command's lane is held: it goes back to the front and loses nothing. ``outage``: by the breaker."""
 
     def __init__(self, *, outage: bool) -> None:
         super().__init__("breaker" if outage else "throttled")
@@ -82,14 +82,18 @@ class Draining(Exception):
 class Gate(Protocol):
     """What stands before every expire call."""
 
-    def enter(self, *, probe: bool, paced: bool) -> None:
-        """Returns when a call may go out now; waits for the rate limit unless ``paced``. Raises `Held`, `Draining`."""
+    def enter(self, lane: str, *, probe: bool, paced: bool) -> float:
+        """Returns when a call may go out now; waits for a slot of the rate limit unless ``paced``. Returns the seconds
+        that it waited. Raises `Held`, `Draining`."""
 
-    def outage(self) -> bool:
-        """Whether the breaker is not closed."""
+    def record(self, lane: str, verdict: Verdict, *, probe: bool, token: bool = False) -> None:
+        """Learns from the answer: of the expire call, or (``token``) of the token service."""
 
-    def record(self, verdict: Verdict, *, probe: bool) -> None:
-        """Learns from the answer, of the expire call or of the token service."""
+    def outage(self, lane: str | None) -> bool:
+        """Whether the breaker of the lane is not closed; with None, that of any lane."""
+
+    def outages(self, lane: str) -> int:
+        """How many outages of the lane are over (see `Breakers.outages`)."""
 
     def sleep(self, seconds: float) -> None:
         """Backs off. Raises `Draining` as soon as a drain begins."""

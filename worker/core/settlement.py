@@ -1,20 +1,66 @@
 """Who may be acked when: a pure record of what is in hand, what waits for its confirm and what the broker was told.
 
-Events go in, decisions come out; the I/O loop carries them out. Three parts: `Ledger` (deliveries to acks),
-`Confirms` (publisher confirms of one channel), `Acks` (acks of one channel, joined into few frames).
+Events go in, decisions come out; the I/O loop carries them out. `Desk` turns the disposition of a command into messages
+to publish and tags to ack. It is made of three parts: `Ledger` (deliveries to acks), `Confirms` (publisher confirms of
+one channel), `Acks` (acks of one channel, joined into few frames).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar, assert_never
+
+from worker.core.delivery import Delivery, Message, Progress, dead_letter, delayed, outcome_message, returned
+from worker.core.outcome import Outcome, Status
+from worker.core.retry import Round
+from worker.core.topology import Names
+from worker.core.verdict import Kind
 
 REMEMBERED: Final = 20_000
 """Settled commands remembered, so that a redelivery whose ack was lost on the way is not called for again. Bounded:
 about 4 MB; the oldest are forgotten, and then a second call is harmless."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The command is finished: publish its outcome, and its dead letter where the status has one."""
+
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Delay:
+    """It waits ``seconds`` in the broker; then comes round ``round``."""
+
+    seconds: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Its lane is held: it stays in hand, at the front of its lane, and has lost nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """It goes back to the end of its lane, with what is known of its calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakenBack:
+    """The broker has taken the delivery back, so the command is no longer ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The sender failed in a way that nobody expected: the broker counts it, up to the delivery limit."""
+
+
+Disposition = Report | Delay | Hold | GiveBack | TakenBack | Crashed
+"""What becomes of a command that a sender has had in its hands."""
 
 
 class Tag(NamedTuple):
@@ -39,9 +85,6 @@ class Entry:
     key: str
     tags: list[Tag] = field(default_factory=list)
     unconfirmed: int = 0
-    lane: str = ""
-    published_at: float | None = None
-    """Seconds since the epoch; None when nobody dated it."""
 
     @property
     def orphaned(self) -> bool:
@@ -104,11 +147,6 @@ class Ledger:
         for key, acked_on in self._settled.items():
             if acked_on == channel:
                 self._settled[key] = None
-
-    def oldest(self, lane: str) -> float | None:
-        """When the oldest open command of the lane was published, in seconds since the epoch; None without any."""
-        dates = (entry.published_at for entry in self._open.values() if entry.lane == lane)
-        return min((date for date in dates if date is not None), default=None)
 
     def __len__(self) -> int:
         """Entries not settled, orphans in hand and duplicates included."""
@@ -230,3 +268,159 @@ class Acks:
         self._sent |= self._settled
         self._settled.clear()
         return frames
+
+
+CALLED: Final = 2000
+"""Commands remembered that the broker took back while their calls were known: more than a process can have in hand."""
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One command in this process's hands. ``entry``: the desk's; None where no broker has to be told. The rest is what
+    the dispatcher remembers: ``round`` that a hold interrupted, whether the command was ``probed`` in this outage, and
+    the latest ``answer`` to it as a probe."""
+
+    delivery: Delivery
+    entry: Entry | None = None
+    round: Round | None = None
+    probed: bool = False
+    answer: Kind | None = None
+
+    @property
+    def lane(self) -> str:
+        """The command's lane."""
+        return self.delivery.lane
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the broker has it again, so that nobody may call for it here."""
+        return self.entry is not None and self.entry.orphaned
+
+
+class Arrival(NamedTuple):
+    """What to do with a delivery: work on ``task``, or settle it as ``known`` at once; ack ``ack``; else nothing."""
+
+    take: Take
+    task: Task | None = None
+    known: Disposition | None = None
+    ack: Tag | None = None
+
+
+class Orders(NamedTuple):
+    """What settles a command: publish these, and ack when all are confirmed; or hand these tags back to the broker as
+    failed deliveries; or work on the task again."""
+
+    publish: Sequence[Message] = ()
+    reject: Sequence[Tag] = ()
+    again: bool = False
+
+
+class Settled(NamedTuple):
+    """A command whose messages are all confirmed."""
+
+    task: Task
+    disposition: Disposition
+    tags: Sequence[Tag]
+
+
+class Desk:
+    """Deliveries in, messages and acks out. The engine has no other rules of settling than these.
+
+    ``new_id`` makes the id of each copy that is published of a command.
+    """
+
+    def __init__(self, names: Names, new_id: Callable[[], str]) -> None:
+        self._names = names
+        self._new_id = new_id
+        self._ledger = Ledger()
+        self._tasks: dict[Entry, Task] = {}
+        self._called: OrderedDict[str, tuple[Progress, Report | None]] = OrderedDict()
+        """What is known of calls for commands that the broker took back, by `Delivery.key`."""
+
+    def deliver(self, delivery: Delivery, tag: Tag) -> Arrival:
+        """A message arrived. One that comes back may have been in other hands meanwhile: whether a call for it took
+        effect is unknown, unless a call of ours has expired it."""
+        take, entry = self._ledger.deliver(delivery.key, tag, redelivered=delivery.redelivered)
+        match take:
+            case Take.WORK:
+                known = None
+                if delivery.redelivered:
+                    delivery.progress, known = self._called.pop(delivery.key, (delivery.progress, None))
+                    delivery.progress.effect_unknown = True
+                task = self._tasks[entry] = Task(delivery, entry)
+                return Arrival(take, task, known)
+            case Take.JOINED:
+                task = self._tasks[entry]
+                task.delivery.progress.effect_unknown = True
+                return Arrival(take, task)
+            case Take.SETTLED:
+                return Arrival(take, ack=tag)
+            case _:
+                assert_never(take)
+
+    def settle(self, task: Task, disposition: Disposition) -> Orders:
+        """What carries the disposition out. Of a command that the broker has taken back nothing is published: the
+        broker gives it to somebody, who reports it. What we know of its calls is kept, in case that we are given it."""
+        delivery, entry = task.delivery, task.entry
+        assert entry is not None
+        if entry.orphaned and not isinstance(disposition, Crashed):
+            self._remember(task, disposition)
+            return Orders()
+        match disposition:
+            case Report(outcome):
+                messages = [outcome_message(self._names, delivery, outcome)]
+                if outcome.dead_lettered:
+                    messages.append(dead_letter(self._names, delivery, outcome))
+                return self._publish(entry, messages)
+            case Delay(seconds, round_):
+                return self._publish(entry, [delayed(self._names, delivery, seconds, round_, self._new_id())])
+            case GiveBack():
+                return self._publish(entry, [returned(self._names, delivery, self._new_id())])
+            case TakenBack() | Hold():  # redelivered to us between the sender's look and ours
+                return Orders(again=True)
+            case Crashed():
+                return Orders(reject=self.abandon(task))
+            case _:
+                assert_never(disposition)
+
+    def confirmed(self, task: Task, disposition: Disposition) -> Settled | None:
+        """One message of its orders is confirmed; None before the last."""
+        assert task.entry is not None
+        tags = self._ledger.confirmed(task.entry)
+        if task.entry.unconfirmed:
+            return None
+        del self._tasks[task.entry]
+        return Settled(task, disposition, tags)
+
+    def abandon(self, task: Task) -> Sequence[Tag]:
+        """We do not settle it; its deliveries (returned) are the broker's to give again."""
+        assert task.entry is not None
+        del self._tasks[task.entry]
+        return self._ledger.abandon(task.entry)
+
+    def channel_lost(self, channel: int) -> None:
+        """The broker has taken back everything that this channel held."""
+        self._ledger.channel_lost(channel)
+
+    def oldest(self, lane: str) -> float | None:
+        """When the oldest command of the lane in hand was published, in seconds since the epoch; None without any."""
+        dates = (task.delivery.published_at for task in self._tasks.values() if task.lane == lane)
+        return min((date for date in dates if date is not None), default=None)
+
+    def __len__(self) -> int:
+        """Commands not settled."""
+        return len(self._ledger)
+
+    def _publish(self, entry: Entry, messages: Sequence[Message]) -> Orders:
+        self._ledger.publish(entry, len(messages))
+        return Orders(messages)
+
+    def _remember(self, task: Task, disposition: Disposition) -> None:
+        self.abandon(task)
+        progress = task.delivery.progress
+        known = disposition if isinstance(disposition, Report) else None
+        if progress.attempts:
+            expired = known is not None and known.outcome.status is Status.EXPIRED
+            self._called[task.delivery.key] = progress, known if expired else None
+            if len(self._called) > CALLED:
+                self._called.popitem(last=False)

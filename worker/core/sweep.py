@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from worker.core import jakarta, mangled
-from worker.core.delivery import BATCH_ID, Message
+from worker.core.delivery import BATCH_ID, Message, Progress
 from worker.core.lanes import SWEEP
 from worker.core.outcome import Reason, Status
 from worker.core.rows import JSON_FORM, Form
@@ -248,17 +248,6 @@ def belongs(facts: Facts, home: Home) -> bool:
 def unfinished(facts: Facts, tally: Tally) -> bool:
     """Whether a sweep would go on with it: bills are unsent, or somebody follows outcomes that have not come."""
     return tally.unsent > 0 or ((facts.inbox or facts.direct) and tally.waiting > 0)
-
-
-class Progress(NamedTuple):
-    """What earlier calls for a bill leave to later ones, where there is no broker to keep it."""
-
-    round: int = 0
-    attempts: int = 0
-    external_ids: tuple[str, ...] = ()
-    effect_unknown: bool = False
-    received_at: float = 0.0
-    last_code: str | None = None
 
 
 class Job(NamedTuple):

@@ -25,6 +25,7 @@ class Kind(Enum):
     TOKEN = ("token", False, False)
     ID_CLASH = ("id_clash", False, False)
     THROTTLED = ("throttled", False, False)
+    LATER = ("later", False, False)
     TRANSIENT = ("transient", False, True)
     SYSTEMIC = ("systemic", False, True)
 
@@ -115,6 +116,7 @@ RULES: Final = (
     _rule("401xxxx", Kind.TOKEN, says="token", means="our access token is not good any more"),
     _rule("401xx00", Kind.SYSTEMIC, means="our signature or our client id is refused"),
     _rule("4099300 4099100", Kind.ID_CLASH, means="this external id was used today"),
+    _rule("403xx06", Kind.LATER, means="the gateway does not do this at this time"),
     _rule("429xxxx 403xx04", Kind.THROTTLED, means="too many requests"),
     _rule("4xxxxxx", Kind.REFUSED, Reason.REFUSED, means="refused in a way that nobody has described"),
     # 202xx00, 3xx, an odd 2xx, every 5xx.

@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from worker.core.delivery import Progress
 from worker.core.rows import BadRow, Form, Row
 from worker.core.sweep import (
     Batch,
@@ -26,7 +27,6 @@ from worker.core.sweep import (
     Facts,
     Home,
     Job,
-    Progress,
     Recorded,
     Tally,
     Told,
@@ -556,14 +556,25 @@ def _put(db: sqlite3.Connection, values: dict[str, object]) -> None:
 
 
 def _kept(progress: Progress) -> str | None:
-    return json.dumps(progress) if progress.attempts or progress.effect_unknown else None
+    if not (progress.attempts or progress.effect_unknown):
+        return None
+    return json.dumps(
+        [
+            progress.round,
+            progress.attempts,
+            progress.external_ids,
+            progress.effect_unknown,
+            progress.received_at,
+            progress.last_code,
+            progress.calls,
+        ]
+    )
 
 
 def _progress(text: str | None) -> Progress:
     if text is None:
         return Progress()
-    round_, attempts, external_ids, *rest = json.loads(text)
-    return Progress(round_, attempts, tuple(external_ids), *rest)
+    return Progress(*json.loads(text))
 
 
 def _mark(report: Path) -> str | None:

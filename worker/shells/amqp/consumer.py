@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import pika
 import structlog
@@ -18,6 +19,9 @@ OnDelivery = Callable[[str, Tag, bool, Any, bytes], None]
 """``on_delivery(lane, tag, redelivered, properties, body)``"""
 
 
+SHARED_EVERY: Final = 1.0  # seconds between two looks whether others consume a paused lane
+
+
 class _Lane:
     """One lane's channel. ``number`` is its generation, unique in the process."""
 
@@ -29,6 +33,17 @@ class _Lane:
         self.acks = Acks()
         self.consumer_tag: str | None = None
         self.consuming = False
+        self.shared = False  # others consume the queue while we do not
+        self.asked_at = 0.0
+        self.fetching: _Fetch | None = None
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """A request for single commands of a paused lane."""
+
+    left: int
+    done: Callable[[], None]
 
 
 class Consumer:
@@ -52,9 +67,7 @@ class Consumer:
         self._link: Link | None = None
         self._lanes: dict[str, _Lane] = {}
         self._by_number: dict[int, _Lane] = {}
-        self._fetching: Callable[[bool], None] | None = None
-        self._rest: list[_Lane] = []
-        self.paused = False
+        self._paused: frozenset[str] = frozenset()
         self.acks = dict.fromkeys(queues, 0)
         """Deliveries acked so far, by lane."""
 
@@ -67,7 +80,12 @@ class Consumer:
     def ready(self) -> bool:
         """Whether every lane is being consumed, or could be if it were not paused. A channel alone is not enough: a
         queue that has lost its quorum does not answer when it is to be consumed."""
-        return self.up and (self.paused or all(lane.consuming for lane in self._lanes.values()))
+        return self.up and all(lane.consuming or lane.lane in self._paused for lane in self._lanes.values())
+
+    @property
+    def shared(self) -> list[str]:
+        """Paused lanes that others consume."""
+        return [lane.lane for lane in self._lanes.values() if lane.shared]
 
     def open(self, connection: Any, link: Link) -> None:
         """Opens the lanes' channels on a new connection and, unless paused, consumes."""
@@ -78,37 +96,41 @@ class Consumer:
     def down(self) -> None:
         """The connection is gone, and with it every tag."""
         lost, self._lanes, self._by_number = list(self._lanes.values()), {}, {}
-        self._fetching = None
         for lane in lost:
             self._on_channel_lost(lane.number)
+            self._fetched(lane)
 
-    def pause(self) -> None:
-        """Takes nothing new; what was delivered stays ours."""
-        self.paused = True
+    def pause(self, lanes: frozenset[str]) -> None:
+        """Takes nothing new from these lanes, and consumes the others; what was delivered stays ours."""
+        if lanes == self._paused:
+            return
+        self._paused = lanes
         for lane in self._lanes.values():
-            tag, lane.consumer_tag = lane.consumer_tag, None
-            lane.consuming = False
-            if tag is not None and lane.channel.is_open:
-                lane.channel.basic_cancel(tag, callback=self._guard(lambda _: None))
-                # pika 1.4 would reject what comes before the broker's answer: each a redelivery that counts up to the
-                # delivery limit, and a gap that acks cannot be joined over. Its mark is private; a test guards this.
-                lane.channel._cancelled.discard(tag)
-
-    def resume(self) -> None:
-        """Consumes again."""
-        self.paused = False
-        for lane in self._lanes.values():
-            if lane.consumer_tag is None and lane.channel.is_open:
+            if not lane.channel.is_open:
+                continue
+            if lane.lane in lanes:
+                self._cancel(lane)
+            elif lane.consumer_tag is None:
+                lane.shared = False
                 self._consume(lane)
 
-    def fetch(self, done: Callable[[bool], None]) -> bool:
-        """Takes one command while paused, cancellations first; ``done`` tells whether there was one. False when an
-        earlier request is still unanswered: a queue without its quorum answers nothing."""
-        if self._fetching is not None:
-            return False
-        self._fetching = done
-        self._fetch_from(list(self._lanes.values()))
-        return True
+    def tick(self, now: float) -> None:
+        """Looks whether others consume what we do not."""
+        for lane in self._lanes.values():
+            if lane.lane in self._paused and lane.channel.is_open and now - lane.asked_at > SHARED_EVERY:
+                lane.asked_at = now
+                lane.channel.queue_declare(
+                    lane.queue, passive=True, callback=self._guard(lambda frame, each=lane: self._told(each, frame))
+                )
+
+    def fetch(self, lane: str, count: int, done: Callable[[], None]) -> None:
+        """Takes up to ``count`` single commands of a paused lane; ``done`` is called when there are no more."""
+        found = self._lanes.get(lane)
+        if found is None or not found.channel.is_open or found.fetching is not None:
+            done()
+            return
+        found.fetching = _Fetch(count, done)
+        self._get(found)
 
     def settle(self, tag: Tag) -> None:
         """The delivery may be acked at the next `flush`; nothing when its channel is gone."""
@@ -117,12 +139,14 @@ class Consumer:
             lane.acks.settle(tag.number)
             self.acks[lane.lane] += 1
 
-    def requeue(self, tag: Tag) -> None:
-        """Back to the queue at the price of one redelivery: only for what crashed a sender."""
-        lane = self._by_number.get(tag.channel)
-        if lane is not None and lane.channel.is_open:
-            lane.acks.skip(tag.number)
-            lane.channel.basic_nack(tag.number, requeue=True)
+    def reject(self, tag: Tag) -> None:
+        """Back to the queue as a failed delivery: every version of RabbitMQ counts it up to the delivery limit. (Since
+        4.3 `basic.nack` does not count.)"""
+        self._back(tag, lambda channel: channel.basic_reject(tag.number, requeue=True))
+
+    def give_back(self, tag: Tag) -> None:
+        """Back to the queue unharmed: RabbitMQ does not count `basic.nack` since 4.3."""
+        self._back(tag, lambda channel: channel.basic_nack(tag.number, requeue=True))
 
     def flush(self) -> None:
         """Sends the acks."""
@@ -137,13 +161,13 @@ class Consumer:
         lane = _Lane(name, queue, next(self._numbers), channel)
         channel.add_on_close_callback(self._guard(lambda _, reason: self._closed(lane, reason)))
         channel.add_on_cancel_callback(self._guard(lambda _: self._cancelled(lane)))
-        channel.add_callback(self._guard(lambda _: self._nothing(lane)), [pika.spec.Basic.GetEmpty], one_shot=False)
+        channel.add_callback(self._guard(lambda _: self._fetched(lane)), [pika.spec.Basic.GetEmpty], one_shot=False)
         channel.basic_qos(prefetch_count=self._prefetch[name], callback=self._guard(lambda _: self._limited(lane)))
 
     def _limited(self, lane: _Lane) -> None:
         self._lanes[lane.lane] = lane
         self._by_number[lane.number] = lane
-        if not self.paused and lane.channel.is_open:
+        if lane.lane not in self._paused and lane.channel.is_open:
             self._consume(lane)
 
     def _consume(self, lane: _Lane) -> None:
@@ -162,30 +186,43 @@ class Consumer:
             callback=self._guard(proven),
         )
 
-    def _fetch_from(self, lanes: list[_Lane]) -> None:
-        if not lanes:
-            self._fetched(False)
-            return
-        lane = lanes[0]
-        self._rest = lanes[1:]
-        if not lane.channel.is_open:
-            self._fetch_from(self._rest)
-            return
+    def _cancel(self, lane: _Lane) -> None:
+        tag, lane.consumer_tag = lane.consumer_tag, None
+        lane.consuming = False
+        if tag is not None:
+            lane.channel.basic_cancel(tag, callback=self._guard(lambda _: None))
+            # pika 1.4 would reject what comes before the broker's answer: each a redelivery that counts up to the
+            # delivery limit, and a gap that acks cannot be joined over. Its mark is private; a test guards this.
+            lane.channel._cancelled.discard(tag)
 
+    def _told(self, lane: _Lane, frame: Any) -> None:
+        lane.shared = lane.lane in self._paused and frame.method.consumer_count > 0
+
+    def _back(self, tag: Tag, send: Callable[[Any], None]) -> None:
+        lane = self._by_number.get(tag.channel)
+        if lane is not None and lane.channel.is_open:
+            lane.acks.skip(tag.number)
+            send(lane.channel)
+
+    def _get(self, lane: _Lane) -> None:
         def got(_: Any, method: Any, properties: Any, body: bytes) -> None:
             tag = Tag(lane.number, method.delivery_tag)
             self._on_delivery(lane.lane, tag, method.redelivered, properties, body)
-            self._fetched(True)
+            if lane.fetching is not None:
+                lane.fetching.left -= 1
+                self._get(lane)
 
-        lane.channel.basic_get(lane.queue, self._guard(got))
+        if lane.fetching is None:
+            return
+        if lane.fetching.left <= 0 or not lane.channel.is_open:
+            self._fetched(lane)
+        else:
+            lane.channel.basic_get(lane.queue, self._guard(got))
 
-    def _nothing(self, _lane: _Lane) -> None:
-        self._fetch_from(self._rest)
-
-    def _fetched(self, found: bool) -> None:
-        done, self._fetching = self._fetching, None
-        if done is not None:
-            done(found)
+    def _fetched(self, lane: _Lane) -> None:
+        fetch, lane.fetching = lane.fetching, None
+        if fetch is not None:
+            fetch.done()
 
     def _cancelled(self, lane: _Lane) -> None:
         # The queue was deleted, or the broker took the consumer away. pika never answers such a cancel, and some

@@ -10,39 +10,39 @@ import random
 import threading
 import time
 import uuid
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, assert_never
 
 import structlog
 
-from worker.app.expire import Delay, Disposition, GiveBack, Hold, Report
-from worker.app.gate import Holds, SendersGate
+from worker.app.dispatch import Dispatcher
 from worker.core.breaker import State
-from worker.core.delivery import (
-    HOP,
-    Delivery,
-    Message,
-    Progress,
-    dead_letter,
-    delayed,
-    outcome_message,
-    receive,
-    returned,
-)
+from worker.core.delivery import COPY_ID, receive
 from worker.core.lanes import LANES
 from worker.core.ports import Clock
-from worker.core.settlement import Ledger, Tag, Take
+from worker.core.settlement import (
+    Crashed,
+    Delay,
+    Desk,
+    Disposition,
+    GiveBack,
+    Hold,
+    Report,
+    Settled,
+    Tag,
+    Take,
+    TakenBack,
+    Task,
+)
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.consumer import Consumer
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
-from worker.shells.amqp.regulator import Regulator
 from worker.shells.fibers import Fibers
-from worker.shells.pool import Pool
 
 TICK: Final = 0.1
 TELL_EVERY: Final = 1.0  # seconds between two looks at all that is in hand; no scrape is more frequent
@@ -51,18 +51,14 @@ LINGER: Final = 0.002
 travel in company. Measured at 1,280 commands a second: a quarter less CPU here, a third less in the broker; without a
 slow gateway, and for a lone cancellation, it changes nothing."""
 CLOSE_SECONDS: Final = 3.0
-LONGEST_HOLD: Final = 600.0
-"""Seconds a waiting command is kept while senders are held; then it goes back to the end of its lane as a fresh
-message. The broker closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the
-command."""
-REMEMBERED_CALLS: Final = 2000  # more than a process can have in hand when its connection goes
-REQUEUE_AFTER: Final = 1.0  # a command that crashes senders must not do so as fast as the broker redelivers it
+REJECT_AFTER: Final = 1.0  # a command that crashes senders must not do so as fast as the broker redelivers it
 
 
 class Watch(Protocol):
     """What the engine tells (metrics)."""
 
     def received(self, lane: str) -> None: ...
+    def undated(self, lane: str) -> None: ...
     def acked(self, lane: str, deliveries: int) -> None: ...
     def oldest(self, lane: str, published_at: float | None) -> None: ...
     def settled(self, lane: str, seconds: float) -> None: ...
@@ -76,19 +72,6 @@ class Watch(Protocol):
     def broker_reconnected(self) -> None: ...
     def confirmed(self, seconds: float) -> None: ...
     def unconfirmed(self, n: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """The broker has taken the delivery back before it was started: nothing to settle."""
-
-
-@dataclass(frozen=True, slots=True)
-class Crashed:
-    """The sender failed in a way nobody expected: the broker counts it, up to the delivery limit."""
-
-
-Result = Disposition | Dropped | Crashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +93,23 @@ class Engine:
         parameters: Parameters,
         *,
         fibers: Fibers,
-        gate: SendersGate,
+        dispatcher: Dispatcher,
         watch: Watch,
         clock: Clock,
         rng: random.Random,
     ) -> None:
         self._plan = plan
-        self._gate = gate
+        self._dispatcher = dispatcher
         self._watch = watch
         self._clock = clock
         self._log = structlog.get_logger()
-        self._pool: Pool | None = None
-        self._regulator: Regulator | None = None
         self._fibers = fibers
         self._loop = fibers.loop
         self._stopped = False
-        self._ledger = Ledger()
-        self._results: deque[tuple[Delivery, Result]] = deque()
-        self._called: OrderedDict[str, Progress] = OrderedDict()
-        """What is known of calls for commands that the broker took back, by `Delivery.key`."""
+        self._desk = Desk(plan.names, lambda: uuid.uuid4().hex)
+        self._results: deque[tuple[Task, Disposition]] = deque()
         self._attention = True
-        self._publisher: Publisher[tuple[Delivery, Result]] = Publisher(
+        self._publisher: Publisher[tuple[Task, Disposition]] = Publisher(
             self._loop,
             watch,
             on_confirmed=self._confirmed,
@@ -140,7 +119,7 @@ class Engine:
             {lane: plan.names.queue(lane) for lane in LANES},
             plan.prefetch,
             on_delivery=self._delivered,
-            on_channel_lost=self._ledger.channel_lost,
+            on_channel_lost=self._desk.channel_lost,
             guard=self._guard,
         )
 
@@ -165,7 +144,7 @@ class Engine:
         self._settle_at = 0.0
         self._acks_told = dict.fromkeys(LANES, 0)
         self._begun = False
-        self._breaker = State.CLOSED
+        self._breakers = dict.fromkeys(LANES, State.CLOSED)
         self._connected_once = False
         self._connected = False
         self._lost = False
@@ -177,25 +156,23 @@ class Engine:
 
     # -- from any thread --------------------------------------------------------------------------------------------
 
-    def start(self, pool: Pool) -> None:
+    def start(self) -> None:
         """Connects. Nothing is handed to senders before `begin`."""
-        self._pool = pool
-        self._regulator = Regulator(self._gate, pool, self._consumer)
-        self._gate.on_hold = self._hold_now
         codec.tolerate()
         self._thread.start()
 
     def begin(self) -> None:
         """Senders may start."""
         self._begun = True
+        self._dispatcher.begin()
         self._attend()
 
-    def finish(self, delivery: Delivery, result: Result) -> None:
-        """A sender, on the loop's thread, is done with a delivery."""
+    def finish(self, task: Task, disposition: Disposition) -> None:
+        """A sender, on the loop's thread, is done with a command."""
         if not self._results:
             self._settle_at = time.monotonic() + LINGER
             self._loop.call_later(LINGER, _nothing)
-        self._results.append((delivery, result))
+        self._results.append((task, disposition))
 
     def _attend(self) -> None:
         """Makes the loop look at what has changed; from any thread."""
@@ -204,9 +181,7 @@ class Engine:
 
     def drain(self) -> None:
         """Takes nothing new, finishes what senders hold, settles, closes; then the thread ends."""
-        self._gate.drain()
-        if self._pool is not None:
-            self._pool.hold()
+        self._dispatcher.drain()
         self._attend()
 
     def halt(self) -> None:
@@ -230,7 +205,7 @@ class Engine:
 
     def status(self) -> dict[str, object]:
         """Each component as people and probes read it: "ok" or what is wrong."""
-        holds = self._gate.holds()
+        holds = self._dispatcher.holds()
         publisher = self._publisher.trouble or (
             "" if self._publisher.ready else self._publish_link.trouble or "opening"
         )
@@ -240,15 +215,19 @@ class Engine:
         return {
             "consumer": consumer or "ok",
             "publisher": publisher or "ok",
-            "breaker": "ok" if holds.breaker is State.CLOSED else holds.breaker.name.lower().replace("_", "-"),
+            "breaker": _breakers(holds.breakers),
             "throttle": "throttled" if holds.throttled else "ok",
-            "drain": "draining" if self._gate.draining else "ok",
+            "drain": "draining" if self._dispatcher.draining else "ok",
             "start": "ok" if self._begun else "starting",
         }
 
+    def in_hand(self) -> int:
+        """Commands in senders' hands."""
+        return self._dispatcher.in_hand()
+
     def unsettled(self) -> int:
-        """Deliveries that wait for their settlement."""
-        return len(self._ledger)
+        """Commands that wait for their settlement."""
+        return len(self._desk)
 
     # -- the loop's thread ------------------------------------------------------------------------------------------
 
@@ -286,8 +265,7 @@ class Engine:
 
     def _end_turn(self) -> None:
         """What was brought leaves together: outcomes in one write, acks in few frames."""
-        assert self._pool is not None
-        if self._results and (time.monotonic() >= self._settle_at or not self._pool.in_hand()):
+        if self._results and (time.monotonic() >= self._settle_at or not self._dispatcher.in_hand()):
             self._take_results()
         self._consumer.flush()
         if self._attention:
@@ -302,10 +280,11 @@ class Engine:
         self._publisher.tick(now)
         self._publish_link.expect(self._publisher.ready, now)
         self._consume_link.expect(self._consumer.ready, now)
+        self._consumer.tick(now)
         if now >= self._tell_at:
             self._tell_at = now + TELL_EVERY
             self._tell_lanes()
-        if self._gate.draining:
+        if self._dispatcher.draining:
             self._drain()
 
     def _tell_lanes(self) -> None:
@@ -313,7 +292,7 @@ class Engine:
         for lane, acks in self._consumer.acks.items():
             self._watch.acked(lane, acks - self._acks_told[lane])
             self._acks_told[lane] = acks
-            self._watch.oldest(lane, self._ledger.oldest(lane))
+            self._watch.oldest(lane, self._desk.oldest(lane))
 
     # -- links ------------------------------------------------------------------------------------------------------
 
@@ -364,98 +343,68 @@ class Engine:
             epoch=self._clock.epoch(),
             monotonic=self._clock.monotonic(),
         )
-        take, entry = self._ledger.deliver(delivery.key, tag, redelivered=redelivered)
-        match take:
+        arrival = self._desk.deliver(delivery, tag)
+        match arrival.take:
             case Take.WORK:
-                delivery.entry = entry
-                entry.lane, entry.published_at = lane, delivery.published_at
-                if redelivered:
-                    delivery.progress = self._called.pop(delivery.key, delivery.progress)
-                    delivery.progress.effect_unknown = True
-                if not redelivered and HOP not in delivery.headers:
+                assert arrival.task is not None
+                if not redelivered and COPY_ID not in delivery.headers:
                     self._watch.received(lane)
-                assert self._pool is not None
-                self._pool.offer(delivery)
+                    if delivery.published_at is None:
+                        self._watch.undated(lane)
+                if arrival.known is not None:
+                    self.finish(arrival.task, arrival.known)
+                else:
+                    self._dispatcher.offer(arrival.task)
             case Take.JOINED:
                 self._log.info("delivery.joined", command_id=delivery.command_id, lane=lane)
             case Take.SETTLED:
                 self._log.info("delivery.settled_before", command_id=delivery.command_id, lane=lane)
                 self._consumer.settle(tag)
             case _:
-                assert_never(take)
+                assert_never(arrival.take)
 
     def _take_results(self) -> None:
         with self._publish_link.corked():
             while self._results:
-                delivery, result = self._results.popleft()
-                self._settle(delivery, result)
+                task, disposition = self._results.popleft()
+                self._settle(task, disposition)
 
-    def _settle(self, delivery: Delivery, result: Result) -> None:
-        names, entry = self._plan.names, delivery.entry
-        assert entry is not None
-        match result:
-            case Report(outcome):
-                messages = [outcome_message(names, delivery, outcome)]
-                if outcome.dead_lettered:
-                    messages.append(dead_letter(names, delivery, outcome))
-                self._publish(delivery, result, messages)
-            case Delay(seconds, round_):
-                self._publish(delivery, result, [delayed(names, delivery, seconds, round_, _hop())])
-            case GiveBack():
-                self._give_back(delivery)
-            case Dropped() if entry.orphaned:
-                self._forget(delivery)
-            case Dropped():  # redelivered to us between the sender's look and ours
-                assert self._pool is not None
-                self._pool.offer(delivery)
-            case Crashed():
-                tags = self._ledger.abandon(entry)
-                for tag in tags:
-                    self._loop.call_later(REQUEUE_AFTER, self._guard(lambda tag=tag: self._consumer.requeue(tag)))
-            case Hold():
-                raise AssertionError("a held command stays in its lane")
-            case _:
-                assert_never(result)
-
-    def _give_back(self, delivery: Delivery) -> None:
-        """To its queue. What was never called for goes by closing the channel, which keeps its place; what was called
-        for goes as a fresh message that carries what is known of its calls. What the broker has taken back is there
-        already: a fresh message would be a second one."""
-        assert delivery.entry is not None
-        if delivery.progress.attempts and self._publisher.ready and not delivery.entry.orphaned:
-            self._publish(delivery, GiveBack(), [returned(self._plan.names, delivery, _hop())])
-        else:
-            self._ledger.abandon(delivery.entry)
-
-    def _forget(self, delivery: Delivery) -> None:
-        """The broker has it again. It will come back, to us or to another process; what we know of its calls waits."""
-        assert delivery.entry is not None
-        self._ledger.abandon(delivery.entry)
-        if delivery.progress.attempts:
-            self._called[delivery.key] = delivery.progress
-            if len(self._called) > REMEMBERED_CALLS:
-                self._called.popitem(last=False)
-
-    def _publish(self, delivery: Delivery, result: Result, messages: list[Message]) -> None:
-        assert delivery.entry is not None
-        self._ledger.publish(delivery.entry, len(messages))
-        for message in messages:
-            self._publisher.publish(Publication(message, (delivery, result)))
-
-    def _confirmed(self, publication: Publication[tuple[Delivery, Result]]) -> None:
-        delivery, result = publication.settles
-        assert delivery.entry is not None
-        tags = self._ledger.confirmed(delivery.entry)
-        if delivery.entry.unconfirmed:
+    def _settle(self, task: Task, disposition: Disposition) -> None:
+        """Carries out what the desk says."""
+        if isinstance(disposition, GiveBack) and not self._publisher.ready:
+            self._give_back(task)
             return
-        for tag in tags:
-            self._consumer.settle(tag)
-        self._count(delivery, result)
+        orders = self._desk.settle(task, disposition)
+        for message in orders.publish:
+            self._publisher.publish(Publication(message, (task, disposition)))
+        if orders.again:
+            self._dispatcher.offer(task)
+        for tag in orders.reject:
+            self._loop.call_later(REJECT_AFTER, self._guard(lambda tag=tag: self._consumer.reject(tag)))
 
-    def _count(self, delivery: Delivery, result: Result) -> None:
-        lane = delivery.lane
+    def _give_back(self, task: Task) -> None:
+        """To the end of its lane, as a copy that carries what is known of its calls: no delivery is counted against it,
+        and nobody suspects a call that was never made. Without a way to publish it stays here; in a drain, it goes back
+        to its place in the queue."""
+        if self._publisher.ready:
+            self._settle(task, GiveBack())
+        elif self._dispatcher.draining:
+            for tag in self._desk.abandon(task):
+                self._consumer.give_back(tag)
+        else:
+            self._dispatcher.offer(task)
+
+    def _confirmed(self, publication: Publication[tuple[Task, Disposition]]) -> None:
+        settled = self._desk.confirmed(*publication.settles)
+        if settled is not None:
+            for tag in settled.tags:
+                self._consumer.settle(tag)
+            self._count(settled)
+
+    def _count(self, settled: Settled) -> None:
+        delivery, lane = settled.task.delivery, settled.task.lane
         self._watch.settled(lane, self._clock.monotonic() - delivery.arrived)
-        match result:
+        match settled.disposition:
             case Report(outcome):
                 now = self._clock.epoch()
                 age = None if delivery.published_at is None else now - delivery.published_at
@@ -464,38 +413,33 @@ class Engine:
                     self._watch.dead_letter(outcome.reason)
             case Delay():
                 self._watch.delayed_retry(lane)
-            case GiveBack() | Hold() | Dropped() | Crashed():
+            case GiveBack() | Hold() | TakenBack() | Crashed():
                 pass
             case _:
-                assert_never(result)
+                assert_never(settled.disposition)
 
     # -- holding and draining ----------------------------------------------------------------------------------------
 
-    def _hold_now(self) -> None:
-        """From the sender whose answer began a hold."""
-        assert self._regulator is not None
-        self._regulator.hold()
-        self._attend()
-
     def _regulate(self) -> None:
-        """Makes pool and consumers follow what holds senders, and says so."""
-        assert self._regulator is not None
-        holds, ready = self._gate.holds(), self._publisher.ready
-        self._tell(holds)
-        self._regulator.follow(holds, begun=self._begun, broker=ready)
-        if holds.any and ready and not self._gate.draining:
-            self._return_long_held()
+        """Does what the dispatcher wishes, and says how things stand."""
+        self._tell()
+        wishes = self._dispatcher.look(ready=self._publisher.ready, shared=self._consumer.shared)
+        self._consumer.pause(wishes.paused)
+        for lane, count in wishes.fetch.items():
+            self._consumer.fetch(lane, count, lambda each=lane: self._dispatcher.fetched(each))  # type: ignore[misc]
+        for task in wishes.give_back:
+            self._give_back(task)
 
-    def _tell(self, holds: Holds) -> None:
-        watch = self._watch
-        for lane in LANES:
-            watch.breaker(lane, int(holds.breaker))
+    def _tell(self) -> None:
+        watch, holds = self._watch, self._dispatcher.holds()
+        for lane, state in holds.breakers.items():
+            watch.breaker(lane, int(state))
         watch.paused("breaker", holds.breaker is not State.CLOSED)
         watch.paused("throttled", holds.throttled)
         watch.paused("broker_blocked", self._publish_link.blocked)
-        watch.paused("draining", self._gate.draining)
-        held_for = self._gate.held_for() if holds.any else None
-        watch.held_until(None if held_for is None else self._clock.epoch() + held_for)
+        watch.paused("draining", self._dispatcher.draining)
+        held_for = None if holds.until is None else holds.until - self._clock.monotonic()
+        watch.held_until(None if held_for is None else self._clock.epoch() + max(0.0, held_for))
         connected = self._publisher.ready and self._consumer.ready
         if connected and not self._connected:
             if self._connected_once and self._lost:  # else a pause is over: the broker answers the consumers again
@@ -507,35 +451,20 @@ class Engine:
             self.refused = None  # by another host of the list, or before somebody mended it
         self._connected = connected
         watch.broker_connected(connected)
-        if holds.breaker is not self._breaker:
-            if State.CLOSED in (holds.breaker, self._breaker):
-                event = "breaker.closed" if holds.breaker is State.CLOSED else "breaker.opened"
-                self._log.warning(event, probe_every=self._gate.cooldown())
-            self._breaker = holds.breaker
-
-    def _return_long_held(self) -> None:
-        assert self._pool is not None
-        now = self._clock.monotonic()
-        for delivery in self._pool.waiting():
-            if now - delivery.arrived > LONGEST_HOLD and self._pool.remove(delivery):
-                assert delivery.entry is not None
-                if delivery.entry.orphaned:
-                    self._forget(delivery)
-                else:
-                    self._publish(delivery, GiveBack(), [returned(self._plan.names, delivery, _hop())])
+        for lane, state in holds.breakers.items():
+            before, self._breakers[lane] = self._breakers[lane], state
+            if (state is State.CLOSED) != (before is State.CLOSED):
+                event = "breaker.closed" if state is State.CLOSED else "breaker.opened"
+                self._log.warning(event, lane=lane, probe_every=holds.cooldowns[lane])
 
     def _drain(self) -> None:
-        assert self._pool is not None
-        for delivery in self._pool.waiting():
-            if self._pool.remove(delivery):
-                self._give_back(delivery)
         if self._closed_at is not None:
             closed = self._publish_link.closed and self._consume_link.closed
             # Everything is confirmed and every ack written: a broker that does not answer the close is not waited for.
             if closed or time.monotonic() - self._closed_at > CLOSE_SECONDS:
                 self._stop()
             return
-        if self._pool.in_hand() or self._results or not self._publisher.idle:
+        if self._dispatcher.in_hand() or self._dispatcher.waiting() or self._results or not self._publisher.idle:
             return
         self._closed_at = time.monotonic()
         self._consumer.flush()
@@ -547,5 +476,7 @@ def _nothing() -> None:
     """The loop turns."""
 
 
-def _hop() -> str:
-    return uuid.uuid4().hex
+def _breakers(states: Mapping[str, State]) -> str:
+    """ "ok", or which lanes are not closed."""
+    broken = {lane: state for lane, state in states.items() if state is not State.CLOSED}
+    return ", ".join(f"{lane} {state.name.lower().replace('_', '-')}" for lane, state in broken.items()) or "ok"

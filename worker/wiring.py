@@ -1,0 +1,215 @@
+"""Settings to objects: what `run`, `check`, `sign` and `sweep --direct` are made of, put together in one place."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import secrets
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import structlog
+from requests.adapters import BaseAdapter
+
+from worker import __version__
+from worker.app.dispatch import Dispatcher
+from worker.app.expire import Expire
+from worker.core.breaker import Breakers, Pacer, Throttle
+from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
+from worker.core.request import NODE_DIGITS, Partner, external_id
+from worker.core.retry import RetryPolicy
+from worker.core.settlement import Task
+from worker.core.topology import Names, topology
+from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
+from worker.shells.amqp.connection import new_loop
+from worker.shells.amqp.engine import Engine, Plan
+from worker.shells.amqp.session import BrokerError, parameters
+from worker.shells.clock import SystemClock
+from worker.shells.credentials import KEPT, Credentials, CredentialsError
+from worker.shells.fibers import Event, Fibers, Lock
+from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxy_for, timestamp
+from worker.shells.metrics import Metrics
+from worker.shells.pool import Finish, Pool
+from worker.shells.telemetry import Telemetry
+from worker.shells.tokens import TokenStore
+from worker.shells.transport import BLOCKING, BoundedAdapter
+
+PREFETCH_PER_SENDER: Final = 2
+"""Deliveries waiting in the process for each sender: one in hand, one behind it. More would only be redelivered after a
+crash, and would keep commands from other processes."""
+SECRETS_EVERY: Final = 2.0  # seconds between two looks at mounted secrets
+
+log = structlog.get_logger()
+
+
+class Client:
+    """What calls the gateway: for the worker, and for a sweep that goes without a broker. All of it runs in fibers.
+    ``share``: the most of the senders that the sweep lane may hold. Raises `CredentialsError`."""
+
+    def __init__(self, settings: Settings, *, share: float) -> None:
+        gateway = settings.gateway
+        self.clock = SystemClock()
+        self.rng = random.Random()
+        self.metrics = Metrics(__version__)
+        self.fibers = Fibers(new_loop())
+        self.credentials = Credentials(gateway, gateway.reread)
+        self.dispatcher = _dispatcher(settings, share, self.clock, self.rng, self.fibers)
+        telemetry = Telemetry(self.metrics)
+        client = GatewayClient(
+            endpoint(gateway),
+            telemetry,
+            context=lambda: self.credentials.context,
+            adapter=transport(gateway, os.environ, self.fibers),
+        )
+        self.tokens = TokenStore(
+            fetcher(client, self.credentials, gateway, self.clock),
+            telemetry,
+            clock=self.clock,
+            rng=self.rng,
+            pause=self.dispatcher.sleep,
+            flight=Lock(self.fibers),
+        )
+        self._expire = Expire(
+            gateway=client,
+            tokens=self.tokens,
+            gate=self.dispatcher,
+            observer=telemetry,
+            clock=self.clock,
+            rng=self.rng,
+            policy=policy(settings),
+            partner=partner(gateway),
+            signer=lambda: self.credentials.sign,
+            new_external_id=external_ids(self.clock),
+            default_merchant=gateway.merchant_id,
+        )
+        self._senders = settings.worker.concurrency
+        self._secrets_at = time.monotonic() + SECRETS_EVERY
+
+    def pool(self, finish: Finish) -> Pool:
+        """The senders; ``finish`` is told of every command that they are done with."""
+        return Pool(self.dispatcher, self._expire, finish, self.fibers, self.metrics, senders=self._senders)
+
+    def take_over_secrets(self) -> None:
+        """Looks whether mounted secrets have changed; to be asked again and again, it knows how often to look."""
+        if time.monotonic() < self._secrets_at:
+            return
+        self._secrets_at = time.monotonic() + SECRETS_EVERY
+        if self.credentials.refresh():
+            self.tokens.renew()
+
+
+def engine(settings: Settings, client: Client) -> Engine:
+    """The broker's side of a worker. Raises `BrokerError` for settings that can never work."""
+    return Engine(
+        _plan(settings),
+        _broker_parameters(settings.amqp),
+        fibers=client.fibers,
+        dispatcher=client.dispatcher,
+        watch=client.metrics,
+        clock=client.clock,
+        rng=client.rng,
+    )
+
+
+def _dispatcher(settings: Settings, share: float, clock: SystemClock, rng: random.Random, fibers: Fibers) -> Dispatcher:
+    breaker, retry = settings.breaker, settings.retry
+    lanes: Lanes[Task] = Lanes(settings.worker.concurrency, share)
+    return Dispatcher(
+        lanes,
+        Breakers(breaker.failures, breaker.cooldown_seconds, breaker.max_cooldown_seconds, LANES),
+        Throttle(retry.initial_seconds, retry.max_seconds),
+        Pacer(settings.gateway.max_requests_per_second),
+        clock=clock,
+        rng=rng,
+        draining=Event(fibers),
+    )
+
+
+def policy(settings: Settings) -> RetryPolicy:
+    """The limits of retrying."""
+    retry = settings.retry
+    return RetryPolicy(
+        retry.max_attempts, retry.initial_seconds, retry.max_seconds, retry.budget_seconds, retry.delays_seconds
+    )
+
+
+def endpoint(gateway: GatewaySettings) -> Endpoint:
+    """Where and how the gateway is called."""
+    return Endpoint(
+        gateway.base_url + gateway.token_path,
+        gateway.base_url + gateway.expire_path,
+        gateway.connect_timeout_seconds,
+        gateway.read_timeout_seconds,
+    )
+
+
+def transport(
+    gateway: GatewaySettings, environ: Mapping[str, str], fibers: Fibers | None = None
+) -> Callable[[ssl.SSLContext | None], BaseAdapter]:
+    """The adapter for the gateway, proxies resolved once; without ``fibers`` its calls block their thread. Raises
+    `CredentialsError` for a proxy that cannot be used."""
+    try:
+        proxy = proxy_for(gateway.base_url, environ)
+    except ValueError as error:
+        raise CredentialsError(str(error)) from None
+    return lambda context: BoundedAdapter(context, fibers or BLOCKING, proxy)
+
+
+def partner(gateway: GatewaySettings) -> Partner:
+    """What every expire call has in common."""
+    return Partner(
+        gateway.client_id,
+        gateway.channel_id,
+        gateway.channel_headers,
+        gateway.sign_path,
+        gateway.bill_field,
+        gateway.timestamp_milliseconds,
+    )
+
+
+def _plan(settings: Settings) -> Plan:
+    amqp, worker = settings.amqp, settings.worker
+    senders = {CANCELLATION: worker.concurrency, SWEEP: sweep_cap(worker.concurrency, worker.sweep_share)}
+    return Plan(
+        Names(amqp.prefix),
+        topology(amqp.prefix, amqp.queue_type, settings.retry.delays_seconds),
+        amqp.declare,
+        {lane: PREFETCH_PER_SENDER * count for lane, count in senders.items()},
+    )
+
+
+def external_ids(clock: SystemClock) -> Callable[[], str]:
+    """A new X-EXTERNAL-ID at each call, no other process's either."""
+    node, serial = secrets.randbelow(10**NODE_DIGITS), itertools.count()
+    return lambda: external_id(clock.epoch(), node, next(serial))
+
+
+def fetcher(
+    client: GatewayClient, credentials: Credentials, gateway: GatewaySettings, clock: SystemClock
+) -> Callable[[], Grant]:
+    """One token request, signed now with the key of now."""
+
+    def fetch() -> Grant:
+        moment = timestamp(clock.epoch(), milliseconds=gateway.timestamp_milliseconds)
+        signature = credentials.token_signature(gateway.client_id, moment)
+        return client.fetch_token(gateway.client_id, moment, signature)
+
+    return fetch
+
+
+def _broker_parameters(amqp: AmqpSettings) -> Callable[[], Sequence[Any]]:
+    """Asked before every connection: a password that was rotated in its mounted file is used by the next one."""
+    good = parameters(amqp, "run")  # raises BrokerError at start for what can never work
+
+    def now() -> Sequence[Any]:
+        nonlocal good
+        try:
+            good = parameters(amqp.reread(), "run")
+        except (SettingsError, BrokerError) as error:
+            log.error("credentials.kept", reason=str(error), action=KEPT)
+        return good
+
+    return now

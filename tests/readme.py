@@ -28,6 +28,7 @@ ACTS: Final[Mapping[Kind, str]] = {
     Kind.TOKEN: "fetches a new token, sends it again at once",
     Kind.ID_CLASH: "sends it again at once, with another id",
     Kind.THROTTLED: "holds *all* calls for `Retry-After`, else a backoff; then sends it again",
+    Kind.LATER: "ends the round: the next try is a delayed retry; the breaker does not count it",
     Kind.TRANSIENT: "sends it again after a backoff; the breaker counts it",
     Kind.SYSTEMIC: "sends it again after a backoff; the breaker counts it; in the end `credentials`",
 }

@@ -88,10 +88,10 @@ def alerts() -> str:
     """Every alert with what to do first, linked to its section of the runbook."""
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"] if "alert" in rule]
-    rules.sort(key=lambda rule: rule["labels"]["severity"])  # page before ticket
+    rules.sort(key=lambda rule: ("page", "ticket", "info").index(rule["labels"]["severity"]))
     rows = (
         (
-            f"[{rule['alert'].removeprefix('QrisExpire')}]({rule['annotations']['runbook_url']})",
+            f"[{rule['alert'].removeprefix('QrisExpire')}](k8s/RUNBOOK.md#{rule['alert'].lower()})",
             rule["labels"]["severity"],
             rule["annotations"]["action"],
         )

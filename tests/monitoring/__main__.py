@@ -10,10 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
-from tests.monitoring import dashboard, rules
-from tests.monitoring.cases import promtool_files
+from tests.monitoring import cases, dashboard, rules
 
 
 def main() -> int:
@@ -25,8 +22,11 @@ def main() -> int:
     generate.add_argument(
         "--runbooks", default=rules.RUNBOOKS, help="address of the runbook, before the # (%(default)s)"
     )
-    cases = commands.add_parser("cases", help="write the alerts' test cases as files for promtool test rules")
-    cases.add_argument("directory", type=Path)
+    generate.add_argument(
+        "--dashboard", default=rules.DASHBOARD, help="address of the dashboard, before the ? (%(default)s)"
+    )
+    write = commands.add_parser("cases", help="write the alerts' test cases as files for promtool test rules")
+    write.add_argument("directory", type=Path)
     picture = commands.add_parser(
         "picture", help="run a load with faults for 90 s and draw the dashboard; needs matplotlib"
     )
@@ -34,8 +34,8 @@ def main() -> int:
     wish = parser.parse_args()
     match wish.command:
         case "generate":
-            rules.MANIFEST.write_text(rules.manifest(wish.prefix, wish.runbooks))
-            dashboard.write(prefix=wish.prefix)
+            rules.MANIFEST.write_text(rules.manifest(wish.prefix, wish.runbooks, wish.dashboard))
+            dashboard.write(prefix=wish.prefix, runbooks=wish.runbooks)
             print(f"{rules.MANIFEST}\n{dashboard.MANIFEST}")
         case "cases":
             for path in write_cases(wish.directory):
@@ -47,11 +47,7 @@ def main() -> int:
 
 def write_cases(directory: Path) -> list[Path]:
     """The files for `promtool test rules`."""
-    paths = []
-    for step, content in promtool_files().items():
-        paths.append(directory / f"cases-{step}.yaml")
-        paths[-1].write_text(yaml.safe_dump(content, sort_keys=False, width=1000))
-    return paths
+    return [path for alert in rules.alerts() for path in cases.write(directory, alert.name)]
 
 
 def _picture(file: Path) -> int:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tests.monitoring.rules import PREFIX, ROOT
+from tests.monitoring.rules import PREFIX, ROOT, RUNBOOKS
 
 MANIFEST: Final = ROOT / "k8s" / "base" / "dashboard.json"
 OBJECTIVE: Final = 0.99
 
 _SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH: Final = 24
-_JOB: Final = 'job=~"$job"'
+_JOB: Final = 'namespace=~"$namespace", job=~"$job", pod=~"$pod"'
 _LANES: Final = 'queue=~"$prefix.(cancellation|sweep)"'
 _RED, _AMBER, _GREEN, _PLAIN = "red", "orange", "green", "text"
 
@@ -95,6 +95,13 @@ _NOT_EXPIRED: Final = 'status!="expired"'
 _EXPIRE: Final = 'operation="expire"'
 _TOKEN: Final = 'operation="token"'
 _LEFT: Final = f"sum({_messages('$prefix.sweep')}) + sum({_messages('$prefix.sweep.retry.+')})"
+_CALLS: Final = f"sum({_rate('gateway_requests_total', _EXPIRE)})"
+_THROTTLED: Final = 'reason="throttled"'
+_OPERATOR: Final = 'reason="operator"'
+_TIME_TO_EMPTY: Final = (
+    f"sum by (lane) (max by (namespace, lane) ({_of('commands_waiting')}))"
+    f" / (sum by (lane) ({_rate('outcomes_total')}) > 0)"
+)
 _SINCE_OLDEST: Final = (
     f"time() - min by (lane) ({_of('oldest_command_timestamp_seconds')} > 0)"
     f" or max by (lane) ({_of('oldest_command_timestamp_seconds')} * 0)"
@@ -131,7 +138,7 @@ ROWS: Final = (
                 "Commands waiting",
                 "Ready in both lanes, in no worker's hands. A sweep waits here by nature; cancellations should not.",
                 "short",
-                f"sum({_queue('messages_ready', _LANES)})",
+                f"sum(max by (namespace, lane) ({_of('commands_waiting')}))",
                 ((None, _PLAIN),),
             ),
             _stat(
@@ -143,7 +150,7 @@ ROWS: Final = (
             ),
             _stat(
                 "Breaker",
-                "Open: the gateway fails for every command; none is lost, all wait. The worst of all processes.",
+                "Open: the gateway fails for every command of a lane; none is lost, all wait. The worse of both lanes.",
                 "none",
                 f"max({_of('breaker_state')})",
                 ((None, _GREEN), (1, _AMBER), (2, _RED)),
@@ -182,9 +189,16 @@ ROWS: Final = (
         [
             Panel(
                 "Commands waiting",
-                "Ready in the queue of each lane. Rises steadily: more come than go.",
+                "Ready in the queue of each lane, as the broker says. Rises steadily: more come than end.",
                 "short",
                 [(f"sum by (queue) ({_queue('messages_ready', _LANES)})", "{{queue}}")],
+            ),
+            Panel(
+                "Time to empty",
+                "Commands waiting over the rate of outcomes. Alerts at 1 min for cancellations, 3 h for the sweep. "
+                "Needs no timestamp. Nothing is drawn while no command ends.",
+                "s",
+                [(_TIME_TO_EMPTY, "{{lane}}")],
             ),
             Panel(
                 "Commands in, outcomes out",
@@ -194,6 +208,13 @@ ROWS: Final = (
                     (f"sum by (lane) ({_rate('commands_total')})", "{{lane}} in"),
                     (f"sum by (lane) ({_rate('outcomes_total')})", "{{lane}} out"),
                 ],
+            ),
+            Panel(
+                "Commands without a timestamp",
+                "A second. Their age counts from the first delivery and does not show the time in the queue: ask the "
+                "producer.",
+                "ops",
+                [(f"sum by (lane) ({_rate('commands_undated_total')})", "{{lane}}")],
             ),
             Panel(
                 "Waiting for a delayed round",
@@ -233,6 +254,103 @@ ROWS: Final = (
                 [
                     (_SINCE_OLDEST, "{{lane}}"),
                 ],
+                width=16,
+            ),
+        ],
+    ),
+    Row(
+        "The fleet",
+        [
+            Panel(
+                "Calls per second of the allowed",
+                "Share of the fleet's rate limit that is used. Near 100 % with a backlog: the limit bounds the work, "
+                "and more workers do not help. Nothing is drawn without a limit.",
+                "percentunit",
+                [(f"{_CALLS} / (max({_of('rate_limit')}) > 0)", "used")],
+                steps=((None, _PLAIN), (1, _AMBER)),
+            ),
+            Panel(
+                "Calls per second and the limit",
+                "Expire calls of all members, and what they may make together; 0 stands for no limit.",
+                "ops",
+                [(_CALLS, "calls"), (f"max({_of('rate_limit')})", "allowed")],
+            ),
+            Panel(
+                "Wait for the rate limit",
+                "How long a sender waits for its permit. Grows: the limit bounds the work.",
+                "s",
+                [
+                    (_quantile(0.5, "rate_wait_seconds"), "half within"),
+                    (_quantile(0.99, "rate_wait_seconds"), "99 % within"),
+                ],
+            ),
+            Panel(
+                "Members",
+                "Processes of the fleet as they see each other, and leaders: one. Sick: fails while others succeed.",
+                "short",
+                [
+                    (f"max({_of('fleet_members')})", "members"),
+                    (f"sum({_of('fleet_leader')})", "leaders"),
+                    (f"sum({_of('member_sick')})", "sick"),
+                ],
+                stepped=True,
+            ),
+            Panel(
+                "Throttled answers",
+                'Share of the expire calls that the gateway answers with "too many requests". 5 %: ticket, 50 %: page.',
+                "percentunit",
+                [(f"sum({_rate('retries_total', _THROTTLED)}) / ({_CALLS} > 0)", "throttled")],
+                steps=((None, _PLAIN), (0.05, _AMBER), (0.5, _RED)),
+            ),
+            Panel(
+                "Paused by an operator",
+                "Processes that pause because an operator said so: qris-expire fleet tells who and why.",
+                "short",
+                [(f"sum({_of('consumption_paused', _OPERATOR)})", "processes")],
+                stepped=True,
+            ),
+        ],
+    ),
+    Row(
+        "By pod",
+        [
+            Panel(
+                "Outcomes by pod",
+                "Where work is done, there are outcomes. One pod without any: look at it.",
+                "ops",
+                [(f"sum by (pod, instance) ({_rate('outcomes_total')})", "{{pod}} {{instance}}")],
+                width=6,
+                stacked=True,
+            ),
+            Panel(
+                "Not connected or sick, by pod",
+                "1: the pod has no broker. 2: it fails at the gateway while others succeed.",
+                "short",
+                [
+                    (
+                        (
+                            f"sum by (pod, instance) (1 - {_of('broker_connected')})"
+                            f" + 2 * sum by (pod, instance) ({_of('member_sick')})"
+                        ),
+                        "{{pod}} {{instance}}",
+                    )
+                ],
+                width=6,
+                stepped=True,
+            ),
+            Panel(
+                "Up for, by pod",
+                "Since the process began. Falls to zero again and again: a crash loop.",
+                "s",
+                [(f"time() - min by (pod, instance) ({_of('start_timestamp_seconds')} > 0)", "{{pod}} {{instance}}")],
+                width=6,
+            ),
+            Panel(
+                "Failed calls by pod",
+                "Attempts that had to be made again, a second. One pod far above the others: its way out.",
+                "ops",
+                [(f"sum by (pod, instance) ({_rate('retries_total')})", "{{pod}} {{instance}}")],
+                width=6,
             ),
         ],
     ),
@@ -326,7 +444,7 @@ ROWS: Final = (
             Panel(
                 "Calls sent again, by reason",
                 "transient: the gateway or the way to it. systemic: credentials or set-up. token: tokens die early. "
-                "id_clash: external ids repeat. throttled: lower GATEWAY_MAX_REQUESTS_PER_SECOND.",
+                "id_clash: external ids repeat. throttled: see the row The fleet.",
                 "ops",
                 [(f"sum by (reason) ({_rate('retries_total')})", "{{reason}}")],
                 stacked=True,
@@ -339,15 +457,16 @@ ROWS: Final = (
             ),
             Panel(
                 "Breaker",
-                "0 closed, 1 half-open (a probe is out), 2 open. The worst of all processes.",
+                "0 closed, 1 half-open (a probe is out), 2 open, for each lane of the fleet.",
                 "none",
-                [(f"max({_of('breaker_state')})", "breaker")],
+                [(f"max by (lane) ({_of('breaker_state')})", "{{lane}}")],
                 stepped=True,
                 states=("closed", "half-open", "open"),
             ),
             Panel(
                 "Processes that pause, by reason",
-                "breaker and throttled end by themselves; broker_blocked: the broker is short of memory or disk.",
+                "breaker and throttled end by themselves; broker_blocked: the broker is short of memory or disk; "
+                "operator: somebody paused the fleet.",
                 "short",
                 [(f"sum by (reason) ({_of('consumption_paused')})", "{{reason}}")],
                 stepped=True,
@@ -466,7 +585,7 @@ ROWS: Final = (
             Panel(
                 "Senders in use",
                 "Share of WORKER_CONCURRENCY that is in flight. At 100 % with a backlog: add concurrency or processes, "
-                "within the gateway's limit.",
+                "but never while the gateway fails or throttles, or at the rate limit (row The fleet).",
                 "percentunit",
                 [
                     (f"sum by (lane) ({_of('in_flight')}) / on () group_left sum({_of('senders')})", "{{lane}}"),
@@ -592,7 +711,7 @@ def panels() -> Iterator[Panel]:
         yield from row.panels
 
 
-def dashboard(prefix: str = PREFIX) -> dict[str, Any]:
+def dashboard(prefix: str = PREFIX, runbooks: str = RUNBOOKS) -> dict[str, Any]:
     """Grafana's model of it."""
     return {
         "uid": "qris-expire-worker",
@@ -606,39 +725,84 @@ def dashboard(prefix: str = PREFIX) -> dict[str, Any]:
         "refresh": "30s",
         "schemaVersion": 39,
         "version": 1,
-        "annotations": {"list": []},
-        "links": [],
+        "annotations": {"list": [_annotation(*each) for each in ANNOTATIONS]},
+        "links": [
+            {
+                "title": "Runbook",
+                "type": "link",
+                "icon": "doc",
+                "url": runbooks,
+                "tooltip": "What to do, a section for each alert",
+                "asDropdown": False,
+                "includeVars": False,
+                "keepTime": False,
+                "tags": [],
+                "targetBlank": True,
+            }
+        ],
         "templating": {"list": _variables(prefix)},
         "panels": list(_placed()),
     }
 
 
-def text(prefix: str = PREFIX) -> str:
+def text(prefix: str = PREFIX, runbooks: str = RUNBOOKS) -> str:
     """The file."""
-    return json.dumps(dashboard(prefix), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(dashboard(prefix, runbooks), indent=1, ensure_ascii=False) + "\n"
 
 
-def write(path: Path = MANIFEST, prefix: str = PREFIX) -> None:
+def write(path: Path = MANIFEST, prefix: str = PREFIX, runbooks: str = RUNBOOKS) -> None:
     """Makes the file anew."""
-    path.write_text(text(prefix))
+    path.write_text(text(prefix, runbooks))
+
+
+ANNOTATIONS: Final = (
+    (
+        "Breaker opened",
+        _RED,
+        (
+            f"max by (namespace, lane) ({_of('breaker_state')}) > 1"
+            f" unless max by (namespace, lane) ({_of('breaker_state')} offset 1m) > 1"
+        ),
+        "{{namespace}} {{lane}}",
+    ),
+    (
+        "Leader changed",
+        "blue",
+        f"{_of('fleet_leader')} > 0 unless {_of('fleet_leader')} offset 1m > 0",
+        "{{namespace}} {{pod}} {{instance}} leads now",
+    ),
+    (
+        "Rollout",
+        "purple",
+        (
+            f"count by (namespace, version) ({_of('build_info')})"
+            f" unless count by (namespace, version) ({_of('build_info')} offset 5m)"
+        ),
+        "{{namespace}} version {{version}}",
+    ),
+)
+"""Name, colour, query (a mark where it has a value), text."""
+
+
+def _annotation(name: str, colour: str, expr: str, title: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "datasource": _SOURCE,
+        "enable": True,
+        "iconColor": colour,
+        "expr": expr,
+        "step": "1m",
+        "titleFormat": name,
+        "textFormat": title,
+    }
 
 
 def _variables(prefix: str) -> list[dict[str, Any]]:
     return [
         {"type": "datasource", "name": "datasource", "label": "Prometheus", "query": "prometheus"},
-        {
-            "type": "query",
-            "name": "job",
-            "label": "Workers",
-            "datasource": _SOURCE,
-            "query": "label_values(qris_expire_build_info, job)",
-            "definition": "label_values(qris_expire_build_info, job)",
-            "refresh": 2,
-            "multi": True,
-            "includeAll": True,
-            "allValue": ".+",
-            "current": {"text": "All", "value": "$__all"},
-        },
+        _of_workers("namespace", "Namespace", "qris_expire_build_info"),
+        _of_workers("job", "Workers", 'qris_expire_build_info{namespace=~"$namespace"}'),
+        _of_workers("pod", "Pod", 'qris_expire_build_info{namespace=~"$namespace", job=~"$job"}'),
         {
             "type": "textbox",
             "name": "prefix",
@@ -647,6 +811,23 @@ def _variables(prefix: str) -> list[dict[str, Any]]:
             "current": {"text": prefix, "value": prefix},
         },
     ]
+
+
+def _of_workers(name: str, label: str, of: str) -> dict[str, Any]:
+    """A choice among the values of a label; "All" fits also where nobody has the label, as without Kubernetes."""
+    return {
+        "type": "query",
+        "name": name,
+        "label": label,
+        "datasource": _SOURCE,
+        "query": f"label_values({of}, {name})",
+        "definition": f"label_values({of}, {name})",
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": "All", "value": "$__all"},
+    }
 
 
 def _placed() -> Iterator[dict[str, Any]]:

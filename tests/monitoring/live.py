@@ -121,7 +121,14 @@ def ask(watching: Prometheus, recording: Recording, prefix: str) -> None:
     seconds = recording.end - recording.start
     for panel in dashboard.panels():
         for expr, _ in panel.queries:
-            values = {"$__rate_interval": "8s", "$__range": f"{seconds:.0f}s", "$job": ".+", "$prefix": prefix}
+            values = {
+                "$__rate_interval": "8s",
+                "$__range": f"{seconds:.0f}s",
+                "$namespace": ".*",
+                "$job": ".*",
+                "$pod": ".*",
+            }
+            values |= {"$prefix": prefix}
             asked = expr
             for name, value in values.items():
                 asked = asked.replace(name, value)

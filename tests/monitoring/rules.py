@@ -12,8 +12,9 @@ MANIFEST: Final = ROOT / "k8s" / "base" / "prometheusrule.yaml"
 RUNBOOK: Final = ROOT / "k8s" / "RUNBOOK.md"
 
 PREFIX: Final = "qris.expire"
-RUNBOOKS: Final = "k8s/RUNBOOK.md"
-"""Where a page's link leads, before the `#`; an address of the operators' own is better."""
+RUNBOOKS: Final = "https://git.example/qris-expire-worker/k8s/RUNBOOK.md"
+DASHBOARD: Final = "https://grafana.example/d/qris-expire-worker"
+"""Where an alert's links lead, before the `#` and the `?`: placeholders for addresses of the operators' own."""
 
 _HEAD: Final = """\
 # Made from ../monitoring/rules.yaml by `python -m tests.monitoring generate`; change it there.
@@ -61,9 +62,10 @@ def recorded() -> set[str]:
     return {rule["record"] for group in read() for rule in group["rules"] if "record" in rule}
 
 
-def manifest(prefix: str = PREFIX, runbooks: str = RUNBOOKS) -> str:
+def manifest(prefix: str = PREFIX, runbooks: str = RUNBOOKS, dashboard: str = DASHBOARD) -> str:
     """The PrometheusRule: the source's own text, comments and all, one level deeper."""
     source = SOURCE.read_text()
     text = source[source.index("groups:") :]
-    text = text.replace(f'"{PREFIX}.', f'"{prefix}.').replace(f"runbook_url: {RUNBOOKS}", f"runbook_url: {runbooks}")
+    text = text.replace(f'"{PREFIX}.', f'"{prefix}.').replace(f" {RUNBOOKS}#", f" {runbooks}#")
+    text = text.replace(f" {DASHBOARD}?", f" {dashboard}?")
     return _HEAD + "".join(f"  {line}" if line.strip() else line for line in text.splitlines(keepends=True))

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.monitoring import rules
-from tests.monitoring.cases import promtool_files
+from tests.monitoring import cases, rules
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tools")]
 
@@ -41,11 +39,7 @@ def passes(alert: str, mutant: Rule, directory: Path) -> bool:
     groups = copy.deepcopy(rules.read())
     for group in groups:
         group["rules"] = [mutant if rule.get("alert") == alert else rule for rule in group["rules"]]
-    (directory / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
-    files = []
-    for step, content in promtool_files(alert).items():
-        files.append(directory / f"{step}.yaml")
-        files[-1].write_text(yaml.safe_dump({**content, "rule_files": ["rules.yaml"]}, width=1000))
+    files = cases.write(directory, alert, groups)
     done = subprocess.run(["promtool", "test", "rules", *files], capture_output=True, text=True, check=False)
     # A mutant that is no rule at all would be noticed by nobody's merit.
     assert done.returncode == 0 or "FAILED" in done.stderr, done.stdout + done.stderr

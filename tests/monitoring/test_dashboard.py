@@ -8,7 +8,7 @@ from typing import Any
 import promql_parser
 import pytest
 
-from tests.monitoring import dashboard
+from tests.monitoring import dashboard, rules
 from tests.monitoring.metrics import counters, exported, grouped, wrong
 from tests.monitoring.schemas import faults
 
@@ -20,6 +20,8 @@ EXPRESSIONS = pytest.mark.parametrize("expr", [expr for _, expr in QUERIES], ids
 ROWS = (
     "At a glance",
     "Lanes and ages",
+    "The fleet",
+    "By pod",
     "Outcomes by reason",
     "Gateway",
     "Retries, breaker, token",
@@ -32,7 +34,9 @@ ROWS = (
 
 def replaced(expr: str) -> str:
     """With Grafana's variables filled in."""
-    for name, value in {"$__rate_interval": "1m", "$__range": "1h", "$job": ".+", "$prefix": "qris.expire"}.items():
+    fixed = {"$__rate_interval": "1m", "$__range": "1h", "$prefix": "qris.expire"}
+    chosen = dict.fromkeys(("$namespace", "$job", "$pod"), ".*")
+    for name, value in (fixed | chosen).items():
         expr = expr.replace(name, value)
     return expr
 
@@ -121,7 +125,7 @@ def test_queries_ask_for_what_exists() -> None:
     """Every metric, label and label value of the queries is exported: this is what a rename meets."""
 
     known = exported()
-    labels = {label for each in known.values() for label in each} | {"queue", "job", "instance"}
+    labels = {label for each in known.values() for label in each} | {"queue", "namespace", "job", "pod", "instance"}
     for _, expr in QUERIES:
         assert grouped(expr) <= labels
     assert [f"{title}: {fault}" for title, expr in QUERIES for fault in wrong(replaced(expr), known)] == []
@@ -139,10 +143,11 @@ def test_legends_name_labels_that_are_there() -> None:
 
 
 def test_queries_choose_the_job() -> None:
-    """Every metric of the worker is asked for with the chosen jobs, every queue with the chosen prefix."""
+    """Every metric of the worker is asked for with the chosen workers, every queue with the chosen prefix."""
 
     for _, expr in QUERIES:
-        assert all('job=~"$job"' in one for one in re.findall(r"qris_expire_\w+(?:{[^}]*})?", expr))
+        chosen = 'namespace=~"$namespace", job=~"$job", pod=~"$pod"'
+        assert all(chosen in one for one in re.findall(r"qris_expire_\w+(?:{[^}]*})?", expr))
         assert all("$prefix." in one for one in re.findall(r"rabbitmq_\w+(?:{[^}]*})?", expr))
 
 
@@ -154,8 +159,30 @@ def test_counters_are_rated(expr: str) -> None:
         assert (function, window) in {("rate", "$__rate_interval"), ("increase", "$__range")}, name
 
 
+@pytest.mark.parametrize("annotation", MODEL["annotations"]["list"], ids=lambda each: each["name"])
+def test_annotations_ask_for_what_exists(annotation: dict[str, Any]) -> None:
+    """A mark is asked for from the chosen data source, by a query that parses, and names labels that it keeps."""
+
+    assert annotation["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    assert list(wrong(replaced(annotation["expr"]), exported())) == []
+    kept = grouped(annotation["expr"]) or {"namespace", "pod", "instance"}
+    assert set(re.findall(r"{{(\w+)}}", annotation["textFormat"])) <= kept
+
+
+def test_marks() -> None:
+    """The graphs are marked where a breaker opened, the leader changed, and a version came."""
+
+    assert [each["name"] for each in MODEL["annotations"]["list"]] == ["Breaker opened", "Leader changed", "Rollout"]
+
+
+def test_the_runbook_is_one_click_away() -> None:
+    """The dashboard links to the runbook, by the same address as the alerts."""
+
+    assert [link["url"] for link in MODEL["links"]] == [rules.RUNBOOKS]
+
+
 def test_variables() -> None:
-    """What can be chosen is used: data source, jobs, prefix of the queues."""
+    """What can be chosen: data source, namespace, jobs, pod, prefix of the queues."""
 
     names = [variable["name"] for variable in MODEL["templating"]["list"]]
-    assert names == ["datasource", "job", "prefix"]
+    assert names == ["datasource", "namespace", "job", "pod", "prefix"]

@@ -54,12 +54,13 @@ def test_no_case_without_its_alert() -> None:
 def test_every_alert_says_what_to_do(alert: rules.Alert) -> None:
     """Summary, meaning, action and a link to a section of the runbook that exists; page or ticket."""
 
-    assert alert.severity in ("page", "ticket")
-    assert set(alert.annotations) == {"summary", "description", "action", "runbook_url"}
+    assert alert.severity in ("page", "ticket", "info")
+    assert set(alert.annotations) == {"summary", "description", "action", "runbook_url", "dashboard_url"}
     assert all(len(text) >= 20 for text in alert.annotations.values())
     # The cases take these from the source as they are, so a template in them would go untested.
     assert "{{" not in alert.annotations["description"] + alert.annotations["action"]
     assert alert.annotations["runbook_url"] == f"{rules.RUNBOOKS}#{alert.name.lower()}"
+    assert alert.annotations["dashboard_url"] == f"{rules.DASHBOARD}?var-namespace={{{{ $labels.namespace }}}}"
     assert f"\n## {alert.name}\n" in rules.RUNBOOK.read_text()
 
 
@@ -68,7 +69,7 @@ def test_rules_ask_for_what_exists() -> None:
 
     known = exported()
     labels = {label for each in known.values() for label in each}
-    labels |= {"namespace", "job", "instance", "vhost", "queue", "cronjob"}
+    labels |= {"namespace", "job", "pod", "instance", "vhost", "queue", "cronjob", "job_name"}
     assert set().union(*map(grouped, rules.expressions())) <= labels
     assert [fault for expr in rules.expressions() for fault in wrong(expr, known)] == []
 
@@ -129,12 +130,14 @@ def test_the_prometheusrule_is_valid() -> None:
 
 
 def test_another_prefix_and_another_runbook() -> None:
-    """A generated PrometheusRule names the queues and the runbook that were asked for, everywhere."""
+    """A generated PrometheusRule has the queues, the runbook and the dashboard that were asked for, everywhere."""
 
-    text = rules.manifest("shop.expire", "https://wiki.test/qris")
+    text = rules.manifest("shop.expire", "https://wiki.test/qris", "https://grafana.test/d/qris")
     assert '"qris.expire.' not in text
     assert text.count('queue=~"shop.expire.(cancellation|sweep)"') == 2
     assert text.count("runbook_url: https://wiki.test/qris#") == len(ALERTS)
+    assert text.count("dashboard_url: https://grafana.test/d/qris?") == len(ALERTS)
+    assert ".example" not in text
 
 
 @pytest.mark.usefixtures("tools")

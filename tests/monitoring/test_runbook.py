@@ -9,6 +9,7 @@ from tests.monitoring import dashboard, rules
 from worker.cli import read
 from worker.core.outcome import REASONS
 from worker.core.verdict import Kind
+from worker.settings import GROUPS
 
 TEXT = rules.RUNBOOK.read_text()
 PARTS = re.split(r"^## (.+)$", TEXT, flags=re.MULTILINE)
@@ -51,7 +52,8 @@ def test_what_it_names_exists() -> None:
     prose = re.sub(r"`[^`]*`", "", TEXT)
     assert set(re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", prose)) - quoted <= panels
     assert SETTING.findall(TEXT)
-    assert set(SETTING.findall(TEXT)) <= set(SETTING.findall((rules.ROOT / "README.md").read_text()))
+    declared = {group.variable(name) for group in GROUPS for name in group.declared()}
+    assert set(SETTING.findall(TEXT)) <= declared
     verdicts = {kind.label for kind in Kind}
     assert set(re.findall(r'"verdict":"(\w+)"', TEXT)) <= verdicts
     # As the log has it, without a blank: what is searched for must be found.

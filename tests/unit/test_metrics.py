@@ -38,6 +38,7 @@ def every_call(metrics: Metrics) -> None:
     for lane in LANES:
         metrics.received(lane)
         metrics.undated(lane)
+        metrics.waiting(lane, 7)
         metrics.in_hand(lane, 1)
         metrics.settled(lane, 0.2)
         metrics.acked(lane, 2)
@@ -192,6 +193,7 @@ def test_seconds_are_told_by_response_code(metrics: Metrics) -> None:
         lambda metrics, bill: metrics.token_refresh(bill),
         lambda metrics, bill: metrics.paused(bill, True),
         lambda metrics, bill: metrics.undated(bill),
+        lambda metrics, bill: metrics.waiting(bill, 1),
         lambda metrics, bill: metrics.breaker(bill, 1),
         lambda metrics, bill: metrics.certificate(bill, 1.0),
     ],

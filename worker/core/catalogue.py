@@ -136,6 +136,15 @@ CATALOGUE: Final = (
         _BY_LANE,
     ),
     Metric(
+        "commands_waiting",
+        Kind.GAUGE,
+        "Commands that wait in the lane's queue, in no worker's hands, as the broker told this process some seconds "
+        "ago. Rises steadily: more come than end; over the rate of outcomes_total it is the time to empty.",
+        ("lane",),
+        _BY_LANE,
+        merge=max,
+    ),
+    Metric(
         "outcomes_total",
         Kind.COUNTER,
         "Commands that ended, by status and reason; counted when the broker has confirmed the outcome. "

@@ -76,6 +76,10 @@ class Metrics:
         """That command had no timestamp of its producer."""
         self._counter["commands_undated_total"][lane,].inc()
 
+    def waiting(self, lane: str, commands: int) -> None:
+        """The broker says that so many commands wait in the lane's queue."""
+        self._gauge["commands_waiting"][lane,].set(commands)
+
     def in_hand(self, lane: str, delta: int) -> None:
         """A sender took a command (+1) or gave it away (-1)."""
         self._gauge["in_flight"][lane,].inc(delta)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import os
 import signal
 import sqlite3
@@ -245,7 +248,19 @@ def test_batch_is_not_mixed_with_other_input(desk: Desk, declared: Rabbit) -> No
         (b"", "bills.csv: is empty"),
         (b"1\n2\n", "bills.csv:1: has no column billnumber"),
         ("billnumber\n1\n".encode("utf-16"), "bills.csv:1: is UTF-16; save it as UTF-8"),
-        (b"billnumber,name\n1,Caf\xe9\n", "bills.csv:2: is not UTF-8 text"),
+        ("billnumber\n1\n".encode("utf-32"), "bills.csv:1: is UTF-32; save it as UTF-8"),
+        ("billnumber\n1\n".encode("utf-16-le"), "bills.csv:1: has NUL bytes: it is UTF-16"),
+        (
+            b"billnumber,name\n1,Caf\xe9\n",
+            "bills.csv:2: is not UTF-8 text: byte 0xE9, 'é' in Windows-1252 (as in '1,Café')",
+        ),
+        (gzip.compress(b"billnumber\n1\n"), "bills.csv: is compressed with gzip; unpack it: gzip -dc bills.csv | "),
+        (bz2.compress(b"billnumber\n1\n"), "bills.csv: is compressed with bzip2"),
+        (lzma.compress(b"billnumber\n1\n"), "bills.csv: is compressed with xz"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "bills.csv: is an Excel workbook of the old form (.xls)"),
+        (b"PK\x03\x04\n", "bills.csv: is an Excel workbook (.xlsx)"),
+        (b"<html><table>\n", "bills.csv: is HTML or XML"),
+        (b"%PDF-1.7\n", "bills.csv: is a PDF document"),
     ],
 )
 def test_file_of_another_kind_is_one_clear_line(desk: Desk, at_once: Call, content: bytes, said: str) -> None:

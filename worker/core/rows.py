@@ -16,7 +16,7 @@ MAX_IDENTIFIER: Final = 64
 DELIMITERS: Final = (",", ";", "\t", "|")
 
 _COLUMNS: Final = {"billnumber": "bill", "merchantid": "merchant", "reference": "reference", "notafter": "not_after"}
-_NEEDLESS = re.compile(r"[\s_-]+")
+_NEEDLESS = re.compile(r"[\s_\-\ufeff\u200b]+")
 _SEPARATOR_LINE = re.compile(r"sep=(.)\Z", re.IGNORECASE)
 _DIGITS, _LETTERS = re.compile(r"\d+"), re.compile(r"[A-Za-z]+")
 
@@ -167,7 +167,7 @@ class _Numbered:
             self.held.clear()
             if self.number == 1 and line.startswith("\ufeff"):
                 self.marked = True
-            text = line.removeprefix("\ufeff") if self.number == 1 else line
+            text = line.lstrip("\ufeff") if self.number == 1 else line
             if text.strip():
                 return text
         return None

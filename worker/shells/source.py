@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import shlex
 import stat
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,25 @@ from worker.core.rows import InputError
 
 STDIN: Final = "-"
 MAX_LINE_BYTES: Final = 1 << 20  # what is no text at all (a disk image, an archive) has no line ends
-_WIDE: Final = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+SAVE_AS: Final = "in Excel: File > Save As > 'CSV UTF-8 (Comma delimited) (*.csv)'"
+_ENCODED: Final = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),  # Excel's "Unicode Text"
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_PACKED: Final = (
+    (b"\x1f\x8b", "gzip", "gzip -dc"),
+    (b"BZh", "bzip2", "bzip2 -dc"),
+    (b"\xfd7zXZ", "xz", "xz -dc"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
+)
+_OTHER: Final = (
+    (b"PK\x03\x04", f"an Excel workbook (.xlsx) or another zip archive; save it as CSV ({SAVE_AS})"),
+    (b"\xd0\xcf\x11\xe0", f"an Excel workbook of the old form (.xls); save it as CSV ({SAVE_AS})"),
+    (b"%PDF", "a PDF document; export the table itself as CSV"),
+    (b"<", f"HTML or XML, whatever its name says; open it in a spreadsheet and save it as CSV ({SAVE_AS})"),
+)
 _JSON_SUFFIXES: Final = frozenset({".jsonl", ".ndjson"})
 
 
@@ -43,14 +62,19 @@ class Source:
         number = 0
         while line := self._line(number + 1):
             number += 1
-            if number == 1 and line[:2] in _WIDE:
-                raise InputError(f"is {_WIDE[line[:2]]}; save it as UTF-8", 1)
+            if number == 1:
+                _check_kind(self.name, line)
             self._digest.update(line)
             self.bytes_read += len(line)
             try:
-                yield line.decode()
-            except UnicodeDecodeError:
-                raise InputError("is not UTF-8 text; save the file as UTF-8", number) from None
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise InputError(_not_utf8(line, error.start), number) from None
+            if b"\0" in line:
+                raise InputError(
+                    f"has NUL bytes: it is UTF-16 without its mark, or no text; save it as UTF-8 ({SAVE_AS})", number
+                )
+            yield text
 
     def digest(self, *more: str) -> str:
         """Hexadecimal, of all bytes read and of what else decides what is sent."""
@@ -67,6 +91,31 @@ class Source:
         if len(line) > MAX_LINE_BYTES:
             raise InputError(f"has a line of more than {MAX_LINE_BYTES} bytes; is it CSV or JSON lines?", number)
         return line
+
+
+def _check_kind(name: str, start: bytes) -> None:
+    """Raises `InputError` for what is no text, by its first bytes, with what to do about it."""
+    for mark, encoding in _ENCODED:
+        if start.startswith(mark):
+            raise InputError(f"is {encoding}; save it as UTF-8 ({SAVE_AS})", 1)
+    for mark, packed, unpack in _PACKED:
+        if start.startswith(mark):
+            raise InputError(
+                f"is compressed with {packed}; unpack it: {unpack} {shlex.quote(name)} | qris-expire sweep -"
+            )
+    for mark, what in _OTHER:
+        if start.lstrip().startswith(mark):
+            raise InputError(f"is {what}")
+
+
+def _not_utf8(line: bytes, at: int) -> str:
+    """The first letter that is not UTF-8, as the usual other encoding has it, and what stands around it."""
+    text, letter = line.decode("cp1252", "replace"), line[at : at + 1].decode("cp1252", "replace")
+    around = text[max(0, at - 15) : at + 15].strip()
+    return (
+        f"is not UTF-8 text: byte 0x{line[at]:02X}, {letter!r} in Windows-1252 (as in {around!r}); "
+        f"save the file as UTF-8 ({SAVE_AS})"
+    )
 
 
 def _open(name: str) -> tuple[BinaryIO, int | None]:

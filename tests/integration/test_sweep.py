@@ -289,6 +289,9 @@ def test_file_of_another_kind_is_one_clear_line(desk: Desk, at_once: Call, conte
         ["bills.csv", "--report", "no/where.csv"],
         ["bills.csv", "--report", "."],
         ["bills.csv", "--delimiter", ";;"],
+        ["bills.csv", "--window", "5"],
+        ["bills.csv", "--wait", "--window", "0"],
+        ["bills.csv", "--stop", "b"],
     ],
 )
 def test_wrong_call_is_one_line(desk: Desk, at_once: Call, arguments: list[str]) -> None:
@@ -768,6 +771,98 @@ def test_follower_that_loses_its_connection_follows_on(desk: Desk) -> None:
         with worker(desk, gateway):
             said = it.communicate(timeout=60)
         assert it.returncode == 0, said
+
+
+def test_window_bounds_what_is_at_the_broker(desk: Desk, declared: Rabbit) -> None:
+    """Without a worker it publishes as many as the window has; killed and followed on, no more; then all are done."""
+
+    lane, call = desk.names.queue("sweep"), ("--wait", "--window", "40", "--batch-id", "b")
+    most = 0
+
+    def unanswered() -> int:
+        nonlocal most
+        most = max(most, desk.published("b") - desk.answered("b"), declared.depth(lane))
+        return most
+
+    with desk.calling("sweep", desk.file(400), *call) as process:
+        wait_until(lambda: desk.published("b") == 40, 30, "the window is full")
+        assert declared.depth(lane) == 40
+        process.kill()
+    with (
+        Simulator() as gateway,
+        worker(desk, gateway),
+        desk.calling("sweep", "--follow", "b", "--window", "40") as process,
+    ):
+        wait_until(lambda: (unanswered(), process.poll() is not None)[1], 60, "the end")
+        assert process.returncode == 0
+        assert gateway.report().bills_expired == 400
+    assert most <= 40
+
+
+@pytest.mark.usefixtures("rabbit")
+def test_sweep_survives_a_restart_of_the_broker(tmp_path: Path, fresh: PrivateBroker, prefix: str) -> None:
+    """Feeding goes on where it was; nothing is lost, and no bill is sent under two ids."""
+
+    desk = Desk(tmp_path, fresh.url, prefix)
+    with (
+        Simulator(Script.parse({"latency": 0.01})) as gateway,
+        worker(desk, gateway),
+        desk.calling("sweep", desk.file(1500), "--wait", "--batch-id", "b", "--window", "100") as process,
+    ):
+        wait_until(lambda: desk.answered("b") > 100, 60, "some outcomes")
+        fresh.restart()
+        out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert rows_of(out) == {"expired success": 1500, "total rows of the input": 1500}
+
+
+def test_sweep_is_stopped_from_anywhere(desk: Desk, declared: Rabbit) -> None:
+    """From another host, too: nothing more is published, what was is followed to its end, and it can be resumed."""
+
+    elsewhere = {"XDG_STATE_HOME": str(desk.directory / "other")}
+    with Simulator(Script.parse({"latency": 0.05})) as gateway, worker(desk, gateway):
+        with desk.calling(
+            "sweep", desk.file(5000), "--wait", "--batch-id", "b", "--window", "100", "--report", "out.csv"
+        ) as process:
+            wait_until(lambda: desk.answered("b") > 0, 30, "outcomes")
+            stopped = desk("sweep", "--stop", "b", **elsewhere)
+            assert (stopped.returncode, "of 5,000 bills are published" in stopped.stdout) == (0, True), stopped.stderr
+            said = process.communicate(timeout=30)[1]
+        assert process.returncode == 1
+        assert "batch b was stopped by " in said
+        assert "qris-expire sweep --follow b --resume" in said
+        published = desk.published("b")
+        assert published < 5000
+        assert desk.answered("b") == published
+        states = Counter(line["status"] for line in desk.report())
+        assert states == {"expired": published, "unsent": 5000 - published}
+
+        again = desk("sweep", "--follow", "b")
+        assert (again.returncode, "was stopped by" in again.stderr, desk.published("b")) == (1, True, published)
+        gateway.replace(Script())
+        done = desk("sweep", "--follow", "b", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert declared.depth(desk.names.queue("sweep")) == 0
+
+
+@pytest.mark.usefixtures("declared")
+def test_stop_reaches_a_sweep_whose_process_died(desk: Desk) -> None:
+    """The order waits in the inbox; whoever follows the batch next publishes no more. A stranger's batch is named."""
+
+    elsewhere = {"XDG_STATE_HOME": str(desk.directory / "other")}
+    with desk.calling("sweep", desk.file(400), "--wait", "--batch-id", "b", "--window", "40") as process:
+        wait_until(lambda: desk.published("b") == 40, 30, "the window is full")
+        process.kill()
+
+    stopped = desk("sweep", "--stop", "b", **elsewhere)
+    nobody = desk("sweep", "--stop", "c")
+
+    assert (stopped.returncode, "the next one that follows it will publish nothing more" in stopped.stdout) == (0, True)
+    assert (nobody.returncode, "nobody follows batch c" in nobody.stderr) == (1, True)
+    with Simulator() as gateway, worker(desk, gateway):
+        done = desk("sweep", "--follow", "b", "--window", "40")
+    assert (done.returncode, "was stopped by" in done.stderr) == (1, True), done.stderr
+    assert desk.published("b") <= 80
 
 
 def test_standard_input_is_gone_on_with_from_the_journal(desk: Desk, rabbit: Rabbit) -> None:

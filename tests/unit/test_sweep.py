@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+from collections import deque
 from collections.abc import Sequence
 
 import pytest
@@ -20,9 +21,11 @@ from worker.core.command import Command, parse
 from worker.core.outcome import Outcome, Reason, encode
 from worker.core.rows import BadRow, InputError, Reading, Row, read
 from worker.core.sweep import (
+    WINDOW,
     Batch,
     Bill,
     Facts,
+    Pace,
     Recorded,
     Speed,
     Standing,
@@ -535,8 +538,12 @@ class FakeJournal:
         for each in outcomes:
             if each.bill not in self.known:
                 self.known[each.bill] = each
+                recorded.numbers.append(int(each.bill))
                 recorded.change(each.status, each.reason, 1)
         return recorded
+
+    def stop(self, who: str) -> None:
+        self.facts = self.facts._replace(stopped=who)
 
     def tally(self) -> Tally:
         answered = {("expired", "success"): len(self.known)} if self.known else {}
@@ -558,13 +565,21 @@ class FakeScreen:
 class Stage:
     """A sweep of ``size`` bills, played by hand."""
 
-    def __init__(self, size: int, *, follow: bool = True, journal: FakeJournal | None = None) -> None:
+    def __init__(
+        self, size: int, *, follow: bool = True, journal: FakeJournal | None = None, window: int = WINDOW
+    ) -> None:
         self.journal = journal or FakeJournal(size)
         self.clock = FakeClock()
         self.screen = FakeScreen()
         self.signals = 0
         self.sweep = Sweep(
-            self.journal, NAMES, follow=follow, stop=lambda: self.signals, screen=self.screen, clock=self.clock
+            self.journal,
+            NAMES,
+            follow=follow,
+            stop=lambda: self.signals,
+            screen=self.screen,
+            clock=self.clock,
+            window=window,
         )
 
     def send(self) -> list[int]:
@@ -668,6 +683,152 @@ def test_interrupted_sweep_does_not_wait_for_a_silent_broker(more: str) -> None:
     stage.signals += more == "signal"
 
     assert not stage.look(after=CONFIRM_SECONDS + 1 if more == "time" else 0.1)
+
+
+def test_no_more_bills_than_the_window_are_without_an_outcome() -> None:
+    """The next one goes out when one is answered, whichever that is; confirms alone make no room."""
+
+    stage = Stage(9, window=3)
+
+    assert stage.send() == [1, 2, 3]
+    for number in (1, 2, 3):
+        stage.sweep.confirmed(number)
+    assert stage.send() == []
+    stage.sweep.outcomes([outcome_body(bill="3"), outcome_body(bill="3"), outcome_body(bill="9")])
+    assert stage.send() == [4]
+    stage.sweep.outcomes([outcome_body(bill="1"), outcome_body(bill="2")])
+    assert stage.send() == [5, 6]
+
+
+def test_resumed_sweep_counts_what_waits_already() -> None:
+    """What an earlier process published is within the window too."""
+
+    stage = Stage(9, journal=FakeJournal(9, published=3), window=5)
+
+    assert stage.send() == [4, 5]
+
+
+def test_without_wait_there_is_no_window() -> None:
+    """Nobody follows the outcomes, so nobody knows when there is room."""
+
+    assert len(Stage(300, follow=False, window=3).send()) == 300
+
+
+def test_stopped_batch_publishes_no_more_and_ends_with_its_outcomes() -> None:
+    """What is out is followed to its end, the rest stays unsent; the journal knows who stopped it."""
+
+    stage = Stage(9, window=3)
+    stage.send()
+    for number in (1, 2, 3):
+        stage.sweep.confirmed(number)
+
+    said = stage.sweep.cut("ana@desk", NOON)
+
+    assert said == "3 of 9 bills are published, 3 of them have no outcome yet"
+    stage.sweep.outcomes([outcome_body(bill="1"), outcome_body(bill="2")])
+    assert stage.send() == []
+    assert stage.look()
+    assert "stopped by ana@desk" in stage.screen.trouble
+    stage.sweep.outcomes([outcome_body(bill="3")])
+    assert not stage.look()
+    assert stage.sweep.ended is Ended.CUT
+    assert stage.journal.facts.stopped == "ana@desk"
+
+
+def test_order_to_stop_that_is_older_than_the_resumption_is_void() -> None:
+    """It may wait in the inbox while nobody reads it, and somebody may have resumed the batch since."""
+
+    journal = FakeJournal(3)
+    journal.facts = journal.facts._replace(resumed_at=NOON)
+    stage = Stage(3, journal=journal)
+
+    stage.sweep.cut("ana@desk", NOON - 1)
+    assert stage.send() == [1, 2, 3]
+    stage.sweep.cut("ana@desk", NOON + 1)
+    assert stage.journal.facts.stopped
+
+
+class Lane:
+    """A lane with workers that answer ``rate`` bills a second, ``hands`` at once, and sweeps that share it."""
+
+    def __init__(self, rate: float, hands: int) -> None:
+        self.rate, self.hands, self.now = rate, hands, 0.0
+        self.queue: deque[int] = deque()
+        self.in_hand: deque[int] = deque()
+        self.sweeps: list[tuple[Pace, list[int]]] = []  # and (published, answered)
+        self.busy = 0.0
+
+    def join(self) -> int:
+        self.sweeps.append((Pace(WINDOW, self.now), [0, 0]))
+        return len(self.sweeps) - 1
+
+    def run(self, seconds: float, step: float = 0.05) -> None:
+        end, credit, looks = self.now + seconds, 0.0, 0
+        while self.now < end - 1e-9:
+            self.now += step
+            credit += self.rate * step
+            looks += 1
+            for pace, (published, answered) in self.sweeps:
+                if looks % 5 == 0:
+                    pace.seen(self.now, published - answered, len(self.queue), 1)
+            for number, (pace, counts) in enumerate(self.sweeps):
+                while counts[0] - counts[1] < pace.allowed(self.now):
+                    counts[0] += 1
+                    self.queue.append(number)
+            while self.queue and len(self.in_hand) < self.hands:
+                self.in_hand.append(self.queue.popleft())
+            done = 0
+            while self.in_hand and credit >= 1:
+                credit -= 1
+                done += 1
+                self.sweeps[self.in_hand.popleft()][1][1] += 1
+                if self.queue:
+                    self.in_hand.append(self.queue.popleft())
+            credit = min(credit, max(1.0, self.rate * step))
+            self.busy += done
+            for pace, _ in self.sweeps:
+                pace.heard(done)
+
+
+@pytest.mark.parametrize(("rate", "hands"), [(1000, 64), (50, 24), (5000, 1000), (100, 2000), (2, 8)])
+def test_pace_keeps_the_workers_busy_and_the_lane_short(rate: float, hands: int) -> None:
+    """Whatever they do in a second: nearly all of that is done, with a second of work or a hundred bills queued."""
+
+    lane = Lane(rate, hands)
+    lane.join()
+    lane.run(20)
+    before = lane.busy
+    lane.run(20)
+
+    assert lane.busy - before >= 0.95 * rate * 20
+    assert len(lane.queue) <= max(150, rate)
+
+
+def test_two_sweeps_get_equal_shares() -> None:
+    """The one that came later is not behind the other's window."""
+
+    lane = Lane(800, 64)
+    lane.join()
+    lane.run(20)
+    second = lane.join()
+    lane.run(0.7)
+    assert lane.sweeps[second][1][1] > 0
+    before = [counts[1] for _, counts in lane.sweeps]
+    lane.run(20)
+
+    shares = [counts[1] - earlier for (_, counts), earlier in zip(lane.sweeps, before, strict=True)]
+    assert min(shares) / max(shares) > 0.7, shares
+
+
+def test_pace_fills_the_window_while_nobody_works() -> None:
+    """After a moment in which a worker that is being started would have come; then nobody is kept waiting."""
+
+    pace = Pace(5000, 0.0)
+    pace.seen(1.0, 0, 0, 0)
+    assert pace.allowed(1.0) < 5000
+    assert pace.allowed(5.0) == 5000
+    pace.seen(6.0, 5000, 5000, 1)
+    assert pace.allowed(6.0) < 5000
 
 
 def test_silence_is_put_as_a_question() -> None:

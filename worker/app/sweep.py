@@ -10,8 +10,10 @@ from typing import Final, Protocol
 from worker.core.delivery import Message
 from worker.core.ports import Clock
 from worker.core.sweep import (
+    WINDOW,
     Bill,
     Facts,
+    Pace,
     Recorded,
     Standing,
     Tally,
@@ -23,7 +25,7 @@ from worker.core.sweep import (
 from worker.core.topology import Names
 
 CHUNK: Final = 1000  # bills read from the journal at once
-SAVE_EVERY: Final = 0.5  # seconds between two notes of how far it is published; what lies between is published again
+SAVE_EVERY: Final = 0.2  # seconds between two notes of how far it is published; what lies between is published again
 CONFIRM_SECONDS: Final = 3.0  # the longest wait, once told to stop, for the confirms of what is on its way
 QUIET_SECONDS: Final = 20.0
 """Seconds without any outcome after which people are asked whether a worker runs."""
@@ -34,6 +36,7 @@ class Ended(Enum):
 
     DONE = "done"
     STOPPED = "stopped"
+    CUT = "cut"  # somebody stopped the batch: what was published has its outcomes, the rest is unsent
 
 
 class Screen(Protocol):
@@ -60,15 +63,27 @@ class Journal(Protocol):
     def tally(self) -> Tally:
         """The sum."""
 
+    def stop(self, who: str) -> None:
+        """Nothing more of it is to be published."""
+
 
 class Sweep:
     """The errand of one batch, for a loop that publishes and consumes: it is asked what to do, and told what was done.
 
-    ``stop`` says whether people want it to end.
+    A batch that is followed never has more than ``window`` bills without an outcome. ``stop`` says whether people want
+    it to end.
     """
 
     def __init__(
-        self, journal: Journal, names: Names, *, follow: bool, stop: Callable[[], int], screen: Screen, clock: Clock
+        self,
+        journal: Journal,
+        names: Names,
+        *,
+        follow: bool,
+        stop: Callable[[], int],
+        screen: Screen,
+        clock: Clock,
+        window: int = WINDOW,
     ) -> None:
         facts, tally = journal.facts, journal.tally()
         self._journal = journal
@@ -84,12 +99,16 @@ class Sweep:
         self._exhausted = not tally.unsent
         self._standing = Standing(tally.bills, tally.sent, dict(tally.told))
         self._save_at = self._heard_at = clock.monotonic()
+        self._window = window
+        self._pace = Pace(window, self._heard_at)
+        self._unanswered = tally.waiting
+        self._answered = facts.published  # the highest number that has an outcome, as far as this process knows
         self._give_up_at: float | None = None
         self.ended: Ended | None = None
 
     def next(self) -> tuple[int, Message] | None:
-        """The next bill's command; None when all are on their way, or when no more are wanted."""
-        if self._exhausted or self._stop():
+        """The next bill's command; None when all are on their way, or when no more are wanted now."""
+        if self._exhausted or self._stop() or self._journal.facts.stopped or not self._room():
             return None
         if not self._ahead:
             self._ahead.extend(self._journal.unsent(self._read, CHUNK))
@@ -98,6 +117,7 @@ class Sweep:
                 return None
         bill = self._ahead.popleft()
         self._read = bill.number
+        self._unanswered += 1
         self._watermark.published(bill.number)
         return bill.number, command_message(self._names, self._batch, bill, self._clock.epoch())
 
@@ -106,11 +126,39 @@ class Sweep:
         self._watermark.confirmed(number)
         self._standing.sent = min(self._standing.sent + 1, self._standing.bills)
 
-    def outcomes(self, bodies: Sequence[bytes]) -> None:
-        """Keeps what they say; safe when it returns."""
+    def outcomes(self, bodies: Sequence[bytes], lane: int = 0) -> None:
+        """Keeps what they say; safe when it returns. ``lane``: how many came in all, with those of other batches."""
+        self._pace.heard(lane)
+        if not bodies:
+            return
         told = [each for each in map(read_outcome, bodies) if each is not None]
-        self._standing.add(self._journal.record(told))
+        recorded = self._journal.record(told)
+        self._standing.add(recorded)
+        for number in recorded.numbers:
+            if number <= self._read:  # else an earlier process published it, and could not note that any more
+                self._unanswered = max(0, self._unanswered - 1)
+                self._answered = max(self._answered, number)
         self._heard_at = self._clock.monotonic()
+
+    def lane(self, ready: int, consumers: int) -> None:
+        """The lane as it is now: messages that wait in it, of all batches, and its consumers."""
+        self._pace.seen(self._clock.monotonic(), self._read - self._answered, ready, consumers)
+
+    def cut(self, who: str, epoch: float) -> str:
+        """Somebody stops the batch: nothing more of it is published. The answer is where it stands, for people."""
+        if epoch >= self._journal.facts.resumed_at:
+            self._journal.stop(who)
+        standing = self._standing
+        return (
+            f"{standing.sent:,} of {standing.bills:,} bills are published, "
+            f"{self._unanswered:,} of them have no outcome yet"
+        )
+
+    def _room(self) -> bool:
+        if not self._follow:
+            return True
+        ahead = self._read - self._answered
+        return self._unanswered < self._window and ahead < self._pace.allowed(self._clock.monotonic())
 
     def look(self, trouble: str) -> bool:
         """Saves, shows, and says whether to go on."""
@@ -126,9 +174,11 @@ class Sweep:
         return False
 
     def _ending(self, now: float) -> Ended | None:
-        all_sent = self._exhausted and not self._watermark
-        if all_sent and not (self._follow and self._standing.answered < self._standing.bills):
-            return Ended.DONE
+        if not self._watermark:
+            if self._exhausted and not (self._follow and self._standing.answered < self._standing.bills):
+                return Ended.DONE
+            if self._journal.facts.stopped and not (self._follow and self._unanswered):
+                return Ended.CUT
         if not self._stop():
             return None
         self._give_up_at = self._give_up_at or now + CONFIRM_SECONDS
@@ -142,5 +192,7 @@ class Sweep:
             self._journal.published(self._saved)
 
     def _silence(self, now: float) -> str:
-        quiet = self._follow and self._exhausted and now - self._heard_at > QUIET_SECONDS
+        if self._journal.facts.stopped:
+            return f"stopped by {self._journal.facts.stopped}; {self._unanswered:,} bills wait for their outcome"
+        quiet = self._follow and self._unanswered and now - self._heard_at > QUIET_SECONDS
         return f"no outcome for {now - self._heard_at:.0f} s; does a worker run?" if quiet else ""

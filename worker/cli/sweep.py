@@ -27,6 +27,7 @@ from worker.cli.batches import (
 )
 from worker.cli.command_line import Argument, Option
 from worker.cli.intake import Input, batch, take_in
+from worker.core.sweep import WINDOW
 from worker.core.words import plural
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class _Wish:
     wait: bool
     follow: str | None
     report: Path | None
+    window: int | None
+    stop: str | None
+    resume: bool
     force: bool
     delimiter: str | None
     accept_as_is: bool
@@ -70,6 +74,18 @@ def sweep(
     follow: Annotated[
         str | None, Option(metavar="BATCH", help="Instead of FILE: go on with a batch that was interrupted.")
     ] = None,
+    window: Annotated[
+        int | None,
+        Option(metavar="N", help=f"With --wait, the most bills without an outcome at any time [{WINDOW:,}]."),
+    ] = None,
+    stop: Annotated[
+        str | None,
+        Option(
+            metavar="BATCH",
+            help="Instead of FILE: publish nothing more of a batch that is followed, wherever its process runs.",
+        ),
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with a batch that was stopped.")] = False,
     report: Annotated[
         Path | None, Option(metavar="OUT.csv", help="At the end, write a line for each row of the input to this file.")
     ] = None,
@@ -113,6 +129,9 @@ def sweep(
         wait=wait,
         follow=follow,
         report=report,
+        window=window,
+        stop=stop,
+        resume=resume,
         force=force,
         delimiter=delimiter,
         accept_as_is=accept_as_is,
@@ -132,6 +151,8 @@ def _run(wish: _Wish) -> int:
     amqp = settings.amqp if wish.direct else settings
     _silence()
     with _told():
+        if wish.stop is not None:
+            return _stop(wish.stop, amqp, state_directory(amqp.prefix, wish.state_dir))
         if wish.dry_run:
             return _dry_run(wish, amqp.prefix, settings)
         directory = state_directory(amqp.prefix, wish.state_dir)
@@ -149,8 +170,10 @@ def _run(wish: _Wish) -> int:
 def _check(wish: _Wish) -> None:
     from worker.core.command import IDENTIFIER_RULE, is_identifier
 
-    if (wish.file is None) == (wish.follow is None):
-        raise Trouble("give a FILE (or - for standard input), or --follow BATCH", code=INVALID)
+    if [wish.file, wish.follow, wish.stop].count(None) != 2:
+        raise Trouble("give a FILE (or - for standard input), --follow BATCH or --stop BATCH", code=INVALID)
+    if wish.window is not None and (wish.window < 1 or wish.direct or not (wish.wait or wish.follow)):
+        raise Trouble("--window takes a number from 1, and goes with --wait; leave it out otherwise", code=INVALID)
     if wish.follow is not None and (wish.dry_run or wish.batch_id or wish.merchant_id or wish.skip_invalid):
         raise Trouble("--follow goes on with a batch as it is; leave out the options about its input", code=INVALID)
     if wish.direct and wish.republish:
@@ -268,6 +291,7 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
 
     from worker.app.sweep import Ended, Sweep
     from worker.cli.meter import Meter
+    from worker.core.lanes import SWEEP
     from worker.core.sweep import follower_name, inbox
     from worker.shells.amqp.bulk import Bulk, Followed, Route
     from worker.shells.amqp.session import BrokerError, parameters, session
@@ -275,6 +299,8 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
 
     if wish.republish:
         journal.publish_again()
+    if wish.resume:
+        journal.resume(time.time())
     before, batch = journal.tally(), journal.facts.batch.id
     follow = wish.wait or (wish.follow is not None and (journal.facts.inbox or wish.republish))
     if before.unsent or (follow and before.waiting):
@@ -290,13 +316,22 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
             raise Trouble(str(error), *_afterwards(wish, journal, "; or send it without a broker: --direct")) from None
         signals.install()
         with Meter(f"sweep {batch}", publish=bool(before.unsent), follow=follow) as meter:
-            errand = Sweep(journal, amqp.names, follow=follow, stop=signals.received, screen=meter, clock=SystemClock())
-            route = Route(wanted, amqp.declare, own, batch, follower_name(amqp.names, batch), _who())
+            errand = Sweep(
+                journal,
+                amqp.names,
+                follow=follow,
+                stop=signals.received,
+                screen=meter,
+                clock=SystemClock(),
+                window=wish.window or WINDOW,
+            )
+            lane = amqp.names.queue(SWEEP)
+            route = Route(wanted, amqp.declare, own, batch, follower_name(amqp.names, batch), _who(), lane)
             try:
                 Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
             except Followed as error:
                 raise Trouble(str(error)) from None
-        if errand.ended is not Ended.DONE:
+        if errand.ended is Ended.STOPPED:
             return _interrupted(wish, journal)
     elif follow:
         _take_late(amqp, journal)
@@ -307,7 +342,14 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
         _say_published(amqp, journal, before, after)
         return 0
     _close_inbox(amqp, batch, after)
-    return _conclude(wish, journal, after)
+    code = _conclude(wish, journal, after)
+    if after.unsent and journal.facts.stopped:
+        print(
+            f"qris-expire: batch {batch} was stopped by {journal.facts.stopped}; {after.unsent:,} bills are not sent; "
+            f"to send them: qris-expire sweep --follow {batch} --resume",
+            file=sys.stderr,
+        )
+    return code
 
 
 def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, tally: Tally) -> Any:
@@ -347,6 +389,37 @@ def _who() -> str:
 
     since = jakarta.iso(time.time(), milliseconds=False)
     return f"{operator.user()}@{socket.gethostname()} (process {os.getpid()}, since {since})"
+
+
+def _stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
+    """Ends the publishing of a batch, from anywhere."""
+    from worker.core.sweep import inbox_name
+    from worker.shells.amqp.bulk import stop
+    from worker.shells.amqp.session import BrokerError, session
+    from worker.shells.journal import Journal, find, lock
+
+    check_batch_id(batch)
+    who, now = _who(), time.time()
+    try:
+        with session(amqp, "sweep") as connection:
+            home = home_at(connection, amqp)
+            said = stop(connection, inbox_name(amqp.names, batch), who, now)
+    except BrokerError as error:
+        raise Trouble(str(error)) from None
+    if said:
+        print(f"batch {batch}: nothing more is published; {said}")
+        return 0
+    path = find(directory, batch, home)
+    if path is not None:
+        with lock(path), closing(Journal(path)) as journal:
+            journal.stop(who)
+            unsent = journal.tally().unsent
+        print(f"batch {batch}: no process has it now; {unsent:,} bills are unsent, and stay so until --resume")
+        return 0
+    if said is None:
+        raise Trouble(f"nobody follows batch {batch} at {home.place}, so nothing of it is being published there")
+    print(f"batch {batch}: no process answered; the next one that follows it will publish nothing more")
+    return 0
 
 
 def _settle_in(journal: Journal, home: Home) -> None:
@@ -395,7 +468,7 @@ def _close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
     from worker.core.sweep import inbox_name
     from worker.shells.amqp.session import BrokerError, session
 
-    if tally.unresolved:
+    if tally.unresolved or tally.unsent:
         return
     with suppress(BrokerError), session(amqp, "sweep") as connection:
         connection.channel().queue_delete(inbox_name(amqp.names, batch))
@@ -403,13 +476,14 @@ def _close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
 
 def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: Tally) -> None:
     facts, lane = journal.facts, amqp.names.queue("sweep")
-    if before.unsent:
-        fresh = f"published {plural(before.unsent, 'bill')} to {lane} as batch {facts.batch.id}"
+    batch, fresh = facts.batch.id, before.unsent - after.unsent
+    if facts.stopped:
+        said = f"batch {batch} was stopped by {facts.stopped}; published {plural(fresh, 'bill')}; --resume goes on"
+    elif fresh:
+        said = f"published {plural(fresh, 'bill')} to {lane} as batch {batch}"
     else:
-        fresh = (
-            f"batch {facts.batch.id} is published already, nothing was sent; another --batch-id sends the input anew"
-        )
-    print(f"{fresh} ({plural(after.rows, 'row')}: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
+        said = f"nothing was sent: batch {batch} is published already; another --batch-id sends the input anew"
+    print(f"{said} ({plural(after.rows, 'row')}: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
 
 
 # -- without a broker -----------------------------------------------------------------------------------------------
@@ -461,6 +535,7 @@ def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
     again = ["qris-expire", "sweep", "--follow", batch]
     again += ["--wait"] if wish.wait and not journal.facts.inbox else []
     again += ["--direct"] if wish.direct else []
+    again += ["--window", str(wish.window)] if wish.window is not None else []
     again += ["--allow-rejected"] if wish.allow_rejected else []
     again += ["--report", str(wish.report)] if wish.report is not None else []
     again += ["--force"] if wish.force else []

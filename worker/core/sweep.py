@@ -22,6 +22,21 @@ BATCH_SIZE: Final = "batch-size"
 UNUSED_SECONDS: Final = 3 * 86_400
 """A batch's inbox takes the outcomes of all sweeps while it exists; one that nobody follows for so long goes away."""
 
+WINDOW: Final = 10_000
+"""Bills of a batch without an outcome at any time, unless people say otherwise: bills that wait for a delayed round are
+among them, so it bounds what an outage leaves at the broker."""
+
+FIRST_AHEAD: Final = 100
+QUEUED_SECONDS: Final = 0.5
+"""Work that a sweep keeps in the lane. An outcome is answered by the next bill within 0.2 s."""
+SHORT_SECONDS: Final = 0.1
+LEAST_READY: Final = 10
+MOST_READY: Final = 50
+GROWTH: Final = 1.5
+DECAY: Final = 0.9
+UNSEEN_SECONDS: Final = 3.0
+"""A worker that is just being started consumes by then."""
+
 SPEED_SECONDS: Final = 15.0  # the rate that people see is that of the latest seconds
 
 _COMMAND_NAMESPACE = uuid.UUID("b7a0c5b2-6a52-5c0e-9d0f-3f1c1b0f9316")
@@ -114,6 +129,45 @@ def command_message(names: Names, batch: Batch, bill: Bill, epoch: float) -> Mes
     )
 
 
+class Pace:
+    """How many bills of a batch may be published ahead of its outcomes: enough that no worker waits, and few enough
+    that other sweeps need not wait behind them. The lane is first in, first out: what one sweep has in it delays every
+    other one by as much.
+
+    All sweeps of a lane see the same numbers (its depth, and the outcomes of all of them) and so get equal shares.
+    Times are monotonic seconds, passed in.
+    """
+
+    def __init__(self, window: int, now: float) -> None:
+        self._window = window
+        self._began = now
+        self._outcomes = 0
+        self._speed = Speed()
+        self._grown = 0.0
+        self._consumed = False
+
+    def heard(self, outcomes: int) -> None:
+        """So many outcomes of the lane came, of whatever batch."""
+        self._outcomes += outcomes
+
+    def seen(self, now: float, ahead: int, ready: int, consumers: int) -> None:
+        """The lane as it is now: messages that wait in it, and its consumers. ``ahead``: of our own bills."""
+        self._speed.mark(now, self._outcomes)
+        self._consumed = self._consumed or consumers > 0
+        rate = self._speed.per_second
+        if ready < max(LEAST_READY, rate * SHORT_SECONDS):
+            if ahead >= self.allowed(now):  # the workers are about to run dry, and it is for us to publish more
+                self._grown = min(float(self._window), max(self._grown, ahead) * GROWTH)
+        elif ready > max(MOST_READY, rate * QUEUED_SECONDS):
+            self._grown *= DECAY
+
+    def allowed(self, now: float) -> int:
+        """Bills ahead. As many as the window has while no worker has been seen: there is nobody to be kept waiting."""
+        if not self._consumed and now - self._began > UNSEEN_SECONDS:
+            return self._window
+        return min(self._window, round(max(FIRST_AHEAD, self._speed.per_second * QUEUED_SECONDS, self._grown)))
+
+
 class Watermark:
     """How far a batch is published without a gap: what a crash leaves behind it is published again, nothing else."""
 
@@ -204,6 +258,9 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
+STOP: Final = "qris.expire.sweep.stop"
+"""Type of a message in a batch's inbox that ends its publishing; its body says who wants that, for people."""
+
 # -- what the journal knows -----------------------------------------------------------------------------------------
 
 
@@ -222,6 +279,7 @@ class Facts(NamedTuple):
     """What is said about a batch as a whole. Times are seconds since the epoch.
 
     ``broker`` and ``gateway`` are the ids of the homes that it was sent to, empty before; ``place`` is the broker's.
+    ``stopped`` says who stopped it and when; nothing more of it is published until somebody resumes it.
     """
 
     batch: Batch
@@ -237,6 +295,8 @@ class Facts(NamedTuple):
     gateway: str = ""
     place: str = ""
     form: Form = JSON_FORM
+    stopped: str = ""
+    resumed_at: float = 0.0
 
 
 def belongs(facts: Facts, home: Home) -> bool:
@@ -263,6 +323,8 @@ class Recorded:
     """What a number of outcomes changed in the sum, by status and reason: a replaced outcome takes one away."""
 
     changes: dict[tuple[str, str], int] = field(default_factory=dict)
+    numbers: list[int] = field(default_factory=list)
+    """Bills that had no outcome before."""
 
     def change(self, status: str, reason: str, by: int) -> None:
         """So many more of them."""

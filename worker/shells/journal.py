@@ -160,6 +160,14 @@ class Journal:
         if home.id is not None and not (self.facts.gateway if home.direct else self.facts.broker):
             self._state(**({"gateway": home.id} if home.direct else {"broker": home.id, "place": home.place}))
 
+    def stop(self, who: str) -> None:
+        """Nothing more of it is to be published, until somebody resumes it."""
+        self._state(stopped=who)
+
+    def resume(self, now: float) -> None:
+        """It may be published on; who stopped it before (``now``: seconds since the epoch) does so no more."""
+        self._state(stopped="", resumed_at=now)
+
     def has_inbox(self) -> None:
         """The batch's own queue exists: before the first publish, so that no outcome goes elsewhere."""
         self._state(inbox=1)
@@ -182,6 +190,8 @@ class Journal:
                     if not supersedes(told, row["status"], row["reason"], row["completed_at"]):
                         continue
                     recorded.change(row["status"], row["reason"], -1)
+                else:
+                    recorded.numbers.append(row["number"])
                 recorded.change(told.status, told.reason, 1)
                 self._db.execute(_TELL, (*told[2:], row["number"]))
         return recorded
@@ -303,6 +313,8 @@ class Journal:
             values["gateway"],
             values["place"],
             Form(*json.loads(values["form"])),
+            values["stopped"],
+            values["resumed_at"],
         )
 
     @contextmanager
@@ -396,6 +408,8 @@ class Load:
                 "broker": "",
                 "gateway": "",
                 "place": "",
+                "stopped": "",
+                "resumed_at": 0.0,
             }
             self._db.execute("BEGIN")
             _put(self._db, values)

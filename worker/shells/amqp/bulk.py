@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from pika.adapters.select_connection import IOLoop
-from pika.exceptions import ChannelClosed
+from pika.exceptions import ChannelClosed, UnroutableError
 from pika.spec import BasicProperties
 
 from worker.core.delivery import BATCH_ID, Message, text
+from worker.core.sweep import STOP
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.conversation import LOCKED
@@ -33,8 +34,11 @@ REFILL: Final = 3000  # few and large writes, yet never an idle broker
 PREFETCH: Final = 1000
 AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits in the prefetch window
 TICK: Final = 0.1
+LOOK_SECONDS: Final = 0.25  # between two looks at the lane
 CLOSE_SECONDS: Final = 3.0
 _CURRENT: Final = re.compile(r"current is (?:the value )?'([^']+)'")
+STOP_SECONDS: Final = 10.0  # for a follower to answer, behind the outcomes that wait before the order
+MAX_WHO: Final = 200
 WHO_SECONDS: Final = 2.0  # for a follower to say who it is
 GONE_SECONDS: Final = 5.0  # without a delivery, of those that were there a moment ago
 
@@ -52,8 +56,14 @@ class Errand(Protocol):
     def confirmed(self, number: int) -> None:
         """The broker has it."""
 
-    def outcomes(self, bodies: Sequence[bytes]) -> None:
-        """Outcomes of the batch; they are acked when this returns."""
+    def outcomes(self, bodies: Sequence[bytes], lane: int) -> None:
+        """Outcomes of the batch; they are acked when this returns. ``lane``: how many came, of whatever batch."""
+
+    def lane(self, ready: int, consumers: int) -> None:
+        """A few times a second, for a batch that is followed: what waits in its lane, and how many consume there."""
+
+    def cut(self, who: str, epoch: float) -> str:
+        """Somebody (``who``, at ``epoch``) wants nothing more to be published. The answer is for them."""
 
     def look(self, trouble: str) -> bool:
         """Ten times a second, with what keeps the broker from working for us, if anything does. False ends it all."""
@@ -63,7 +73,7 @@ class Errand(Protocol):
 class Route:
     """Where to publish and what to follow. ``declare``: as AMQP_DECLARE. ``inbox``: the queue to follow, which is ours
     to declare in any case, and its batch; None to follow nothing. ``follower``: the exclusive queue that keeps others
-    from following, where those who ask are told ``who`` we are."""
+    from following, where those who ask are told ``who`` we are. ``lane``: the queue that the commands go to."""
 
     topology: Topology
     declare: bool
@@ -71,6 +81,7 @@ class Route:
     batch: str = ""
     follower: str = ""
     who: str = ""
+    lane: str = ""
 
 
 class Bulk:
@@ -87,6 +98,9 @@ class Bulk:
         self._channel: Any = None
         self._pending: list[bytes] = []
         self._last_tag = 0
+        self._came = 0  # outcomes since the last hand-over
+        self._look_at = 0.0
+        self._looking: Any = None  # the channel by which the lane is looked at
         self._held = False  # once, so that a later refusal is most likely our own doing
         self._publisher: Publisher[int] = Publisher(
             self._loop,
@@ -157,6 +171,9 @@ class Bulk:
             return
         self._publisher.tick(now)
         self._hand_over()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self._look_at_lane()
         self._feed()
         if not self._errand.look(self._trouble()):
             self._closing_at = now + CLOSE_SECONDS
@@ -181,10 +198,36 @@ class Bulk:
             link,
             self._route.topology,
             self._route.declare,
-            lambda: self._publisher.open(connection, link, self._feed),
+            lambda: self._publish_from(connection, link),
         )
 
+    def _publish_from(self, connection: Any, link: Link) -> None:
+        self._publisher.open(connection, link, self._feed)
+        if self._route.inbox is not None:
+            connection.channel(on_open_callback=self._guard(self._looks_by))
+
+    def _looks_by(self, channel: Any) -> None:
+        self._looking = channel
+        channel.add_on_close_callback(self._guard(lambda closed, _: self._looks_no_more(closed)))
+
+    def _looks_no_more(self, channel: Any) -> None:
+        if channel is self._looking:  # of a lane that is gone the publisher tells; what is known of it stays
+            self._looking = None
+
+    def _look_at_lane(self) -> None:
+        channel, self._looking = self._looking, None
+        if channel is None or not channel.is_open:
+            return
+
+        def looked(answer: Any) -> None:
+            self._looking = channel
+            self._errand.lane(answer.method.message_count, answer.method.consumer_count)
+            self._feed()
+
+        channel.queue_declare(self._route.lane, passive=True, callback=self._guard(looked))
+
     def _publish_down(self, _reason: str) -> None:
+        self._looking = None
         self._publisher.down()
 
     def _refill(self) -> None:
@@ -258,26 +301,38 @@ class Bulk:
         if channel is not self._channel:
             return
         self._last_tag = method.delivery_tag
+        if properties.type == STOP:
+            self._stopped_by(channel, properties, body)
+            return
+        self._came += 1
         headers = properties.headers or {}
         if BATCH_ID in headers and text(headers[BATCH_ID]) == self._route.batch:
             self._pending.append(body)
         if len(self._pending) >= AT_ONCE:
             self._hand_over()
+            self._feed()
+
+    def _stopped_by(self, channel: Any, properties: Any, body: bytes) -> None:
+        self._hand_over()
+        answer = self._errand.cut(body.decode(errors="replace")[:MAX_WHO], float(properties.timestamp or 0))
+        if properties.reply_to:
+            channel.basic_publish("", properties.reply_to, answer.encode())
 
     def _hand_over(self) -> None:
         """Kept first, acked then; the outcomes of other batches are acked along."""
         if not self._last_tag:
             return
         bodies, self._pending = self._pending, []
-        if bodies:
-            self._errand.outcomes(bodies)
+        came, self._came = self._came, 0
+        if came:
+            self._errand.outcomes(bodies, came)
         tag, self._last_tag = self._last_tag, 0
         if self._channel is not None and self._channel.is_open:
             self._channel.basic_ack(tag, multiple=True)
 
     def _consume_down(self, _reason: str) -> None:
         self._channel = None
-        self._pending, self._last_tag = [], 0  # the broker has them again
+        self._pending, self._last_tag, self._came = [], 0, 0  # the broker has them again
 
     def _channel_lost(self, link: Link, channel: Any, reason: str) -> None:
         if channel is self._channel and link.up:
@@ -310,6 +365,25 @@ def check_free(connection: Any, follower: str, batch: str) -> None:
         raise Followed(_followed(batch, _ask(connection, follower))) from None
     channel.queue_delete(follower)
     channel.close()
+
+
+def stop(connection: Any, inbox: str, who: str, now: float) -> str | None:
+    """Ends the publishing of a batch that is followed from anywhere. What its process answers, empty if none answered
+    (the next one that follows the batch will find the message); None if nobody follows the batch at this broker."""
+    channel = connection.channel()
+    channel.confirm_delivery()
+    answers = channel.queue_declare("", exclusive=True).method.queue
+    order = BasicProperties(type=STOP, delivery_mode=2, timestamp=int(now), reply_to=answers)
+    try:
+        channel.basic_publish("", inbox, who.encode(), order, mandatory=True)
+    except UnroutableError:
+        return None
+    said = ""
+    for _method, _properties, body in channel.consume(answers, auto_ack=True, inactivity_timeout=STOP_SECONDS):
+        said = "" if body is None else body.decode(errors="replace")
+        break
+    channel.cancel()
+    return said
 
 
 def _ask(connection: Any, follower: str) -> str:

@@ -274,7 +274,7 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "directory": ({"AMQP_CA_FILE": "."}, "AMQP_CA_FILE: is not a regular file; give the path of one"),
     "secret's file": ({"AMQP_URL_FILE": "nowhere"}, "AMQP_URL_FILE: no such file; mount it, or correct the path"),
     "half a pair": (
-        {"AMQP_CERT_FILE": __file__},
+        {"AMQP_URL": "amqps://h", "AMQP_CERT_FILE": __file__},
         "AMQP_KEY_FILE: goes together with AMQP_CERT_FILE; set both or neither",
     ),
 }

@@ -363,6 +363,28 @@ def test_amqp_urls_that_are_refused(url: str) -> None:
     assert MARK not in found
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://{MARK}:{MARK}@",
+        f"amqp://u:{MARK}@host",
+        "https://host:15671",
+        f"https://{MARK}@host",
+        f"https://u:{MARK}@x@host",
+        f"https://u:{MARK}@host/api",
+        f"https://u:{MARK}@host?x",
+        f"https://u:{MARK} @host",
+    ],
+)
+def test_management_urls_that_are_refused(url: str) -> None:
+    """Scheme, login and host are all that it can have; nothing of it is repeated."""
+
+    found = problem(AmqpSettings, AMQP_MANAGEMENT_URL=url)
+
+    assert found.startswith("AMQP_MANAGEMENT_URL: ")
+    assert MARK not in found
+
+
 @pytest.mark.parametrize("url", [None, "amqp://host", "AMQP://a,amqp://b"])
 @pytest.mark.parametrize("name", ["AMQP_CA_FILE", "AMQP_CERT_FILE", "AMQP_KEY_FILE"])
 def test_tls_files_without_tls(key_file: Path, url: str | None, name: str) -> None:

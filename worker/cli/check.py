@@ -33,7 +33,11 @@ class _Skipped(Exception):
 
 
 class _Warned(Exception):
-    """It works, but may not for long."""
+    """It works, but may not for long: why and what to do, a line each."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.lines = lines
 
 
 def check(
@@ -47,7 +51,7 @@ def check(
     ] = None,
     merchant_id: Annotated[str | None, Option(help="The bill's merchant; else GATEWAY_MERCHANT_ID.")] = None,
 ) -> int:
-    """Looks at settings, key, broker, topology, token and clock, a line each: ok, or why not and what to do.
+    """Looks at settings, key, broker, topology, policies, token and clock, a line each: ok, or why not and what to do.
 
     It asks the gateway for a token and sends no expire; at the broker it changes nothing.
 
@@ -63,6 +67,7 @@ def check(
     report.line("key", lambda: _key(gateway))
     report.line("broker", lambda: _broker(amqp))
     report.line("topology", lambda: _topology(amqp, retry))
+    report.line("policies", lambda: _policies(amqp, retry))
     with closing(Calling(gateway)) if gateway else nullcontext() as calling:
         report.line("token", lambda: _token(calling))
         report.line("clock", lambda: _clock(calling))
@@ -87,7 +92,8 @@ class _Report:
         try:
             self.say(subject, "ok", look())
         except _Warned as warned:
-            self.say(subject, "warning", str(warned))
+            for text in warned.lines:
+                self.say(subject, "warning", text)
         except _Skipped as skipped:
             self.failed = True
             self.say(subject, "skipped", str(skipped))
@@ -143,17 +149,53 @@ def _key(gateway: GatewaySettings | None) -> str:
 
 
 def _broker(amqp: AmqpSettings | None) -> str:
-    from worker.shells.amqp.session import BrokerError, session
+    from worker.core.fitness import version_problem
 
     if amqp is None:
         raise _Skipped("the AMQP_ settings are not in order")
+    version = _version(amqp)
+    problem = version_problem(version)
+    if problem is not None:
+        raise _Warned(problem)
+    return f"RabbitMQ {version}"
+
+
+def _version(amqp: AmqpSettings) -> str:
+    from worker.shells.amqp.session import BrokerError, session
+
     try:
         with session(amqp, "check") as connection:
             properties = connection._impl.server_properties or {}
     except BrokerError as error:
         raise _Failed(str(error)) from None
     version = properties.get("version", b"?")
-    return f"RabbitMQ {version.decode() if isinstance(version, bytes) else version}"
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
+def _policies(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
+    """Those that would remove messages: AMQP shows none, the management API does."""
+    from worker.core.fitness import hides_commands
+    from worker.core.lanes import LANES
+    from worker.core.topology import topology
+    from worker.shells.amqp.management import NotVisible, policies, problems
+
+    if amqp is None or retry is None:
+        raise _Skipped("the AMQP_ or RETRY_ settings are not in order")
+    wanted = topology(amqp.prefix, amqp.queue_type, retry.delays_seconds)
+    version = _version(amqp)
+    try:
+        found = policies(amqp, wanted)
+    except NotVisible as reason:
+        advice = hides_commands(version, amqp.queue_type, None)
+        raise _Warned(str(reason), *([advice] if advice else [])) from None
+    wrong = problems(found, wanted)
+    if wrong:
+        raise _Failed(*wrong)
+    lanes = [found.get(amqp.names.queue(lane), {}) for lane in LANES]
+    advice = next(filter(None, (hides_commands(version, amqp.queue_type, policy) for policy in lanes)), None)
+    if advice:
+        raise _Warned(advice)
+    return f"none on {len(found)} queues that removes messages"
 
 
 def _topology(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:

@@ -80,6 +80,20 @@ def amqp_url_problem(url: str) -> str | None:
     return _authority_problem(parts) or _rest_problem(url, parts) or _options_problem(parts.query)
 
 
+def management_url_problem(url: str) -> str | None:
+    """Why ``url`` cannot be where the broker's management API is, with a login for it; None when it can."""
+    parts = _split(url)
+    if not url.isprintable() or " " in url or parts is None or not is_host(parts.hostname or ""):
+        return "has no valid host; write it as https://user:password@host:15671"
+    if parts.scheme not in ("http", "https"):
+        return "must begin with https://"
+    if not parts.username or not parts.password or parts.netloc.count("@") > 1:
+        return "must carry user and password, percent-encoded"
+    if parts.path.strip("/") or "?" in url or "#" in url:
+        return "must end after the port"
+    return None
+
+
 def _split(url: str) -> SplitResult | None:
     try:
         parts = urlsplit(url)

@@ -40,6 +40,16 @@ class AmqpSettings(Group, variables="AMQP_"):
     cert_file: Path | None = setting(rules.readable_file, "Client certificate for mutual TLS.", default=None)
     key_file: Path | None = setting(rules.readable_file, "Private key of that certificate.", default=None)
 
+    management_url: Secret | None = setting(
+        rules.management_url,
+        "The broker's management API, as `https://user:password@host:15671`, for a look at its policies.",
+        default=None,
+        shown="the usual port of `AMQP_URL`'s hosts",
+    )
+    management_url_file: Path | None = setting(
+        Path, "Path of a mounted file that holds `AMQP_MANAGEMENT_URL`.", default=None
+    )
+
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """A certificate without its key, and the other way round; TLS files where no TLS is spoken."""

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from worker.core.command import IDENTIFIER_RULE, is_identifier
-from worker.core.urls import amqp_url_problem, base_url_problem, is_host, is_path, is_tls, split_amqp_urls
+from worker.core.urls import (
+    amqp_url_problem,
+    base_url_problem,
+    is_host,
+    is_path,
+    is_tls,
+    management_url_problem,
+    split_amqp_urls,
+)
 from worker.settings.group import Secret
 
 N = TypeVar("N", int, float)
@@ -144,6 +152,14 @@ def amqp_urls(text: str) -> Secret:
             raise ValueError(problem if len(urls) == 1 else f"URL {count} of {len(urls)} {problem}")
     if len({is_tls(url) for url in urls}) > 1:
         raise ValueError("mixes amqp:// and amqps://, so that a lost node leads to a login in clear; use one of them")
+    return Secret(text)
+
+
+def management_url(text: str) -> Secret:
+    """Scheme, login and host of the broker's management API; a secret, since it holds a password."""
+    problem = management_url_problem(text)
+    if problem:
+        raise ValueError(problem)
     return Secret(text)
 
 

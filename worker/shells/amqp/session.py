@@ -220,7 +220,7 @@ def _parameters(amqp: AmqpSettings, url: str, role: str) -> pika.URLParameters:
         if name not in given:
             setattr(params, name, value)
     if params.ssl_options is not None:
-        params.ssl_options = pika.SSLOptions(_tls(amqp), params.host)
+        params.ssl_options = pika.SSLOptions(tls_context(amqp), params.host)
     return params
 
 
@@ -239,7 +239,8 @@ def _defaults(role: str) -> dict[str, Any]:
     }
 
 
-def _tls(amqp: AmqpSettings) -> ssl.SSLContext:
+def tls_context(amqp: AmqpSettings) -> ssl.SSLContext:
+    """What is trusted, and our certificate. Raises `BrokerError` for files that cannot be used."""
     try:
         context = ssl.create_default_context(cafile=amqp.ca_file)
     except (ssl.SSLError, OSError):

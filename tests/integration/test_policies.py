@@ -1,0 +1,94 @@
+"""Policies on our queues that remove messages are found, where the management API can be asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.brokers import PrivateBroker
+from tests.conftest import running
+from tests.rabbit import new_prefix
+from tests.waiting import wait_until
+from worker.core.topology import topology
+from worker.settings import AmqpSettings, Secret
+from worker.shells.amqp.management import NotVisible, policies, problems
+from worker.shells.amqp.session import apply, session
+
+MANAGEMENT = "rabbitmq_management"
+
+
+@pytest.fixture(scope="module", params=["3.10", "4.3"])
+def managed(request: pytest.FixtureRequest) -> Iterator[PrivateBroker]:
+    """A broker with the management API; "watcher" may ask it and do nothing else, "worker" may not ask it."""
+    with running(PrivateBroker(plugins=[MANAGEMENT], version=request.param)) as broker:
+        for user in ("watcher", "worker"):
+            broker.ctl("add_user", user, "p@ss")
+        broker.ctl("set_user_tags", "watcher", "management")
+        broker.ctl("set_permissions", "watcher", "^$", "^$", "^$")
+        yield broker
+
+
+def settings(broker: PrivateBroker, prefix: str, user: str = "watcher") -> AmqpSettings:
+    api = f"http://{user}:p%40ss@127.0.0.1:{broker.http_port(MANAGEMENT)}"
+    return AmqpSettings(url=Secret(broker.url), prefix=prefix, management_url=Secret(api))
+
+
+def test_policies_that_remove_messages(managed: PrivateBroker) -> None:
+    """A blanket policy and an operator's policy are found on every queue that they change; without them nothing is."""
+    prefix = new_prefix()
+    amqp = settings(managed, prefix)
+    wanted = topology(prefix, "quorum", (30,))
+
+    def told() -> list[str]:
+        return problems(policies(amqp, wanted), wanted)
+
+    assert policies(amqp, wanted) == {}
+    with session(amqp) as connection:
+        apply(connection, wanted)
+    assert policies(amqp, wanted) == {queue.name: {} for queue in wanted.queues}
+    assert problems(policies(amqp, wanted), wanted) == []
+
+    managed.ctl("set_policy", "blanket", ".*", '{"expires": 86400000}', "--apply-to", "queues")
+    managed.ctl("set_operator_policy", "guard", r"\.dead$", '{"message-ttl": 60000}', "--apply-to", "queues")
+    wait_until(lambda: len(told()) == 2 and told()[0].count(prefix) == 6, 30, "the statistics have them all")
+    expires, ttl = told()
+
+    assert "expires=86400000 deletes a queue" in expires
+    assert all(queue.name in expires for queue in wanted.queues)
+    assert f"the policy in force on {prefix}.dead: message-ttl=60000" in ttl
+
+    # One policy is in force at a time: a harmless one of a higher priority takes the queues out of the other.
+    own = ("set_policy", "own", f"^{re.escape(prefix)}", '{"queue-leader-locator": "balanced"}')
+    managed.ctl(*own, "--apply-to", "queues", "--priority", "100")
+    wait_until(lambda: not any("expires" in problem for problem in told()), 30, "the statistics have it")
+
+
+@pytest.mark.parametrize(
+    ("user", "words"),
+    [
+        ("worker", "it answers 401 to the user 'worker'"),
+        ("nobody", "it answers 401 to the user 'nobody'"),
+    ],
+)
+def test_a_user_that_may_not_look(managed: PrivateBroker, user: str, words: str) -> None:
+    """Whoever may not ask the API is told who may."""
+    amqp = settings(managed, new_prefix(), user)
+
+    with pytest.raises(NotVisible) as said:
+        policies(amqp, topology(amqp.prefix, "quorum", ()))
+
+    assert words in str(said.value)
+    assert "give AMQP_MANAGEMENT_URL, with a user tagged management" in str(said.value)
+    assert "p@ss" not in str(said.value)
+
+
+def test_no_management(amqp_url: str) -> None:
+    """Without the API at its usual port the policies cannot be seen, which is said in one line."""
+    amqp = AmqpSettings(url=Secret(amqp_url.replace("guest:guest", "guest:hunter2")), prefix=new_prefix())
+
+    with pytest.raises(NotVisible, match=r"^policies cannot be seen \(127\.0\.0\.1:15672: .*\); give") as said:
+        policies(amqp, topology(amqp.prefix, "quorum", ()))
+
+    assert "hunter2" not in str(said.value)

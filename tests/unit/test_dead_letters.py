@@ -10,7 +10,7 @@ import pytest
 
 from tests.builders import NOON, Properties, body
 from worker.app import dead_letters
-from worker.app.dead_letters import Ended, Held, Order, Redrive, Report, Told, look, purge, rehearse
+from worker.app.dead_letters import MOST_HELD, Ended, Held, Order, Redrive, Report, Told, TooMany, look, purge, rehearse
 from worker.core.dead_letter import DeadLetter, Filter, Parcel
 from worker.core.delivery import Message
 from worker.core.topology import Names
@@ -273,8 +273,42 @@ def test_look() -> None:
     parked = FakeParked(*ids(5))
     seen: list[Any] = []
 
-    assert look(parked, lambda held: seen.append(held.parcel.properties.message_id), show=lambda *_: None) == 5
+    assert look(parked, lambda held: seen.append(held.parcel.properties.message_id), show=lambda *_: None) == (5, 5)
     assert (seen, parked.names) == (ids(5), ids(5))
+
+
+def test_too_many_are_not_held_unasked() -> None:
+    """Beyond the bound nothing is taken in hand, whatever is to be done, until people say how many."""
+    parked = FakeParked(*ids(MOST_HELD + 1))
+    show: Any = lambda *_: None  # noqa: E731
+
+    for attempt in (
+        lambda: look(parked, show, show=show),
+        lambda: purge(parked, lambda _: True, lambda _: True, stop=lambda: 0, show=show),
+        lambda: redrive(parked),
+        lambda: rehearse(parked, NAMES, Order(), show=show, each=show),
+    ):
+        with pytest.raises(TooMany):
+            attempt()
+    assert (parked.passes, parked.lane) == (0, [])
+
+
+def test_with_a_limit_the_first_are_taken() -> None:
+    """Beyond the bound, no more than the limit is looked at or deleted, and no more than the bound for a redrive."""
+    parked = FakeParked(*ids(MOST_HELD + 10))
+    seen: list[Any] = []
+    show: Any = lambda *_: None  # noqa: E731
+
+    assert look(parked, lambda held: seen.append(held.parcel.properties.message_id), show=show, limit=3) == (
+        MOST_HELD + 10,
+        3,
+    )
+    assert seen == ids(3)
+    purged = purge(parked, lambda _: True, lambda _: True, stop=lambda: 0, show=show, limit=2)
+    assert purged == (MOST_HELD + 10, 2, 2)
+    report = redrive(parked, limit=5)
+    assert (report.there, report.seen, report.redriven) == (MOST_HELD + 8, MOST_HELD, 5)
+    assert parked.lane == ids(7)[2:]
 
 
 @pytest.mark.parametrize("sure", [True, False])

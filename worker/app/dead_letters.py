@@ -1,7 +1,8 @@
 """What people do with dead letters: look, bring back, delete. Every step can be cut off without a loss.
 
 All of it works on what was there when it began, and takes all of that in hand first: only so does the rest keep its
-order (see the broker's side). Bodies are not kept, so it takes little memory, and a few seconds for each 100,000.
+order (see the broker's side). Bodies are not kept here, but the broker reads all that we hold; so from `MOST_HELD` on
+people must say how many.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ KEPT_BYTES: Final = 32 * 1024 * 1024
 """The most of their bodies; what goes beyond is left to the next pass."""
 WINDOW: Final = 500
 """Commands on their way without a confirm; a crash leaves at most so many in both queues."""
+MOST_HELD: Final = 20_000
+"""The most dead letters held at a time unless people say otherwise: the broker reads all that we hold into its memory,
+some 7 KB each with small bodies, and at its memory alarm it stops every publisher."""
 HOLD_SECONDS: Final = 600.0
 """Held so long, everything is given back and taken anew: the broker takes messages away after 30 minutes."""
 AHEAD: Final = 200
@@ -98,18 +102,38 @@ Show = Callable[[int, int, int], None]
 """Progress: so many of those that were there are looked at, so many of those that are wanted are done."""
 
 
+class TooMany(Exception):
+    """So many dead letters are there that nobody should hold all of them unasked."""
+
+    def __init__(self, there: int) -> None:
+        super().__init__(there)
+        self.there = there
+
+
 # -- looking --------------------------------------------------------------------------------------------------------
 
 
-def look(parked: Parked, each: Callable[[Held], None], *, show: Show) -> int:
-    """Shows every dead letter to ``each``, in their order; they stay. How many there are."""
-    seen = _hold_all(parked, each, show)
+def look(parked: Parked, each: Callable[[Held], None], *, show: Show, limit: int | None = None) -> tuple[int, int]:
+    """Shows every dead letter to ``each``, in their order; they stay. How many there are, and were looked at.
+
+    Beyond `MOST_HELD`, only the first ``limit``. Raises `TooMany` where there is no limit then.
+    """
+    there = parked.count()
+    looked_at = _hold(parked, _most(there, limit), each, show)
     parked.give_back()
-    return seen
+    return there, looked_at
 
 
-def _hold_all(parked: Parked, each: Callable[[Held], None], show: Show) -> int:
-    there, seen = parked.count(), 0
+def _most(there: int, limit: int | None) -> int:
+    if there <= MOST_HELD:
+        return there
+    if limit is None:
+        raise TooMany(there)
+    return min(there, limit)
+
+
+def _hold(parked: Parked, count: int, each: Callable[[Held], None], show: Show) -> int:
+    seen = 0
 
     def one(held: Held) -> None:
         nonlocal seen
@@ -118,17 +142,23 @@ def _hold_all(parked: Parked, each: Callable[[Held], None], show: Show) -> int:
         if seen % SHOW_EVERY == 0:
             show(seen, 0, 0)
 
-    if there:
-        parked.hold(there, one)
-    return there
+    if count:
+        parked.hold(count, one)
+    return count
 
 
 def purge(
-    parked: Parked, wanted: Callable[[Held], bool], sure: Callable[[int], bool], *, stop: Stop, show: Show
+    parked: Parked,
+    wanted: Callable[[Held], bool],
+    sure: Callable[[int], bool],
+    *,
+    stop: Stop,
+    show: Show,
+    limit: int | None = None,
 ) -> tuple[int, int, int]:
     """Deletes those that are ``wanted`` if people are ``sure`` of their number. How many are there, match, are deleted.
 
-    All are held while people think: what is deleted is what was counted.
+    All are held while people think: what is deleted is what was counted. ``limit`` as for `look`.
     """
     numbers: list[int] = []
 
@@ -136,7 +166,8 @@ def purge(
         if wanted(held):
             numbers.append(held.number)
 
-    there = _hold_all(parked, each, show)
+    there = parked.count()
+    _hold(parked, _most(there, limit), each, show)
     removed = 0
     if numbers and not stop() and sure(len(numbers)) and not stop():
         parked.remove(numbers)
@@ -232,6 +263,7 @@ class Redrive:
         """Raises the broker's errors; `report` then says how far it came."""
         order, report = self._order, self.report
         report.there = self._parked.count()
+        _most(report.there, order.limit)  # refuses
         goal = report.there if order.limit is None else min(order.limit, report.there)
         if self._watching:
             self._parked.follow(sorted(order.filter.lanes))
@@ -274,7 +306,8 @@ class Redrive:
             else:
                 self._left_out = True
 
-        sent, left = self._sent, self.report.there - self._parked.moved
+        # Beyond MOST_HELD only the first are taken in hand: of those, as many as the limit says are sent.
+        sent, left = self._sent, min(self.report.there - self._parked.moved, max(MOST_HELD, self._order.limit or 0))
         if left:
             self._parked.hold(left, sort)
             self._first_pass = False
@@ -398,5 +431,5 @@ def rehearse(parked: Parked, names: Names, order: Order, *, show: Show, each: Ca
             elif order.limit is None or report.matching - report.homeless <= order.limit:
                 each(letter)
 
-    report.there = report.seen = look(parked, sort, show=show)
+    report.there, report.seen = look(parked, sort, show=show, limit=order.limit and max(order.limit, MOST_HELD))
     return report

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 LINE_EVERY: Final = 5.0  # seconds between two lines of progress where there is no terminal
 DRAW_EVERY: Final = 0.1
 MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
+ROWS: Final = 20
 SLOWEST: Final = 0.01  # per second: what is held must be given back now and then
 
 
@@ -64,6 +65,9 @@ Before = Annotated[
 ]
 Batches = Annotated[list[str] | None, Option("--batch", help="Only of this batch; may be repeated.")]
 Bills = Annotated[list[str] | None, Option("--bill", help="Only about this bill; may be repeated.")]
+Limit = Annotated[
+    int | None, Option("--limit", help="Above 20,000 dead letters: look at the first N only.", min=1, metavar="N")
+]
 
 
 @dead.command("list")
@@ -73,7 +77,13 @@ def list_(
     before: Before = None,
     batch: Batches = None,
     bill: Bills = None,
-    limit: Annotated[int, Option(help="Rows to show; the counts are of all.", min=0)] = 20,
+    limit: Annotated[
+        int | None,
+        Option(
+            help=f"Rows to show, else {ROWS}; counts are of all. Above 20,000 dead letters: look at the first N only.",
+            min=0,
+        ),
+    ] = None,
     as_data: Annotated[bool, Option("--json", help="One JSON object: counts and rows.")] = False,
 ) -> int:
     """Counts by reason, lane and age; then rows, in the queue's order.
@@ -89,10 +99,10 @@ def list_(
         there.add(letter)
         if chosen.matches(letter):
             census.add(letter)
-            if len(rows) < limit:
+            if len(rows) < (ROWS if limit is None else limit):
                 rows.append(letter)
 
-    total = _look(amqp, "list", each)
+    total = _look(amqp, "list", each, limit)
     if as_data:
         print(json.dumps(listing(amqp, total, census, rows), indent=2))
     else:
@@ -104,6 +114,7 @@ def list_(
 @dead.command()
 def show(
     message_id: Annotated[str, Argument(metavar="MESSAGE-ID", help="As `dead list` shows it.")],
+    limit: Limit = None,
     as_data: Annotated[bool, Option("--json", help="As `dead export` writes it, a line each.")] = False,
 ) -> int:
     """One dead letter: why, when, which attempts, its properties and its body. Several with the same id are all shown.
@@ -124,7 +135,7 @@ def show(
             else:
                 found.append((letter, held))
 
-    total = _look(amqp, "show", each)
+    total = _look(amqp, "show", each, limit)
     if not found:
         raise Trouble(f"no dead letter of {total:,} has the id {message_id}; `qris-expire dead list` shows them")
     for number, (letter, held) in enumerate(found, 1):
@@ -206,6 +217,7 @@ def export(
     before: Before = None,
     batch: Batches = None,
     bill: Bills = None,
+    limit: Limit = None,
 ) -> int:
     """Dead letters as JSON lines: everything `dead show` shows, the body as text or base64. They stay.
 
@@ -222,7 +234,7 @@ def export(
                 sink.write(json.dumps(export_json(letter, held.parcel), separators=(",", ":")) + "\n")
                 written += 1
 
-        total = _look(amqp, "export", each)
+        total = _look(amqp, "export", each, limit)
     note(f"{written:,} of {total:,} dead letters written{f' to {output}' if output else ''}")
     return 0
 
@@ -234,6 +246,7 @@ def purge(
     before: Before = None,
     batch: Batches = None,
     bill: Bills = None,
+    limit: Limit = None,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> int:
     """Deletes dead letters for good; asks on a terminal. Takes only what was there when it began.
@@ -260,6 +273,7 @@ def purge(
                 sure,
                 stop=signals.received,
                 show=progress.show,
+                limit=limit,
             )
     if removed < matching and signals.received():
         raise Trouble("stopped; nothing was deleted", code=INTERRUPTED)
@@ -300,6 +314,7 @@ def _begin(
 
 @contextmanager
 def _parked(amqp: AmqpSettings, what: str, *, alone: bool = False) -> Iterator[ParkedLetters]:
+    from worker.app.dead_letters import TooMany
     from worker.shells.amqp.parked import Interrupted, ParkedLetters
     from worker.shells.amqp.session import BrokerError
 
@@ -308,16 +323,27 @@ def _parked(amqp: AmqpSettings, what: str, *, alone: bool = False) -> Iterator[P
             yield parked
     except Interrupted:
         raise Trouble("stopped; nothing is lost, what was not moved is where it was", code=INTERRUPTED) from None
+    except TooMany as error:
+        raise Trouble(
+            f"there are {error.there:,} dead letters: to hold all of them could fill the memory of the broker, which "
+            "then blocks every publisher; give --limit N to take the first N (about 7 KB of its memory each)"
+        ) from None
     except BrokerError as error:
         raise Trouble(str(error)) from None
 
 
-def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None]) -> int:
+def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None], limit: int | None) -> int:
     """Shows every dead letter to ``each``; how many there are."""
     from worker.app.dead_letters import look
 
     with _parked(amqp, what) as parked, _Progress(parked, "looking") as progress:
-        return look(parked, each, show=progress.show)
+        there, looked_at = look(parked, each, show=progress.show, limit=limit)
+    if looked_at < there:
+        note(
+            f"only the first {looked_at:,} of {there:,} dead letters were looked at; the others may come before them "
+            "from now on"
+        )
+    return there
 
 
 def _ask(question: str, parked: ParkedLetters) -> bool:

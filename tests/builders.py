@@ -108,12 +108,17 @@ def outcome(reason: Reason = Reason.SUCCESS, **changed: Any) -> Outcome:
 
 
 def reply(
-    code: object = "2009300", message: object = "", *, status: int | None = None, retry_after: str | None = None
+    code: object = "2009300",
+    message: object = "",
+    *,
+    status: int | None = None,
+    retry_after: str | None = None,
+    challenge: str | None = None,
 ) -> Reply:
     """The gateway's answer; its HTTP status is the code's own unless said."""
     said = int(str(code)[:3]) if status is None else status
     text = json.dumps({"responseCode": code, "responseMessage": message})
-    return Reply(said, text.encode(), retry_after)
+    return Reply(said, text.encode(), retry_after, challenge)
 
 
 def no_reply(*, sent: bool = True) -> NoReply:

@@ -63,6 +63,7 @@ class FakeTokens:
         self.fetched = 0
         self.taken = 0  # calls of `accepted`
         self.refusals: list[int] = []
+        self.doubts: list[int] = []
 
     def get(self) -> Token:
         failure = self._failures.popleft() if self._failures else None
@@ -82,6 +83,9 @@ class FakeTokens:
     def refused(self, generation: int) -> None:
         self.refusals.append(generation)
         self._missing = self._missing or generation == self.generation
+
+    def doubted(self, generation: int) -> None:
+        self.doubts.append(generation)
 
 
 class FakeGate:

@@ -78,7 +78,7 @@ def verdicts() -> str:
             (answer, rule.means, _act(rule))
             for answer, rule in _answers(BARE_RULES, "no code, HTTP ", "no code, any other")
         ),
-        ("none, the call had been sent", "nobody knows what happened", _act(judge(NoReply(True, "")))),
+        ("none, the call had been sent", "the effect is unknown", _act(judge(NoReply(True, "")))),
         ("none, it could not be sent", "nothing happened", _act(judge(NoReply(False, "")))),
     ]
     return _table(("answer", "it means", "the worker"), rows)

@@ -25,11 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.builders import command
+from worker.core.grant import Grant
 from worker.core.request import Partner, SignedRequest, external_id, sign
 from worker.core.signing import load_private_key, signer, token_signature
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
-from worker.shells.gateway import Endpoint, GatewayClient, Grant, timestamp
+from worker.shells.gateway import Endpoint, GatewayClient, timestamp
 from worker.shells.transport import trust
 
 PATIENT: Final = 30.0  # seconds for what comes, on a loaded machine too
@@ -154,13 +155,30 @@ def _serve(peer: Peer, server: Server, handler: Handler, tls: ssl.SSLContext | N
         peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             if tls is not None:
-                peer.sock = tls.wrap_socket(peer.sock, server_side=True)
+                peer.sock = _secured(peer.sock, tls)
             recorded = functools.partial(_recorded, peer.request, server)
             peer.request = recorded  # type: ignore[method-assign]
             handler(peer)
         finally:
             peer.sock.close()
             server.closed.release()
+
+
+def _secured(raw: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
+    """The handshake. One that fails ends as in servers of the field: the alert goes out, and the rest is read, since a
+    close before that would be a reset, which can overtake the alert."""
+    secured = tls.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+    try:
+        secured.do_handshake()
+    except ssl.SSLError:
+        plain = socket.socket(fileno=secured.detach())
+        with contextlib.closing(plain), contextlib.suppress(OSError):
+            plain.settimeout(_SILENT)
+            plain.shutdown(socket.SHUT_WR)
+            while plain.recv(65_536):
+                pass
+        raise
+    return secured
 
 
 def _recorded(request: Callable[[], bytes | None], server: Server) -> bytes | None:

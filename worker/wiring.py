@@ -18,23 +18,25 @@ from worker import __version__
 from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
 from worker.core.breaker import Breakers, Pacer, Throttle
+from worker.core.grant import Grant
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
 from worker.core.request import NODE_DIGITS, Partner, external_id
 from worker.core.retry import RetryPolicy
+from worker.core.scheme import NO_TOKEN
 from worker.core.settlement import Task
 from worker.core.topology import Names, topology
 from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
 from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.engine import Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
-from worker.shells.clock import SystemClock
+from worker.shells.clock import LoopClock, SystemClock
 from worker.shells.credentials import KEPT, Credentials, CredentialsError
 from worker.shells.fibers import Event, Fibers, Lock
-from worker.shells.gateway import Endpoint, GatewayClient, Grant, proxy_for, timestamp
+from worker.shells.gateway import Endpoint, GatewayClient, proxy_for, timestamp
 from worker.shells.metrics import Metrics
 from worker.shells.pool import Finish, Pool
 from worker.shells.telemetry import Telemetry
-from worker.shells.tokens import TokenStore
+from worker.shells.tokens import NoTokens, TokenStore
 from worker.shells.transport import BLOCKING, BoundedAdapter
 
 PREFETCH_PER_SENDER: Final = 2
@@ -63,21 +65,26 @@ class Client:
             telemetry,
             context=lambda: self.credentials.context,
             adapter=transport(gateway, os.environ, self.fibers),
+            secrets=lambda: self.credentials.secrets,
         )
-        self.tokens = TokenStore(
-            fetcher(client, self.credentials, gateway, self.clock),
-            telemetry,
-            clock=self.clock,
-            rng=self.rng,
-            pause=self.dispatcher.sleep,
-            flight=Lock(self.fibers),
+        self.tokens = (
+            NoTokens()
+            if gateway.signature == NO_TOKEN
+            else TokenStore(
+                fetcher(client, self.credentials, gateway, self.clock),
+                telemetry,
+                clock=self.clock,
+                rng=self.rng,
+                pause=self.dispatcher.sleep,
+                requesting=Lock(self.fibers),
+            )
         )
         self._expire = Expire(
             gateway=client,
             tokens=self.tokens,
             gate=self.dispatcher,
             observer=telemetry,
-            clock=self.clock,
+            clock=LoopClock(self.fibers),
             rng=self.rng,
             policy=policy(settings),
             partner=partner(gateway),

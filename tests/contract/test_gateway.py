@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import ssl
@@ -31,13 +32,15 @@ from tests.servers import (
     refusing_port,
     serving,
 )
+from worker import __version__
+from worker.core import diagnosis
+from worker.core.grant import DEFAULT_LIFETIME, JAKARTA, MAX_LIFETIME, Grant
 from worker.core.ports import Gateway, TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 from worker.sandbox.simulator import Fault, Script, Simulator
-from worker.shells import gateway as shell
-from worker.shells.gateway import DEFAULT_LIFETIME, MAX_LIFETIME, GatewayClient, proxy_for
-from worker.shells.transport import BoundedAdapter, Proxy
+from worker.shells.gateway import GatewayClient, proxy_for
+from worker.shells.transport import BoundedAdapter, Proxy, trust
 
 Build = Callable[..., GatewayClient]
 
@@ -88,7 +91,7 @@ def signed(**headers: str) -> SignedRequest:
 # -- the token service ----------------------------------------------------------------------------------------------
 
 
-def granted(client_for: Build, body: bytes, status: bytes = b"200 OK") -> shell.Grant:
+def granted(client_for: Build, body: bytes, status: bytes = b"200 OK") -> Grant:
     """The token that this answer is."""
     with serving(always(answer(body, status=status))) as server:
         return client_for(base_of(server)).fetch_token("client-1", "2026-11-22T12:00:00.000+07:00", "c2ln")
@@ -146,8 +149,8 @@ def test_a_lifetime_is_read_whatever_its_form(client_for: Build, value: object, 
         lambda moment: moment.isoformat(),
         lambda moment: moment.isoformat(timespec="milliseconds"),
         lambda moment: moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        lambda moment: moment.astimezone(shell.JAKARTA).isoformat(timespec="seconds"),
-        lambda moment: moment.astimezone(shell.JAKARTA).strftime("%Y-%m-%d %H:%M:%S"),
+        lambda moment: moment.astimezone(JAKARTA).isoformat(timespec="seconds"),
+        lambda moment: moment.astimezone(JAKARTA).strftime("%Y-%m-%d %H:%M:%S"),
     ],
     ids=["utc", "milliseconds", "Z", "+07:00", "no zone"],
 )
@@ -304,6 +307,76 @@ def test_token_requests_are_told_to_the_probe(client_for: Build, probe: Recordin
     assert probe.requests == [("token", "5007300"), ("token", ""), ("token", "2007300")]
 
 
+# -- what every request carries, and what never comes back ------------------------------------------------------------
+
+
+def test_every_request_names_the_product_and_wants_no_coding(client_for: Build) -> None:
+    """The default rules of AWS WAF refuse a request without a User-Agent."""
+    with serving(always(answer(token_body()))) as server:
+        client = client_for(base_of(server))
+        client.fetch_token("client-1", "2026-11-22T12:00:00.000+07:00", "c2ln")
+        client.send(signed())
+
+    for request in server.requests:
+        head = request.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+        assert f"User-Agent: qris-expire-worker/{__version__}" in head
+        assert "Accept-Encoding: identity" in head
+
+
+TOKEN = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiJxcmlzIn0.c2lnbmF0dXJl"
+SIGNATURE = "mZ1/8Bq+0fJ3nUu9T2iQvYt5xkW4sRcE7gHdLpOaNzKbXyM6wV1DjFhGtS8lPo2rAeIuCqQ5Zn9/Ym0TxBw3Kg=="
+SECRET = "s3cret/wörd"
+
+
+def echoing(form: Callable[[str], bytes], status: bytes, *headers: bytes) -> Callable[[Peer], None]:
+    """A server that repeats the head of every request in its body."""
+
+    def handler(peer: Peer) -> None:
+        while (request := peer.request()) is not None:
+            head = request.partition(b"\r\n\r\n")[0].decode()
+            peer.send(answer(form(f"{head} {SECRET}"), *headers, status=status))
+
+    return handler
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"400 Bad Request", b"401 Unauthorized", b"403 Forbidden", b"502 Bad"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: text.encode(),
+        lambda text: json.dumps({"responseCode": "4019300", "responseMessage": text}).encode(),
+        lambda text: json.dumps({"responseMessage": text}, ensure_ascii=False).replace("/", "\\/").encode(),
+        lambda text: f"<html><title>{text}</title></html>".encode(),
+        lambda text: gzip.compress(json.dumps({"headers": text.split()}).encode()),
+    ],
+    ids=["text", "SNAP", "JSON", "HTML", "gzip"],
+)
+def test_a_page_that_repeats_our_headers_shows_no_secret(
+    probe: RecordingProbe, form: Callable[[str], bytes], status: bytes
+) -> None:
+    """Token, signature and client secret are masked before anything is judged, told or kept."""
+    with serving(echoing(form, status, b"Retry-After: " + SIGNATURE.encode())) as server:
+        client = GatewayClient(endpoint(base_of(server)), probe, secrets=lambda: (SECRET,))
+        request = signed(**{"Authorization": f"Bearer {TOKEN}", "X-SIGNATURE": SIGNATURE})
+        reply = client.send(request)
+        with pytest.raises(TokenUnavailable) as failure:
+            client.fetch_token("client-1", "2026-11-22T12:00:00.000+07:00", SIGNATURE)
+        client.close()
+
+    assert isinstance(reply, Reply)
+    call = diagnosis.Call(server.url, "GATEWAY_EXPIRE_PATH")
+    told = [
+        repr(reply),
+        repr(judge(reply)),
+        diagnosis.expire(reply, call).text,
+        repr(failure.value.verdict),
+        repr(failure.value.answer),
+        diagnosis.token(failure.value.answer or reply, call).text,
+    ]
+    for text in told:
+        assert not any(secret[:20] in text for secret in (TOKEN, SIGNATURE, SECRET, json.dumps(SECRET)[1:-1]))
+
+
 # -- the clock ------------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +484,65 @@ def test_the_environment_does_not_speak_into_a_call(client_for: Build, monkeypat
 
     assert reply == Reply(200, b"{}")
     assert b"\r\nAuthorization: Bearer opaque-1\r\n" in server.requests[0]
+
+
+def test_a_client_certificate_is_shown_to_a_gateway_that_asks_for_one(client_for: Build, tmp_path: Path) -> None:
+    """With it the call is answered; without, nothing was sent, and the diagnosis names the settings."""
+    ours = Authority("ours", tmp_path)
+    with serving(always(answer(b"{}")), tls=ours.server("127.0.0.1", wants_client=True)) as server:
+        with_one, without = trust(ours.file, *ours.issue("worker")), trust(ours.file)
+        shown = client_for(base_of(server), lambda: with_one).send(signed())
+        silent = client_for(base_of(server), lambda: without).send(signed())
+
+    assert shown == Reply(200, b"{}")
+    assert isinstance(silent, NoReply)
+    assert not silent.sent
+    assert "GATEWAY_CERT_FILE" in diagnosis.expire(silent, diagnosis.Call(server.url, "GATEWAY_EXPIRE_PATH")).text
+
+
+@pytest.mark.parametrize(
+    ("kind", "cure"),
+    [
+        ("expired", "the provider has to renew it"),
+        ("other", "GATEWAY_CA_FILE"),
+        ("other name", "another host name than the certificate"),
+        ("old TLS", "no version of TLS"),
+        ("their client", "GATEWAY_CERT_FILE"),
+        ("no TLS", "no TLS is spoken there"),
+        ("hang up", "firewall"),
+    ],
+)
+def test_what_is_wrong_with_tls_is_told_apart(client_for: Build, tmp_path: Path, kind: str, cure: str) -> None:
+    """Each by what has to be changed, from the words that the system really uses; nothing was sent."""
+    ours, theirs = Authority("ours", tmp_path), Authority("theirs", tmp_path)
+    contexts = {
+        "expired": ours.server("127.0.0.1", expired=True),
+        "other": theirs.server("127.0.0.1"),
+        "other name": ours.server("gateway.example"),
+        "their client": ours.server("127.0.0.1", wants_client=True),
+        "old TLS": ours.server("127.0.0.1"),
+    }
+    trusted = trust(ours.file, *theirs.issue("worker")) if kind == "their client" else trust(ours.file)
+    if kind == "old TLS":
+        contexts[kind].maximum_version = ssl.TLSVersion.TLSv1_2
+        trusted.minimum_version = ssl.TLSVersion.TLSv1_3
+
+    def handler(peer: Peer) -> None:
+        if kind == "no TLS":
+            peer.send(answer(b"{}"))
+        elif kind == "hang up":
+            peer.sock.recv(65_536)
+        else:
+            always(answer(b"{}"))(peer)
+
+    with serving(handler, tls=contexts.get(kind)) as server:
+        base = base_of(server).replace("http:", "https:")
+        reply = client_for(base, lambda: trusted).send(signed())
+
+    assert isinstance(reply, NoReply)
+    assert not reply.sent
+    assert server.requests == []
+    assert cure in diagnosis.expire(reply, diagnosis.Call(base, "GATEWAY_EXPIRE_PATH")).text
 
 
 # -- proxies --------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ NOT_SENT: Judgement = (Kind.TRANSIENT, None, False)
 SYSTEMIC: Judgement = (Kind.SYSTEMIC, None, False)
 TOKEN: Judgement = (Kind.TOKEN, None, False)
 ID_CLASH: Judgement = (Kind.ID_CLASH, None, False)
+LATER: Judgement = (Kind.LATER, None, False)
 THROTTLED: Judgement = (Kind.THROTTLED, None, False)
 
 
@@ -68,6 +69,7 @@ ROWS: dict[str, tuple[Fault, Judgement]] = {
     "2009100, the sample's": (Fault(code="2009100"), SUCCESS),
     "2009300 as an integer": (Fault(body='{"responseCode": 2009300}'), SUCCESS),
     "2009300 in HTTP 201": (Fault(code="2009300", http=201), SUCCESS),
+    "2009300 with a raw line break": (Fault(body='{"responseCode":"2009300","responseMessage":"a\nb"}'), SUCCESS),
     "2009300, trickled": (Fault(code="2009300", trickle=0.0001), SUCCESS),
     # expired or cancelled already
     "403xx00": (Fault(code="4039300"), ALREADY),
@@ -98,8 +100,12 @@ ROWS: dict[str, tuple[Fault, Judgement]] = {
     "401xx01 of another service": (Fault(code="4017301"), TOKEN),
     "401xx00 that names the token": (Fault(code="4019300", message="Invalid Token (B2B)"), TOKEN),
     "401 without code that names the token": (Fault(body='{"responseMessage": "token expired"}', http=401), TOKEN),
+    "a challenge and no body": (Fault(body="", http=401, challenge='Bearer error="invalid_token"'), TOKEN),
+    "a challenge beside a signature": (Fault(code="4019300", challenge='Bearer error="invalid_token"'), TOKEN),
     # id clash
     "4099300": (Fault(code="4099300"), ID_CLASH),
+    # later
+    "403xx06": (Fault(code="4039306"), LATER),
     # throttled
     "429xx00": (Fault(code="4299300"), THROTTLED),
     "429xx00 of another service": (Fault(code="4290000"), THROTTLED),
@@ -150,6 +156,7 @@ ROWS: dict[str, tuple[Fault, Judgement]] = {
     "401 with a page": (Fault(html=401), SYSTEMIC),
     "401 without a body": (Fault(body="", http=401), SYSTEMIC),
     "403 with a page": (Fault(html=403), SYSTEMIC),
+    "401 in other words": (Fault(body='{"message": "Unauthorized"}', http=401), SYSTEMIC),
     "403 with JSON that says nothing": (Fault(body='{"error": "denied"}', http=403), SYSTEMIC),
 }
 

@@ -213,6 +213,6 @@ def test_settings_that_are_named_exist() -> None:
     """No finding sends anybody to a setting that there is not."""
 
     known = {variable for variable, _, _ in reference()}
-    text = "".join(row.text for row in diagnosis.rows())
+    text = "".join(diagnosis.texts())
 
     assert set(re.findall(r"GATEWAY_[A-Z_]+", text)) <= known

@@ -216,6 +216,17 @@ def test_effect_stays_unknown() -> None:
     assert not Bench(STALE_TOKEN, SUCCESS).outcome().effect_unknown
 
 
+@pytest.mark.parametrize("answer", [BAD_SIGNATURE, Reply(401, b""), Reply(403, b"")])
+def test_a_refusal_that_does_not_name_the_token_puts_it_in_doubt(answer: Reply) -> None:
+    """The store learns of the generation in use; it decides whether to renew it."""
+
+    bench = Bench(answer, SUCCESS)
+
+    assert bench.outcome().reason is Reason.SUCCESS
+    assert bench.tokens.doubts == [1]
+    assert bench.tokens.refusals == []
+
+
 def test_redelivered() -> None:
     """A redelivered command may have been called for by a process that died."""
 

@@ -96,7 +96,10 @@ def test_all_problems_at_once() -> None:
         ),
         "GATEWAY_CLIENT_ID: is not set; set it. The id given at onboarding",
         ("GATEWAY_CLIENT_SECRET: is not set; set it (or GATEWAY_CLIENT_SECRET_FILE). The secret given at onboarding"),
-        "GATEWAY_PRIVATE_KEY_FILE: is not set; set it. PEM file of the RSA private key, PKCS#8 or PKCS#1",
+        (
+            "GATEWAY_PRIVATE_KEY_FILE: is not set; set it (or GATEWAY_PRIVATE_KEY). "
+            "File of the RSA private key, PKCS#8 or PKCS#1"
+        ),
         "GATEWAY_CHANNEL_ID: is not set; set it. The merchant's channel id",
         "RETRY_MAX_ATTEMPTS: must be a whole number of at least 1 and at most 100",
         "WORKER_CONCURRENCY: must be a whole number of at least 1 and at most 1024",
@@ -239,6 +242,7 @@ def test_secret_from_a_mounted_file(required: dict[str, str], tmp_path: Path) ->
 
     gateway = load(GatewaySettings, environ=required | {"GATEWAY_CLIENT_SECRET_FILE": str(mounted)}, env_file=None)
 
+    assert gateway.client_secret is not None
     assert gateway.client_secret.get_secret_value() == " with blanks "
     assert gateway.client_secret_file == mounted
 
@@ -655,3 +659,64 @@ def test_advice_on_a_breaker_that_one_bill_opens(required: dict[str, str], failu
 
     assert [line.partition(":")[0] for line in advice] == ["BREAKER_FAILURES"] * advised
     assert all("5 or more" in line for line in advice)
+
+
+# --- what the gateway's schemes need
+
+
+@pytest.mark.parametrize("scheme", ["rsa-sha256", "rsa-sha256-no-token"])
+def test_no_secret_where_none_is_used(required: dict[str, str], scheme: str) -> None:
+    """Only hmac-sha512 signs with the client secret."""
+    del required["GATEWAY_CLIENT_SECRET"]
+
+    settings = load(environ={**required, "GATEWAY_SIGNATURE": scheme}, env_file=None)
+
+    assert settings.gateway.client_secret is None
+    with pytest.raises(SettingsError, match="GATEWAY_CLIENT_SECRET: is not set"):
+        load(environ=required, env_file=None)
+
+
+def test_the_key_itself(required: dict[str, str]) -> None:
+    """The private key may stand in its variable instead of a file, but not in both."""
+    key = Path(required["GATEWAY_PRIVATE_KEY_FILE"]).read_text() or "a key"
+    both = {**required, "GATEWAY_PRIVATE_KEY": key}
+    alone = {name: value for name, value in both.items() if name != "GATEWAY_PRIVATE_KEY_FILE"}
+
+    gateway = load(environ=alone, env_file=None).gateway
+
+    assert gateway.private_key is not None
+    assert (gateway.private_key.get_secret_value(), gateway.private_key_file) == (key, None)
+    assert key not in repr(gateway)
+    with pytest.raises(SettingsError, match="GATEWAY_PRIVATE_KEY: is set beside GATEWAY_PRIVATE_KEY_FILE"):
+        load(environ=both, env_file=None)
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"GATEWAY_CERT_FILE": "{file}"}, "GATEWAY_KEY_FILE: goes together with GATEWAY_CERT_FILE"),
+        ({"GATEWAY_KEY_FILE": "{file}"}, "GATEWAY_KEY_FILE: goes together with GATEWAY_CERT_FILE"),
+        (
+            {"GATEWAY_CERT_FILE": "{file}", "GATEWAY_KEY_FILE": "{file}", "GATEWAY_BASE_URL": "http://localhost/v1.0"},
+            "GATEWAY_CERT_FILE: is only used with https",
+        ),
+        ({"GATEWAY_CERT_FILE": "/nowhere", "GATEWAY_KEY_FILE": "{file}"}, "GATEWAY_CERT_FILE: no such file"),
+    ],
+)
+def test_client_certificates_are_pairs(required: dict[str, str], more: dict[str, str], problem: str) -> None:
+    """A certificate comes with its key, and is of no use without TLS."""
+    file = required["GATEWAY_PRIVATE_KEY_FILE"]
+    environ = {**required, "GATEWAY_BASE_URL": "https://gateway.example/v1.0"}
+
+    with pytest.raises(SettingsError, match=problem):
+        load(environ=environ | {name: value.format(file=file) for name, value in more.items()}, env_file=None)
+
+
+def test_oddities_of_secrets_are_advised_about(required: dict[str, str]) -> None:
+    """Quotes and blanks around a secret are allowed, seldom meant, and told without the secret."""
+
+    advice = load(environ={**required, "GATEWAY_CLIENT_SECRET": '"hush"'}, env_file=None).advice()
+
+    assert [line.partition(":")[0] for line in advice] == ["GATEWAY_CLIENT_SECRET"]
+    assert "quotes" in advice[0]
+    assert "hush" not in advice[0]

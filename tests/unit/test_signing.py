@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.core.scheme import Scheme, oddity_of
 from worker.core.signing import (
     KeyUnusable,
-    Scheme,
     load_private_key,
     signer,
     string_to_sign,
@@ -142,21 +143,61 @@ def test_token_signature() -> None:
     assert_signed(key().public_key(), signature, "client-1|2026-11-22T12:00:00.000+07:00")
 
 
+def bare(raw: bytes) -> bytes:
+    """What stands between BEGIN and END."""
+    return b"".join(raw.strip().split(b"\n")[1:-1])
+
+
+def relabelled(raw: bytes) -> bytes:
+    """PKCS#8 under the label of PKCS#1, and the reverse."""
+    if b"RSA PRIVATE KEY" in raw:
+        return raw.replace(b"RSA PRIVATE KEY", b"PRIVATE KEY")
+    return raw.replace(b"PRIVATE KEY", b"RSA PRIVATE KEY")
+
+
+PASTED: dict[str, Callable[[bytes], bytes]] = {
+    "clean": lambda raw: raw,
+    "crlf": lambda raw: raw.replace(b"\n", b"\r\n"),
+    "cr": lambda raw: raw.replace(b"\n", b"\r"),
+    "literal": lambda raw: raw.replace(b"\n", b"\\n"),
+    "literal crlf": lambda raw: raw.replace(b"\n", b"\\r\\n"),
+    "blanks": lambda raw: b"\n  " + raw.strip(),
+    "indented": lambda raw: raw.replace(b"\n", b"\n    "),
+    "one line": lambda raw: raw.replace(b"\n", b" "),
+    "other label": relabelled,
+    "bare base64": bare,
+    "bare base64 in lines": lambda raw: b"\n".join(raw.strip().split(b"\n")[1:-1]) + b"\n",
+    "base64 of the file": base64.b64encode,
+    "base64 of the file in lines": base64.encodebytes,
+    "der": lambda raw: base64.b64decode(bare(raw)),
+    "byte-order mark": lambda raw: b"\xef\xbb\xbf" + raw,
+    "utf-16": lambda raw: raw.decode().encode("utf-16"),
+    "utf-16 without a mark": lambda raw: raw.decode().encode("utf-16-le"),
+    "utf-16, big end first": lambda raw: raw.decode().encode("utf-16-be"),
+    "quotes": lambda raw: b'"' + raw.strip() + b'"',
+    "single quotes": lambda raw: b"'" + raw + b"'\n",
+    "typographic quotes": lambda raw: f"\u201c{raw.decode()}\u201d".encode(),
+    "dashes of a word processor": lambda raw: raw.replace(b"-----", "\u2014\u2014-".encode()),
+    "other dashes": lambda raw: raw.replace(b"-----", ("\u2013" * 5).encode()),
+    "behind a certificate": lambda raw: b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n" + raw,
+    "with attributes": lambda raw: b"Bag Attributes\n    localKeyID: 01\nKey Attributes: <No Attributes>\n" + raw,
+}
+
+
 @pytest.mark.parametrize("format_", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda raw: raw,
-        lambda raw: raw.replace(b"\n", b"\r\n"),
-        lambda raw: raw.replace(b"\n", b"\\n"),
-        lambda raw: b"\n  " + raw.strip(),
-    ],
-    ids=["clean", "crlf", "literal", "blanks"],
-)
-def test_keys_as_people_paste_them(format_: PrivateFormat, damage: Any) -> None:
-    """PKCS#8 and PKCS#1 are read, with CRLF, a literal backslash n and blanks around them mended."""
+@pytest.mark.parametrize("damage", PASTED.values(), ids=PASTED.keys())
+def test_keys_as_people_paste_them(format_: PrivateFormat, damage: Callable[[bytes], bytes]) -> None:
+    """PKCS#8 and PKCS#1 are read by their content, whatever an editor or a secret store has made of the file."""
 
     assert load_private_key(damage(pem(format_))).private_numbers() == key().private_numbers()
+
+
+@pytest.mark.parametrize("damage", ["clean", "crlf", "utf-16", "bare base64", "der", "dashes of a word processor"])
+def test_encrypted_keys_as_people_paste_them(damage: str) -> None:
+    """The same with a passphrase."""
+    raw = PASTED[damage](pem(PrivateFormat.PKCS8, BestAvailableEncryption(b"right")))
+
+    assert load_private_key(raw, "right").private_numbers() == key().private_numbers()
 
 
 @pytest.mark.parametrize("format_", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
@@ -173,7 +214,7 @@ def unusable() -> dict[str, tuple[bytes, str | None, str]]:
     locked = pem(encryption=BestAvailableEncryption(b"right"))
     return {
         "no passphrase": (locked, None, "needs a passphrase"),
-        "empty passphrase": (locked, "", "passphrase"),
+        "empty passphrase": (locked, "", "needs a passphrase"),
         "wrong passphrase": (locked, "wrong", "correct GATEWAY_PRIVATE_KEY_PASSPHRASE"),
         "passphrase for nothing": (pem(), "right", "has no passphrase"),
         "public": (
@@ -187,7 +228,12 @@ def unusable() -> dict[str, tuple[bytes, str | None, str]]:
             None,
             "ssh-keygen -p -m PKCS8",
         ),
-        "DER": (key().private_bytes(Encoding.DER, PrivateFormat.PKCS8, PLAIN), None, "openssl pkey -inform DER"),
+        "DER of a public key": (
+            key().public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+            None,
+            "give the private key",
+        ),
+        "a request": (pem().replace(b"PRIVATE KEY", b"CERTIFICATE REQUEST"), None, "give the private key"),
         "without its first line": (pem().split(b"\n", 1)[1], None, "no line -----BEGIN PRIVATE KEY-----"),
         "damaged": (pem()[:80] + b"????" + pem()[84:], None, "damaged"),
         "elliptic": (
@@ -219,3 +265,26 @@ def test_any_bytes_as_a_key(raw: bytes, passphrase: str | None) -> None:
 
     with pytest.raises(KeyUnusable):
         load_private_key(b"-----BEGIN PRIVATE KEY-----\n" + raw, passphrase)
+
+
+@pytest.mark.parametrize(
+    ("secret", "oddity"),
+    [
+        ("plain", ""),
+        ('it\'s "fine"', ""),
+        ("\ufeffsecret", "byte-order mark"),
+        (" secret", "blank"),
+        ("secret\n", "line break"),
+        ('"secret"', "quotes"),
+        ("'secret'", "quotes"),
+        ("\u201csecret\u201d", "quotes"),
+    ],
+)
+def test_oddities_of_secrets(secret: str, oddity: str) -> None:
+    """What an editor or a shell has added to a secret is named, and the secret is not."""
+
+    found = oddity_of(secret)
+
+    assert oddity in found
+    assert bool(found) == bool(oddity)
+    assert "secret" not in found

@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 from tests.builders import NOON, no_token
 from tests.fakes import FakeClock
 from tests.waiting import wait_until
+from worker.core.grant import Grant
 from worker.core.ports import Draining, Token, TokenUnavailable
 from worker.core.verdict import Kind
-from worker.shells.gateway import Grant
 from worker.shells.tokens import (
+    DOUBTS_EVERY,
     REFUSALS_AT_ONCE,
     REFUSALS_EVERY,
     REFUSED_IN_A_ROW,
+    RENEWAL_BACKOFF,
     RETRY_EARLY_REFRESH,
-    TRUCE,
+    NoTokens,
     TokenStore,
 )
 
@@ -145,7 +147,7 @@ def test_fetched_once() -> None:
     assert bench.watch.expiries == [NOON + LIFE]
 
 
-def test_single_flight() -> None:
+def test_one_request_for_all() -> None:
     """Thirty-two senders without a token make one request and all get its token."""
 
     bench = Bench()
@@ -160,7 +162,7 @@ def test_single_flight() -> None:
     assert bench.service.fetched == 1
 
 
-def test_single_flight_after_a_refusal() -> None:
+def test_one_request_for_all_after_a_refusal() -> None:
     """Thirty-two senders whose token was refused fetch one new token."""
 
     bench = Bench()
@@ -369,7 +371,7 @@ def test_allowance_is_bounded() -> None:
     assert bench.store.get() == last
 
 
-def test_truce() -> None:
+def test_renewal_backoff() -> None:
     """A token refused several times in a row is dead, however fast; before its successor there is a short wait."""
 
     bench = Bench()
@@ -382,11 +384,11 @@ def test_truce() -> None:
 
     assert bench.store.get().generation == serving.generation + 1
     assert len(bench.pauses) == 1
-    assert 0 <= bench.pauses[0] <= TRUCE
+    assert 0 <= bench.pauses[0] <= RENEWAL_BACKOFF
 
 
-def test_truce_is_one_wait() -> None:
-    """A token fetched after a truce was not won by waiting is fetched without one."""
+def test_renewal_backoff_is_one_wait() -> None:
+    """Only the renewal that follows such refusals waits; the next one does not."""
 
     bench = Bench()
     bench.refuse_to_the_limit()
@@ -400,8 +402,8 @@ def test_truce_is_one_wait() -> None:
     assert len(bench.pauses) == 1
 
 
-def test_drain_during_a_truce() -> None:
-    """A drain ends a truce, and the store still works for whoever asks."""
+def test_drain_during_a_renewal_backoff() -> None:
+    """A drain ends the wait, and the store still works for whoever asks."""
 
     def drain(_: float) -> None:
         raise Draining
@@ -425,3 +427,77 @@ def test_rotated_credentials() -> None:
     bench.store.renew()
 
     assert bench.store.get().generation == 2
+
+
+# -- a token in doubt -------------------------------------------------------------------------------------------------
+
+
+def test_doubt_renews_once() -> None:
+    """However many answers leave one token in doubt, one request replaces it."""
+
+    bench = Bench()
+    old = bench.store.get()
+    for _ in range(32):
+        bench.store.doubted(old.generation)
+
+    assert [bench.store.get().generation for _ in range(9)] == [old.generation + 1] * 9
+    assert bench.service.fetched == 2
+    bench.store.doubted(old.generation)
+    assert bench.store.get().generation == old.generation + 1
+
+
+def test_doubts_are_rate_limited() -> None:
+    """A gateway that refuses everything for another reason costs one token request in ten seconds."""
+
+    bench = Bench()
+    for _ in range(50):
+        bench.store.doubted(bench.store.get().generation)
+    assert bench.store.get().generation == 2
+    bench.clock.sleep(DOUBTS_EVERY)
+    bench.store.doubted(2)
+
+    assert bench.store.get().generation == 3
+
+
+def test_doubt_that_cannot_be_settled_costs_nobody_the_token() -> None:
+    """The token service fails: the token in doubt goes on to serve, and the service is asked again in a while."""
+
+    bench = Bench()
+    old = bench.store.get()
+    bench.store.doubted(old.generation)
+    bench.service.failure = no_token(Kind.TRANSIENT)
+
+    assert [bench.store.get() for _ in range(9)] == [old] * 9
+    assert bench.service.fetched == 2
+    bench.service.failure = None
+    bench.clock.sleep(RETRY_EARLY_REFRESH)
+    assert bench.store.get().generation == old.generation + 1
+
+
+def test_doubt_lets_others_go_on() -> None:
+    """While one sender renews a token in doubt the others go on with it."""
+
+    bench = Bench()
+    old = bench.store.get()
+    bench.store.doubted(old.generation)
+    started, go = bench.service.wait()
+    renewing = Senders(bench.store, 1)
+    assert started.wait(30)
+    others = Senders(bench.store, 31)
+    others.join()
+    go.set()
+    renewing.join()
+
+    assert (others.tokens, renewing.tokens) == ([old] * 31, [Token("token-2", 2)])
+
+
+def test_no_tokens() -> None:
+    """Where the gateway has none, the token is empty, whatever is said about it."""
+
+    tokens = NoTokens()
+    tokens.accepted()
+    tokens.refused(0)
+    tokens.doubted(0)
+    tokens.renew()
+
+    assert tokens.get() == Token("", 0)

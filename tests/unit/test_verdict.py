@@ -10,8 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import no_reply, reply
+from worker.core import verdict as verdict_table
 from worker.core.outcome import REASONS, Reason, Status
-from worker.core.verdict import BARE_RULES, MAX_MESSAGE, RULES, Kind, NoReply, Reply, Rule, Verdict, judge, read
+from worker.core.verdict import (
+    BARE_RULES,
+    MAX_MESSAGE,
+    RULES,
+    Kind,
+    NoReply,
+    Reply,
+    Rule,
+    Verdict,
+    judge,
+    read,
+    rule_for,
+)
+from worker.core.verdict import SUCCESS as SUCCESS_RULE
 
 UNKNOWN = True
 """The call may have taken effect."""
@@ -26,6 +40,7 @@ THROTTLED: Meaning = (Kind.THROTTLED, None, KNOWN)
 TRANSIENT: Meaning = (Kind.TRANSIENT, None, UNKNOWN)
 NOT_SENT: Meaning = (Kind.TRANSIENT, None, KNOWN)
 SYSTEMIC: Meaning = (Kind.SYSTEMIC, None, KNOWN)
+LATER: Meaning = (Kind.LATER, None, KNOWN)
 
 
 def refused(reason: Reason) -> Meaning:
@@ -81,7 +96,25 @@ TABLE: list[tuple[str, Reply | NoReply, Meaning]] = [
     ("any 401 that names the token", reply("4019307", "TOKEN is not valid"), TOKEN),
     ("bare 401 that names the token", bare(401, b'{"responseMessage": "Token expired"}'), TOKEN),
     ("bare 401 in other words", bare(401, b'{"error": "invalid_token"}'), TOKEN),
+    # any answer whose WWW-Authenticate has error="invalid_token"
+    ("challenge", Reply(401, b"", None, 'Bearer error="invalid_token"'), TOKEN),
+    ("challenge in full", Reply(401, HTML, None, 'Bearer realm="snap", error="invalid_token", scope="a"'), TOKEN),
+    ("challenge without quotes", Reply(401, b"", None, "Bearer realm=snap,error=invalid_token"), TOKEN),
+    ("challenge, shouted", Reply(401, b"", None, 'BEARER ERROR = "INVALID_TOKEN"'), TOKEN),
+    ("second challenge", Reply(401, b"", None, 'Basic realm="x", Bearer error="invalid_token"'), TOKEN),
+    ("challenge in 403", Reply(403, b"", None, 'Bearer error="invalid_token"'), TOKEN),
+    ("challenge in 500", Reply(500, b"oops", None, 'Bearer error="invalid_token"'), TOKEN),
+    (
+        "challenge beside a signature",
+        reply("4019300", "Invalid Signature", challenge='Bearer error="invalid_token"'),
+        TOKEN,
+    ),
+    ("challenge beside success", reply("2009300", "Successful", challenge='Bearer error="invalid_token"'), SUCCESS),
+    ("other challenge", Reply(401, b"", None, 'Bearer realm="snap", error="insufficient_scope"'), SYSTEMIC),
+    ("challenge that only tells of it", Reply(401, b"", None, 'Bearer error_description="invalid_token"'), SYSTEMIC),
+    ("challenge with a longer word", Reply(401, b"", None, 'Bearer error="invalid_token_format"'), SYSTEMIC),
     # 4099300
+    ("id clash of 91", reply("4099100", "Cannot use same X-EXTERNAL-ID in same day"), CLASH),
     ("id clash", reply("4099300", "Cannot use same X-EXTERNAL-ID in same day"), CLASH),
     # 429xx00, HTTP 429 without a code, 403xx04
     ("too many requests", reply("4299300", "Too Many Requests"), THROTTLED),
@@ -90,6 +123,10 @@ TABLE: list[tuple[str, Reply | NoReply, Meaning]] = [
     ("bare 429 in HTML", bare(429, HTML), THROTTLED),
     ("limit exceeded", reply("4039304", "Activity Count Limit Exceeded"), THROTTLED),
     ("limit exceeded, other service", reply("4034704", ""), THROTTLED),
+    # 403xx06
+    ("not at this time", reply("4039306", "Feature Not Allowed At This Time"), LATER),
+    ("not at this time, other service", reply("4034706", ""), LATER),
+    ("not at this time in 200", reply("4039306", "", status=200), LATER),
     # 5009300, other 500xx.., 504xx00, 202xx00
     ("general error", reply("5009300", "General Error"), TRANSIENT),
     ("internal error", reply("5009301", "Internal Server Error"), TRANSIENT),
@@ -156,6 +193,25 @@ TABLE: list[tuple[str, Reply | NoReply, Meaning]] = [
     ("other 400", reply("4009303", "?"), refused(Reason.REFUSED)),
     ("other 405", reply("4059300", "Requested Function Is Not Supported"), refused(Reason.REFUSED)),
     ("forbidden API in other words", reply("4049300", "?"), refused(Reason.REFUSED)),
+    # read leniently
+    ("Latin-1", Reply(200, b'{"responseCode":"2009300","responseMessage":"Succ\xe8s"}'), SUCCESS),
+    (
+        "Latin-1, paid",
+        Reply(404, b'{"responseCode":"4049314","responseMessage":"D\xe9j\xe0 pay\xe9"}'),
+        refused(Reason.PAID),
+    ),
+    ("Windows-1252", Reply(200, b'{"responseCode":"2009300","responseMessage":"\x93Successful\x94"}'), SUCCESS),
+    ("a line break", Reply(200, b'{"responseCode":"2009300","responseMessage":"Succ\ness\tful\r"}'), SUCCESS),
+    ("NUL", Reply(404, b'{"responseCode":"4049314","responseMessage":"Paid\x00Bill"}'), refused(Reason.PAID)),
+    ("a control character in another field", Reply(200, b'{"a":"\x01\x02","responseCode":"2009300"}'), SUCCESS),
+    ("a byte-order mark", Reply(200, b'\xef\xbb\xbf{"responseCode":"2009300"}'), SUCCESS),
+    ("UTF-16", Reply(200, '{"responseCode":"2009300"}'.encode("utf-16")), SUCCESS),
+    ("blanks around", Reply(200, b' \r\n{"responseCode":"2009300"}\r\n\r\n'), SUCCESS),
+    ("a broken byte in a name", Reply(200, b'{"not\xe9":1,"responseCode":"2009300"}'), SUCCESS),
+    ("two objects", Reply(200, b'{"responseCode":"2009300"}{"responseCode":"5009300"}'), TRANSIENT),
+    ("cut after the code", Reply(200, b'{"responseCode":"2009300","responseMessage":"Succ'), TRANSIENT),
+    ("only in a comment", Reply(200, b'<!-- {"responseCode":"2009300"} -->'), TRANSIENT),
+    ("inside another object", Reply(200, b'{"data":{"responseCode":"2009300"}}'), TRANSIENT),
     # the code is trusted over the HTTP status
     ("paid in 200", reply("4049314", "Paid Bill", status=200), refused(Reason.PAID)),
     ("not found in 500", reply("4049301", "QR not Found", status=500), refused(Reason.NOT_FOUND)),
@@ -191,7 +247,13 @@ BODIES = st.binary(max_size=120) | st.builds(
     CODES | st.integers() | st.booleans() | st.none() | st.floats(),
     st.text(max_size=300) | st.none() | st.integers() | st.lists(st.text(max_size=3), max_size=2),
 )
-REPLIES = st.builds(Reply, STATUSES, BODIES, st.none() | st.text(max_size=10))
+REPLIES = st.builds(
+    Reply,
+    STATUSES,
+    BODIES,
+    st.none() | st.text(max_size=10),
+    st.none() | st.sampled_from(['Bearer error="invalid_token"', "Basic"]),
+)
 
 
 def meaning(verdict: Verdict) -> Meaning:
@@ -295,6 +357,45 @@ def test_notes(answer: Reply, worth: bool) -> None:
     """A code that disagrees with the status or names another service is worth a log line."""
 
     assert bool(judge(answer).note) == worth
+
+
+@pytest.mark.parametrize(
+    ("answer", "doubts"),
+    [
+        (bare(401), True),
+        (bare(403), True),
+        (bare(401, b'{"message":"Unauthorized"}'), True),
+        (bare(401, b"Jwt is expired"), True),
+        (bare(403, HTML), True),
+        (reply("4019300", "Unauthorized. [Session expired]"), True),
+        (reply("4019300", "Unauthorized. Invalid Signature"), True),
+        (reply("4017300", "Unauthorized"), True),
+        (reply("4049300", "Forbidden", status=403), True),
+        (reply("4049300", "Forbidden"), False),
+        (reply("4049301", "Bad Request"), False),
+        (reply("4019301", "Access Token Invalid"), False),
+        (reply("4039318", "Inactive Card"), False),
+        (reply("4039306", "Not Allowed At This Time"), False),
+        (reply("4039304", "Limit"), False),
+        (bare(429), False),
+        (bare(500), False),
+        (reply("2009300", "Successful"), False),
+        (no_reply(), False),
+    ],
+)
+def test_refusals_that_leave_the_token_in_doubt(answer: Reply | NoReply, doubts: bool) -> None:
+    """A systemic refusal by 401 or 403 may be a dead token that nobody names; token answers are certain."""
+
+    assert judge(answer).doubts_token == doubts
+
+
+def test_every_known_code_has_one_row() -> None:
+    """A code's message in the table leads to the row that it stands in."""
+
+    for rule in (SUCCESS_RULE, *RULES):
+        for code, message in rule.known.items():
+            assert rule_for(code, message) is rule
+    assert len(verdict_table.KNOWN) == sum(len(rule.known) for rule in (SUCCESS_RULE, *RULES)) + 1
 
 
 def test_text_of_a_page() -> None:

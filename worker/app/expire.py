@@ -176,6 +176,8 @@ class Expire:
         verdict = judge(answer)
         if verdict.kind is Kind.TOKEN:
             self._tokens.refused(token.generation)
+        elif verdict.doubts_token:
+            self._tokens.doubted(token.generation)
         elif verdict.kind.final:
             self._tokens.accepted()
         progress.effect_unknown |= verdict.effect_unknown

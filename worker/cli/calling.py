@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from worker.cli import Trouble
 from worker.core.command import Command
+from worker.core.scheme import NO_TOKEN, WITH_SECRET
 from worker.core.verdict import NoReply
 
 if TYPE_CHECKING:
     from worker.core.diagnosis import Call, Finding
+    from worker.core.grant import Grant
     from worker.settings import GatewaySettings
-    from worker.shells.gateway import GatewayClient, Grant
+    from worker.shells.gateway import GatewayClient
 
 
 class Calling:
@@ -30,8 +32,9 @@ class Calling:
         if self._client is not None:
             self._client.close()
 
-    def fetch(self) -> Grant:
-        """A token. Raises `Trouble` with what its refusal is a sign of, and `CredentialsError`."""
+    def fetch(self) -> Grant | None:
+        """A token; None where the gateway has none. Raises `Trouble` with what its refusal is a sign of, and
+        `CredentialsError`."""
         from worker.core import diagnosis
         from worker.core.ports import TokenUnavailable
         from worker.shells.clock import SystemClock
@@ -42,7 +45,16 @@ class Calling:
         gateway = self.gateway
         credentials = Credentials(gateway, gateway.reread)
         adapter = transport(gateway, os.environ)
-        self._client = GatewayClient(endpoint(gateway), self, context=lambda: credentials.context, adapter=adapter)
+        self._client = GatewayClient(
+            endpoint(gateway),
+            self,
+            context=lambda: credentials.context,
+            adapter=adapter,
+            secrets=lambda: credentials.secrets,
+        )
+        if gateway.signature == NO_TOKEN:
+            self.token = ""
+            return None
         try:
             grant = fetcher(self._client, credentials, gateway, SystemClock())()
         except TokenUnavailable as failure:
@@ -62,8 +74,15 @@ class Calling:
         assert self.token is not None
         clock = SystemClock()
         sign = Credentials(gateway, gateway.reread).sign
-        signed = request.sign(command, partner(gateway), sign, self.token, clock.epoch(), external_ids(clock)())
+        token = "" if gateway.signature == NO_TOKEN else self.token
+        signed = request.sign(command, partner(gateway), sign, token, clock.epoch(), external_ids(clock)())
         return diagnosis.expire(self._client.send(signed), self._call("EXPIRE", gateway.expire_path))
+
+    def can_sign(self, scheme: str) -> bool:
+        """Whether there is what ``scheme`` signs with: a token for all but one, and for one the client secret."""
+        if scheme == WITH_SECRET and self.gateway.client_secret is None:
+            return False
+        return scheme == NO_TOKEN or bool(self.token)
 
     def _call(self, which: str, path: str) -> Call:
         from worker.core.diagnosis import Call

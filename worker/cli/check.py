@@ -11,6 +11,7 @@ from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
 from worker.cli.command_line import Option
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
+from worker.core.scheme import oddity_of
 
 if TYPE_CHECKING:
     from worker.core.diagnosis import Finding
@@ -232,6 +233,8 @@ def _token(calling: Calling | None) -> str:
         raise _Failed(str(error)) from None
     except Trouble as trouble:
         raise _Failed(*trouble.lines) from None
+    if grant is None:
+        return f"none is asked for: {calling.gateway.signature} signs without one"
     return f"good for {grant.lifetime:.0f} s"
 
 
@@ -269,7 +272,11 @@ def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: S
     from worker.core.diagnosis import Way, other_ways
 
     ours = calling.gateway
-    ways = list(other_ways(Way(ours.sign_path, ours.signature), ours.base_url, ours.expire_path))
+    ways = [
+        way
+        for way in other_ways(Way(ours.sign_path, ours.signature), ours.base_url, ours.expire_path)
+        if calling.can_sign(way.scheme)
+    ]
     say("probe", "sending", f"{refused.text}; trying up to {len(ways)} other ways to sign")
     for way in ways:
         other = replace(ours, sign_path=way.sign_path, signature=way.scheme)
@@ -297,8 +304,7 @@ def _wrong_secret(gateway: GatewaySettings) -> str:
             f"no way to sign is accepted: with {gateway.signature} the provider has another public key for expires "
             "than for tokens; if it wants hmac-sha512, set GATEWAY_SIGNATURE, and correct GATEWAY_CLIENT_SECRET, too"
         )
-    secret = gateway.client_secret.get_secret_value()
-    blanks = ", and it begins or ends with a blank" if secret != secret.strip() else ""
-    return (
-        f"no way to sign is accepted: GATEWAY_CLIENT_SECRET is wrong{blanks}; else ask which path GATEWAY_SIGN_PATH is"
-    )
+    secret = "" if gateway.client_secret is None else gateway.client_secret.get_secret_value()
+    oddity = oddity_of(secret)
+    wrong = f"GATEWAY_CLIENT_SECRET is wrong ({oddity})" if oddity else "GATEWAY_CLIENT_SECRET is wrong"
+    return f"no way to sign is accepted: {wrong}; else ask which path GATEWAY_SIGN_PATH is"

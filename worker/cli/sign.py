@@ -106,7 +106,8 @@ def _fetched(gateway: GatewaySettings) -> str:
 
     try:
         with closing(Calling(gateway)) as calling:
-            return calling.fetch().value
+            grant = calling.fetch()
+            return "" if grant is None else grant.value
     except CredentialsError as error:
         raise Trouble(str(error), code=INVALID) from None
 

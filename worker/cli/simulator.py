@@ -50,7 +50,7 @@ def simulator(
     A script is a JSON object: bills, patterns, rates and token_faults hold faults; seed, down, latency,
     requests_per_second, single_token, token_lifetime, kill_token_every, expires_in, skew, clock_offset and
     already change how all calls fare. A fault has one of code (with message and http), html, body, hang and
-    reset, and any of latency, trickle, retry_after, close, applied and repeat. Example:
+    reset, and any of latency, trickle, retry_after, challenge, close, applied and repeat. Example:
 
     {"bills": {"10092081": [{"code": "5009300"}, {"reset": "after"}]}, "latency": 0.05}
     """

@@ -13,8 +13,24 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, get_args
 from urllib.parse import urlsplit
 
-from worker.core.signing import Scheme
-from worker.core.verdict import MAX_MESSAGE, Kind, NoReply, Reply, judge, printable, read
+from worker.core.grant import said
+from worker.core.scheme import Scheme
+from worker.core.verdict import (
+    CURE_FORBIDDEN,
+    CURE_SIGNATURE,
+    CURE_THEIRS,
+    CURE_THROTTLED,
+    MAX_MESSAGE,
+    RULES,
+    SUCCESS,
+    Kind,
+    NoReply,
+    Reply,
+    judge,
+    printable,
+    read,
+    rule_for,
+)
 
 SKEW_WORTH_A_WARNING: Final = 30.0
 SKEW_REFUSED: Final = 110.0
@@ -49,169 +65,203 @@ class Way(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Sign:
-    """One row: patterns over code and message → what it is a sign of."""
+class Row:
+    """One row: patterns over a code (or a status, or whether the call was sent) and a message → what to do."""
 
     code: str
     message: str
     text: str
-    fine: bool = False
-    signature: bool = False
+
+    def matches(self, code: str, message: str) -> bool:
+        """Whether both patterns match."""
+        return re.fullmatch(self.code, code) is not None and re.search(self.message, message, re.IGNORECASE) is not None
 
 
 _TAKEN: Final = (Kind.DONE, Kind.REFUSED, Kind.ID_CLASH)
 
-_CLOCK: Final = "it does not take the time in X-TIMESTAMP: set this machine's clock by NTP (no setting can mend it)"
+_CLOCK: Final = "it does not take the time in X-TIMESTAMP: set this machine's clock by NTP (no setting can cure it)"
 _CLIENT: Final = (
     "it does not know this client: correct GATEWAY_CLIENT_ID, or GATEWAY_BASE_URL (test and production know different "
     "ones)"
 )
-_FORBIDDEN: Final = (
-    "it knows us, but this client may not use this service: ask the provider to enable it for GATEWAY_CLIENT_ID"
-)
-_THROTTLED: Final = (
-    "too many requests just now: try again later, and set GATEWAY_MAX_REQUESTS_PER_SECOND for the worker"
-)
-_THEIRS: Final = "it failed by itself, which says nothing about our settings: try again later"
+_TIMESTAMP: Final = "it wants X-TIMESTAMP in another form: change GATEWAY_TIMESTAMP_MILLISECONDS"
 
 _OF_TOKENS: Final = (
-    _Sign(r"401....", r"time ?stamp|clock", _CLOCK),
-    _Sign(r"400....", r"time ?stamp", "it wants X-TIMESTAMP in another form: change GATEWAY_TIMESTAMP_MILLISECONDS"),
-    _Sign(r"40[134]....", r"forbidden|not allowed|not authori[sz]ed|access", _FORBIDDEN),
-    _Sign(r"40[01]....", r"client", _CLIENT),
-    _Sign(
+    Row(r"401....", r"time ?stamp|clock", _CLOCK),
+    Row(r"400....", r"time ?stamp", _TIMESTAMP),
+    Row(r"40[134]....", r"forbidden|not allowed|not authori[sz]ed|access", CURE_FORBIDDEN),
+    Row(r"40[01]....", r"client", _CLIENT),
+    Row(
         r"401....",
         r"signature",
         "GATEWAY_PRIVATE_KEY_FILE is not the key whose public half the provider has for GATEWAY_CLIENT_ID: give it the "
         "public half of this one (openssl pkey -in KEY -pubout), or use the right file",
     ),
-    _Sign(r"429....|403..04", r"", _THROTTLED),
-    _Sign(r"5......", r"", _THEIRS),
-    _Sign(r".......", r"", "it gives us no token: see GATEWAY_CLIENT_ID, GATEWAY_PRIVATE_KEY_FILE and the clock"),
+    Row(r"429....|403..04", r"", CURE_THROTTLED),
+    Row(r"5......", r"", CURE_THEIRS),
+    Row(r".......", r"", "it gives us no token: see GATEWAY_CLIENT_ID, GATEWAY_PRIVATE_KEY_FILE and the clock"),
 )
 
+# What a message adds to its row of the verdict table, whose cure stands where none of these matches.
 _OF_EXPIRES: Final = (
-    _Sign(r"200(93|91)00", r"", "the bill is expired now; path, signature, channel and merchant are right", fine=True),
-    _Sign(r"403..00|404..04|404..19", r"", "the bill had expired before; all our settings are right", fine=True),
-    _Sign(r"404..14", r"", "the bill is paid; all our settings are right", fine=True),
-    _Sign(
-        r"4049308",
-        r"",
-        "the merchant is none of this client's: correct GATEWAY_MERCHANT_ID (or --merchant-id)",
-    ),
-    _Sign(r"4039319", r"", "the merchant is blacklisted: talk to the provider; our settings are right"),
-    _Sign(
-        r"4049301",
-        r"bad\s+request",
-        "a header is wrong or missing: correct GATEWAY_CHANNEL_ID first, then GATEWAY_CHANNEL_HEADERS, then "
-        "GATEWAY_TIMESTAMP_MILLISECONDS",
-    ),
-    _Sign(r"4049301", r"", "it does not know the bill; path, signature and channel are right", fine=True),
-    _Sign(r"4049300", r"unauthori[sz]ed|forbidden", _FORBIDDEN),
-    _Sign(r"40[134]....", r"forbidden|not allowed", _FORBIDDEN),
-    _Sign(
-        r"401..0[13]|401....", r"token", "it refuses the token that it just gave us: is GATEWAY_BASE_URL one system?"
-    ),
-    _Sign(r"401....", r"time ?stamp|clock", _CLOCK),
-    _Sign(r"401....", r"client|partner", _CLIENT),
-    _Sign(r"401..00", r"", "it does not take our signature", signature=True),
-    _Sign(r"400....", r"time ?stamp", "it wants X-TIMESTAMP in another form: change GATEWAY_TIMESTAMP_MILLISECONDS"),
-    _Sign(
+    Row(r"401....|403(?!..06|9319)....|404(?!9301|9308)....", r"forbidden|not allowed", CURE_FORBIDDEN),
+    Row(r"401....", r"time ?stamp|clock", _CLOCK),
+    Row(r"401....", r"client|partner", _CLIENT),
+    Row(r"400....", r"time ?stamp", _TIMESTAMP),
+    Row(
         r"400..0[12]",
         r"bill",
         "it does not find the bill in our body, or not in this form: change GATEWAY_BILL_FIELD (to billNumber, say)",
     ),
-    _Sign(r"400..0[12]", r"merchant", "the merchant has a wrong form: correct GATEWAY_MERCHANT_ID (or --merchant-id)"),
-    _Sign(r"400..0[12]", r"channel", "correct GATEWAY_CHANNEL_ID, then GATEWAY_CHANNEL_HEADERS"),
-    _Sign(r"409....", r"", "the X-EXTERNAL-ID was used today: try again; every call has a new one"),
-    _Sign(r"429....|403..04", r"", _THROTTLED),
-    _Sign(r"[25]......", r"", _THEIRS),
-    _Sign(r".......", r"", "it refuses the call: ask the provider what the code means for this client"),
+    Row(r"400..0[12]", r"merchant", "the merchant has a wrong form: correct GATEWAY_MERCHANT_ID (or --merchant-id)"),
+    Row(r"400..0[12]", r"channel", "correct GATEWAY_CHANNEL_ID, then GATEWAY_CHANNEL_HEADERS"),
 )
 
 _OF_PAGES: Final = (
-    _Sign(
+    Row(
         r"403",
         r"",
         "a firewall in front of the gateway turns us away: have the outbound address of this machine put on the "
         "provider's IP allow-list",
     ),
-    _Sign(r"400", r"https", "plain http is spoken to an https port: begin GATEWAY_BASE_URL with https://"),
-    _Sign(
+    Row(r"400", r"https", "plain http is spoken to an https port: begin GATEWAY_BASE_URL with https://"),
+    Row(
         r"40[45]",
         r"",
         "there is no such service: GATEWAY_BASE_URL must end with the version, as https://host/v1.0; else see "
         "{setting}",
     ),
-    _Sign(r"407", r"", "the proxy wants a login: correct HTTPS_PROXY, or put the gateway into NO_PROXY"),
-    _Sign(
-        r"401", r"", "something in front of the gateway wants a login: correct GATEWAY_BASE_URL, or ask the provider"
-    ),
-    _Sign(r"429", r"", _THROTTLED),
-    _Sign(r"3..", r"", "it is a redirect, which is not followed: set GATEWAY_BASE_URL to the API's own address"),
-    _Sign(r"2..", r"", "this is not the gateway's API: correct GATEWAY_BASE_URL, then {setting}"),
-    _Sign(r"5..", r"", _THEIRS),
-    _Sign(r".*", r"", "this is no answer of the gateway's API: correct GATEWAY_BASE_URL, then {setting}"),
+    Row(r"407", r"", "the proxy wants a login: correct HTTPS_PROXY, or put the gateway into NO_PROXY"),
+    Row(r"401", r"", "something in front of the gateway wants a login: correct GATEWAY_BASE_URL, or ask the provider"),
+    Row(r"429", r"", CURE_THROTTLED),
+    Row(r"3..", r"", "it is a redirect, which is not followed: set GATEWAY_BASE_URL to the API's own address"),
+    Row(r"2..", r"", "this is not the gateway's API: correct GATEWAY_BASE_URL, then {setting}"),
+    Row(r"5..", r"", CURE_THEIRS),
+    Row(r".*", r"", "this is no answer of the gateway's API: correct GATEWAY_BASE_URL, then {setting}"),
 )
 
+_CLIENT_CERTIFICATE: Final = (
+    "it asks for a client certificate: set GATEWAY_CERT_FILE and GATEWAY_KEY_FILE to the one that the provider issued"
+)
 _OF_SILENCE: Final = (
-    _Sign(
+    Row(
         r"not sent",
         r"hostname mismatch|IP address mismatch",
         "GATEWAY_BASE_URL has another host name than the certificate",
     ),
-    _Sign(
+    Row(
+        r"not sent",
+        r"certificate has expired",
+        "the gateway's certificate has expired: the provider has to renew it; else this machine's clock is wrong",
+    ),
+    Row(r"not sent", r"not yet valid", "this machine's clock is wrong: set it by NTP; else the certificate is too new"),
+    Row(r"not sent", r"revoked", "the gateway's certificate was revoked: the provider has to renew it"),
+    Row(
+        r"not sent",
+        r"alert certificate required|certificate_required",
+        _CLIENT_CERTIFICATE,
+    ),
+    Row(
+        r"not sent",
+        r"alert (?:unknown ca|bad certificate|certificate (?:expired|revoked|unknown)|unsupported certificate"
+        r"|access denied|decrypt error)",
+        "it refuses our client certificate: correct GATEWAY_CERT_FILE and GATEWAY_KEY_FILE, or set them",
+    ),
+    Row(
+        r"not sent",
+        r"alert protocol version|unsupported protocol",
+        "it speaks no version of TLS that is safe (1.2 or 1.3): ask the provider for an address that does",
+    ),
+    Row(
+        r"not sent",
+        r"alert unrecognized name|unrecognized_name",
+        "it does not know the host name of GATEWAY_BASE_URL: correct that",
+    ),
+    Row(
+        r"not sent",
+        r"alert|no shared cipher|no ciphers|dh key too small|legacy",
+        "it speaks TLS but refuses this connection: it may ask for a client certificate (GATEWAY_CERT_FILE), or for "
+        "other ciphers; ask the provider",
+    ),
+    Row(
         r"not sent",
         r"not trusted|certificate",
         "set GATEWAY_CA_FILE to the CA certificates that the gateway's is signed with",
     ),
-    _Sign(
+    Row(
         r"not sent",
-        r"\bTLS\b",
+        r"no TLS.*(?:wrong version number|record layer|http request|packet length|unknown protocol|bad record)",
         "no TLS is spoken there: correct the port in GATEWAY_BASE_URL, or begin it with http://",
     ),
-    _Sign(r"not sent", r"proxy", "correct HTTPS_PROXY, or put the gateway into NO_PROXY"),
-    _Sign(r"not sent", r"refused", "nothing listens there: correct host and port in GATEWAY_BASE_URL"),
-    _Sign(
+    Row(
+        r"not sent",
+        r"no TLS.*timed out",
+        "it took the connection and stays silent about TLS: correct the port in GATEWAY_BASE_URL, or try again later",
+    ),
+    Row(
+        r"not sent",
+        r"no TLS",
+        "it hangs up during the TLS handshake: a firewall or an IP allow-list may do that; else correct the port in "
+        "GATEWAY_BASE_URL",
+    ),
+    Row(
+        r"not sent",
+        r"proxy: it answers 407",
+        "the proxy wants a login: put it into HTTPS_PROXY (http://user:pass@host)",
+    ),
+    Row(
+        r"not sent",
+        r"proxy: it answers 403",
+        "the proxy does not allow the way to the gateway: have it allowed, or put the gateway into NO_PROXY",
+    ),
+    Row(r"not sent", r"proxy", "correct HTTPS_PROXY, or put the gateway into NO_PROXY"),
+    Row(r"not sent", r"refused", "nothing listens there: correct host and port in GATEWAY_BASE_URL"),
+    Row(
         r"not sent",
         r"name|address associated|resolution",
         "the host name is not known here: correct GATEWAY_BASE_URL, or this machine's DNS",
     ),
-    _Sign(
+    Row(
         r"not sent",
         r"timed out|unreachable|no route",
         "no way leads there: a firewall, or an IP allow-list that drops us; else correct GATEWAY_BASE_URL",
     ),
-    _Sign(r"not sent", r"", "correct GATEWAY_BASE_URL"),
-    _Sign(
+    Row(r"not sent", r"", "correct GATEWAY_BASE_URL"),
+    Row(
         r"sent",
         r"no HTTP",
         "what answers speaks no HTTP: https:// instead of http:// in GATEWAY_BASE_URL, or another port",
     ),
-    _Sign(
+    Row(
         r"sent",
         r"timed out",
         "it took the request and stays silent: try again; if it is that slow, raise GATEWAY_READ_TIMEOUT_SECONDS",
     ),
-    _Sign(
+    Row(
+        r"sent",
+        r"more than one answer",
+        "its answers have more bytes than they say, which no client can rely on: ask the provider to correct that",
+    ),
+    Row(
         r"sent",
         r"",
-        "it hung up: is it an https port that GATEWAY_BASE_URL calls by http, or a firewall? Else try again later",
+        "it hung up: it is an https port that GATEWAY_BASE_URL calls by http, a firewall, or a gateway that asks for a "
+        "client certificate (GATEWAY_CERT_FILE); else try again later",
     ),
 )
 
 
 def token(answer: Reply | NoReply, call: Call) -> Finding:
     """What the token service's answer is a sign of, where it was no token."""
-    if isinstance(answer, Reply) and b"accessToken" in answer.body:
-        text = f"HTTP {answer.status} without a usable token: ask the provider what accessToken should look like"
-        return Finding(False, text, text)  # the body's own words could be the token
-    return _found(answer, call, _OF_TOKENS)
+    if isinstance(answer, Reply) and 200 <= answer.status < 300 and (read(answer.body)[0] or "2").startswith("2"):
+        text = f"{said(answer)}; correct GATEWAY_BASE_URL, then {call.path_setting}, or ask the provider"
+        return Finding(False, text, text)
+    return _found(answer, call, _OF_TOKENS, said(answer))
 
 
 def expire(answer: Reply | NoReply, call: Call) -> Finding:
     """What an expire call's answer is a sign of."""
-    return _found(answer, call, _OF_EXPIRES)
+    return _found(answer, call, None, None)
 
 
 def clock(skew: float) -> Finding:
@@ -234,25 +284,48 @@ def other_ways(way: Way, base_url: str, expire_path: str) -> Iterator[Way]:
                 yield Way(path, scheme)
 
 
-def _found(answer: Reply | NoReply, call: Call, table: tuple[_Sign, ...]) -> Finding:
+def _found(answer: Reply | NoReply, call: Call, table: tuple[Row, ...] | None, shown: str | None) -> Finding:
+    """``table``: the rows for answers with a code; None for those of the verdict table. ``shown``: what may be shown of
+    the answer; None for all of it."""
+    fine = signature = False
     if isinstance(answer, NoReply):
-        key, message, said, table = ("sent" if answer.sent else "not sent"), answer.error, answer.error, _OF_SILENCE
+        said, message = answer.error, answer.error
+        text = _first(_OF_SILENCE, "sent" if answer.sent else "not sent", message)
     else:
         code, message = read(answer.body)
-        if code is not None:
-            key, said = code, f"{code} {message}".rstrip()
+        if code is None:
+            message = _text(answer)
+            said = f"HTTP {answer.status} with {_kind(answer)}" if shown is None else shown
+            text = _first(_OF_PAGES, str(answer.status), message)
+        elif table is None:
+            said = f"{code} {message}".rstrip()
+            text, fine, signature = _of_rule(code, message)
         else:
-            key, message, table = str(answer.status), _text(answer), _OF_PAGES
-            said = f"HTTP {answer.status} with {_kind(answer)}"
-    row = next(row for row in table if re.fullmatch(row.code, key) and re.search(row.message, message, re.IGNORECASE))
-    text = row.text.format(setting=call.path_setting)
-    if row.fine and isinstance(answer, Reply) and judge(answer).reason is None:
+            said = f"{code} {shown}"
+            text = _first(table, code, message)
+    text = text.format(setting=call.path_setting)
+    if fine and isinstance(answer, Reply) and judge(answer).reason is None:
         text = f"HTTP {answer.status} and its code contradict each other: ask the provider"
         return Finding(False, f"{text} ({said})", text)
-    if row.signature or "signature" in message.lower():
-        text = _signed_late(call) or text
+    if (signature or "signature" in message.lower()) and (late := _signed_late(call)):
+        text, signature = late, False
     told = f"{text} ({said}, from {call.url})"
-    return Finding(row.fine, told, text, row.signature and text == row.text, judge(answer).kind in _TAKEN)
+    return Finding(fine, told, text, signature, judge(answer).kind in _TAKEN)
+
+
+def _of_rule(code: str, message: str) -> tuple[str, bool, bool]:
+    """The cure of the code's row in the verdict table, or what the message adds to it; whether all is fine; whether the
+    signature is refused."""
+    rule = rule_for(code, message)
+    if not rule.fine and rule.kind is not Kind.TOKEN:
+        for row in _OF_EXPIRES:
+            if row.matches(code, message):
+                return row.text, False, False
+    return rule.cure, rule.fine, rule.cure is CURE_SIGNATURE
+
+
+def _first(table: tuple[Row, ...], key: str, message: str) -> str:
+    return next(row.text for row in table if row.matches(key, message))
 
 
 def _signed_late(call: Call) -> str | None:
@@ -277,7 +350,8 @@ def _kind(reply: Reply) -> str:
     return f"no SNAP code: {text[:80]}"
 
 
-def rows() -> Iterator[_Sign]:
-    """Every row of every table."""
+def texts() -> Iterator[str]:
+    """Every text of every table."""
     for table in (_OF_TOKENS, _OF_EXPIRES, _OF_PAGES, _OF_SILENCE):
-        yield from table
+        yield from (row.text for row in table)
+    yield from (rule.cure for rule in (SUCCESS, *RULES))

@@ -15,7 +15,7 @@ from worker.core.verdict import NoReply, Reply, Verdict
 @dataclass(frozen=True, slots=True)
 class Token:
     """An access token and the generation it belongs to: a refusal names a generation, so that late answers to an old
-    token never throw away its successor."""
+    token never throw away its successor. An empty value: the gateway has no tokens."""
 
     value: str
     generation: int
@@ -47,6 +47,10 @@ class Tokens(Protocol):
     def refused(self, generation: int) -> None:
         """The gateway refused the token of this generation: the next `get` fetches a new one (unless refusals come so
         fast that one alone proves nothing)."""
+
+    def doubted(self, generation: int) -> None:
+        """The gateway refused a call in a way that may mean a dead token of this generation: it is renewed, at most
+        once in a while, and serves until there is another."""
 
 
 class Gateway(Protocol):

@@ -50,12 +50,13 @@ def body(command: Command, bill_field: str = "billnumber") -> bytes:
 
 
 def sign(command: Command, partner: Partner, signer: Sign, token: str, epoch: float, ext_id: str) -> SignedRequest:
-    """One attempt's request at ``epoch``: one timestamp for header and signature, its own external id."""
+    """One attempt's request at ``epoch``: one timestamp for header and signature, its own external id. With an empty
+    ``token`` there is no Authorization."""
     payload = body(command, partner.bill_field)
     timestamp = jakarta.iso(epoch, milliseconds=partner.milliseconds)
     headers = {
         "Content-Type": "application/json",
-        "Authorization": f"Bearer {token}",
+        **({"Authorization": f"Bearer {token}"} if token else {}),
         "X-TIMESTAMP": timestamp,
         "X-PARTNER-ID": partner.client_id,
         "X-EXTERNAL-ID": ext_id,

@@ -5,40 +5,52 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-Scheme = Literal["hmac-sha512", "rsa-sha256", "rsa-sha256-no-token"]
+from worker.core.scheme import NO_TOKEN, Scheme
+
 Sign = Callable[[str, str, str, bytes, str], str]
 """``sign(method, path, access_token, body, timestamp)`` → the X-SIGNATURE header."""
 
 
 class KeyUnusable(ValueError):
-    """The PEM holds no RSA private key that can be used; the text says why and never shows the key."""
+    """The bytes hold no RSA private key that can be used; the text says why and never shows the key."""
 
 
-def load_private_key(pem: bytes, passphrase: str | None = None) -> RSAPrivateKey:
-    """The RSA key of a PKCS#8 or PKCS#1 PEM, encrypted or not. Raises `KeyUnusable`.
+_DASHES: Final = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+_BLOCK: Final = re.compile(
+    rf"[{_DASHES}]+\s*BEGIN ([A-Z0-9 ]*?)\s*[{_DASHES}]+(.*?)[{_DASHES}]+\s*END [A-Z0-9 ]*?\s*[{_DASHES}]+", re.DOTALL
+)
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")
 
-    Keys pasted into environment files and secret stores arrive with CRLF or a literal ``\\n``: both are mended.
+
+def load_private_key(data: bytes, passphrase: str | None = None) -> RSAPrivateKey:
+    """The RSA key of a file, encrypted or not. Raises `KeyUnusable`.
+
+    The content counts, not its label or its wrapping: PKCS#8 or PKCS#1, in PEM, in DER or in bare base64, in UTF-8 or
+    UTF-16. Keys that are pasted into environment files, secret stores and word processors arrive with CRLF or a literal
+    ``\\n``, on one line, in quotes, with a byte-order mark or with typographic dashes: all of it is read.
     """
-    mended = pem.replace(b"\\r", b"").replace(b"\\n", b"\n").replace(b"\r\n", b"\n").strip() + b"\n"
+    text = _text_of(data)
+    given = passphrase.encode() if passphrase else None
     try:
-        key = serialization.load_pem_private_key(mended, passphrase.encode() if passphrase else None)
+        key = _load(data, text, given)
     except TypeError:
         # cryptography says it this way both when a passphrase is missing and when one is given for nothing.
         raise KeyUnusable(
             "it needs a passphrase; set GATEWAY_PRIVATE_KEY_PASSPHRASE"
-            if passphrase is None
+            if given is None
             else "it has no passphrase; unset GATEWAY_PRIVATE_KEY_PASSPHRASE"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
-        raise KeyUnusable(_instead(mended)) from None
+        raise KeyUnusable(_instead(text)) from None
     if not isinstance(key, RSAPrivateKey):
         raise KeyUnusable("it is no RSA key; the gateway's scheme needs one")
     if key.key_size < 2048:
@@ -46,24 +58,69 @@ def load_private_key(pem: bytes, passphrase: str | None = None) -> RSAPrivateKey
     return key
 
 
+def _text_of(data: bytes) -> str:
+    """The file as text, without what editors and secret stores put around it; empty for DER."""
+    if data[:1] == b"0" and data[1:2] in (b"\x80", b"\x81", b"\x82", b"\x83"):
+        return ""
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if encoding != "utf-16" and data[1:2] == b"\0":
+        encoding = "utf-16-le"
+    elif data[:1] == b"\0":
+        encoding = "utf-16-be"
+    text = data.decode(encoding, "replace").replace("\\r", "").replace("\\n", "\n").replace("\r\n", "\n")
+    return text.strip(" \t\r\n\"'`\u2018\u2019\u201c\u201d\ufeff") + "\n"
+
+
+def _load(data: bytes, text: str, passphrase: bytes | None) -> object:
+    """Raises TypeError about the passphrase, and ValueError or UnsupportedAlgorithm for what is no key."""
+    if not text:
+        return serialization.load_der_private_key(data, passphrase)
+    blocks = _BLOCK.findall(text)
+    if not blocks:
+        return _load_bare("".join(text.split()), passphrase)
+    label, body = next((block for block in blocks if block[0].endswith("PRIVATE KEY")), blocks[0])
+    if "," in body or not label.endswith("PRIVATE KEY") or label.startswith("OPENSSH"):
+        # An old PEM with headers of its own (Proc-Type, DEK-Info), or no private key: read as it is labelled.
+        pem = f"-----BEGIN {label}-----\n{body.strip()}\n-----END {label}-----\n"
+        return serialization.load_pem_private_key(pem.encode(), passphrase)
+    return serialization.load_der_private_key(base64.b64decode("".join(body.split()), validate=True), passphrase)
+
+
+def _load_bare(text: str, passphrase: bytes | None) -> object:
+    """Base64 without BEGIN and END, of the key or of a whole file."""
+    if not _BASE64.fullmatch(text):
+        raise ValueError("no key")
+    raw = base64.b64decode(text, validate=True)
+    return (
+        _load(raw, _text_of(raw), passphrase)
+        if b"BEGIN" in raw
+        else serialization.load_der_private_key(raw, passphrase)
+    )
+
+
 _INSTEAD: Final = (
-    (b"BEGIN CERTIFICATE", "it is a certificate; give the private key that belongs to it"),
-    (b"PUBLIC KEY", "it is a public key, which is for the gateway; give the private one"),
-    (b"BEGIN OPENSSH", "it is in OpenSSH's own format; convert it: ssh-keygen -p -m PKCS8 -f KEY"),
-    (b"ENCRYPTED", "its passphrase is another one; correct GATEWAY_PRIVATE_KEY_PASSPHRASE"),
+    (re.compile(r"BEGIN (?:TRUSTED |X509 )?CERT"), "it is a certificate; give the private key that belongs to it"),
+    (re.compile("PUBLIC KEY"), "it is a public key, which is for the gateway; give the private one"),
+    (re.compile("BEGIN OPENSSH"), "it is in OpenSSH's own format; convert it: ssh-keygen -p -m PKCS8 -f KEY"),
+    (re.compile("BEGIN PGP"), "it is a PGP key; the gateway's scheme needs an RSA key in PEM"),
+    (
+        re.compile("BEGIN PKCS12|BEGIN PKCS7"),
+        "it is a bundle; extract the key: openssl pkcs12 -in FILE -nocerts -nodes",
+    ),
+    (re.compile("ENCRYPTED"), "its passphrase is another one; correct GATEWAY_PRIVATE_KEY_PASSPHRASE"),
 )
 
 
-def _instead(pem: bytes) -> str:
-    """What bytes that are no readable key look like, and what to do. Never shows any of them."""
-    for mark, text in _INSTEAD:
-        if mark in pem:
-            return text
-    if pem.startswith(b"0\x82"):
-        return "it is DER, not PEM; convert it: openssl pkey -inform DER -in KEY -out KEY.pem"
-    if b"-----BEGIN" not in pem:
+def _instead(text: str) -> str:
+    """What content that is no readable key looks like, and what to do. Never shows any of it."""
+    if not text:
+        return "it is DER that holds no private key, or an encrypted one with another passphrase; give the private key"
+    for mark, words in _INSTEAD:
+        if mark.search(text):
+            return words
+    if "BEGIN" not in text:
         return "it is no PEM: it has no line -----BEGIN PRIVATE KEY-----; give the whole file as it was made"
-    if b"-----END" not in pem:
+    if "END" not in text.partition("BEGIN")[2]:
         return "it is cut off: its line -----END …----- is missing; give the whole file"
     return "it is no PEM private key: what is between BEGIN and END is damaged; copy the file again, as it is"
 
@@ -83,12 +140,12 @@ def string_to_sign(method: str, path: str, access_token: str | None, body: bytes
 
 def text_to_sign(scheme: Scheme, method: str, path: str, access_token: str, body: bytes, timestamp: str) -> str:
     """`string_to_sign` under ``scheme``, with the token or without."""
-    token = None if scheme == "rsa-sha256-no-token" else access_token
+    token = None if scheme == NO_TOKEN else access_token
     return string_to_sign(method, path, token, body, timestamp)
 
 
 def signer(scheme: Scheme, client_secret: str, key: RSAPrivateKey) -> Sign:
-    """The function that signs transactions under ``scheme``."""
+    """The function that signs transactions under ``scheme``. ``client_secret`` is empty where it has none."""
     match scheme:
         case "hmac-sha512":
             secret = client_secret.encode()

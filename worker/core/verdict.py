@@ -1,12 +1,17 @@
-"""The judgement of one attempt: one table of data, read top to bottom, the first row that matches wins."""
+"""The judgement of one attempt: one table of data, read top to bottom; the first row that matches wins.
+
+To teach the worker a code, add it to its row here (``known``), or add a row. The label values of the metrics, the
+simulator's messages and what `check` makes of an answer follow from this table.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from worker.core.outcome import Reason
 
@@ -25,7 +30,7 @@ class Kind(Enum):
     TOKEN = ("token", False, False)
     ID_CLASH = ("id_clash", False, False)
     THROTTLED = ("throttled", False, False)
-    LATER = ("later", False, False)
+    LATER = ("later", False, False)  # ends the round: asking again at once would be answered in the same way
     TRANSIENT = ("transient", False, True)
     SYSTEMIC = ("systemic", False, True)
 
@@ -37,11 +42,13 @@ class Kind(Enum):
 
 
 class Reply(NamedTuple):
-    """The gateway answered: HTTP status, body (bounded by the shell), and the one header that matters."""
+    """The gateway answered: HTTP status, body (bounded and decoded by the shell), and the two headers that matter.
+    ``challenge`` is WWW-Authenticate."""
 
     status: int
     body: bytes
     retry_after: str | None = None
+    challenge: str | None = None
 
 
 class NoReply(NamedTuple):
@@ -52,7 +59,10 @@ class NoReply(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The judgement. ``reason`` is set for final kinds only; ``note`` is worth a log line when not empty."""
+    """The judgement. ``reason`` is set for final kinds only; ``note`` is worth a log line when not empty.
+
+    ``doubts_token``: the answer does not name the token, but a dead one may be the cause (see `judge`).
+    """
 
     kind: Kind
     reason: Reason | None
@@ -61,13 +71,16 @@ class Verdict(NamedTuple):
     message: str
     note: str = ""
     retry_after: str | None = None
+    doubts_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One row: patterns over ``responseCode`` and ``responseMessage`` → what it means.
 
-    ``codes``, ``phrases`` and ``means`` are the row in words, for people.
+    ``codes``, ``phrases`` and ``means`` are the row in words, for people. ``known``: codes that a gateway is known to
+    send, each with the message of its document or of the SNAP standard. ``cure``: what the answer to an expire call
+    says about our settings; ``fine``: that they are right.
     """
 
     code: re.Pattern[str]
@@ -78,86 +91,262 @@ class Rule:
     codes: tuple[str, ...]
     phrases: tuple[str, ...]
     means: str
+    known: Mapping[str, str] = field(default_factory=dict)
+    cure: str = ""
+    fine: bool = False
 
 
 def _rule(
-    codes: str, kind: Kind, reason: Reason | None = None, *, means: str, says: str = "", effect_unknown: bool = False
+    codes: str,
+    kind: Kind,
+    reason: Reason | None = None,
+    *,
+    means: str,
+    says: str = "",
+    effect_unknown: bool = False,
+    known: Mapping[str, str] | None = None,
+    cure: str = "",
+    fine: bool = False,
 ) -> Rule:
     """``codes``: separated by blanks, x for any digit, * for anything. ``says``: words of the message; | is or."""
     numbers, phrases = tuple(codes.split()), tuple(filter(None, says.split("|")))
     code = re.compile("|".join(numbers).replace("x", ".").replace("*", ".*"))
     message = re.compile("|".join(re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases), re.IGNORECASE)
-    return Rule(code, message, kind, reason, effect_unknown, numbers, phrases, means)
+    return Rule(code, message, kind, reason, effect_unknown, numbers, phrases, means, known or {}, cure, fine)
 
+
+CURE_FORBIDDEN: Final = (
+    "it knows us, but this client may not use this service: ask the provider to enable it for GATEWAY_CLIENT_ID"
+)
+CURE_THROTTLED: Final = (
+    "too many requests just now: try again later, and set GATEWAY_MAX_REQUESTS_PER_SECOND for the worker"
+)
+CURE_THEIRS: Final = "it failed by itself, which says nothing about our settings: try again later"
+CURE_TOKEN: Final = "it refuses the token that it just gave us: is GATEWAY_BASE_URL one system?"
+CURE_SIGNATURE: Final = "it does not take our signature"
+_CURE_FIELD: Final = "it refuses a field of our body: see GATEWAY_BILL_FIELD, and the merchant of the bill"
 
 # It also needs HTTP 2xx.
-SUCCESS: Final = _rule("2009300 2009100", Kind.DONE, Reason.SUCCESS, means="the code is dead")
+SUCCESS: Final = _rule(
+    "2009300 2009100",
+    Kind.DONE,
+    Reason.SUCCESS,
+    means="the QR code is expired now",
+    known={"2009300": "Successful", "2009100": "Successful"},
+    cure="the bill is expired now; path, signature, channel and merchant are right",
+    fine=True,
+)
 
 # gateway-api section 4, for answers with a well-formed code. `xx` stands for any service where the SNAP standard
-# defines the case; codes of the provider's own document are spelled out.
+# defines the case; codes of the provider's own document are spelled out. Service 93 expires, 91 is its sibling, 73 is
+# the token service.
 RULES: Final = (
-    _rule("403xx00 404xx04 404xx19", Kind.DONE, Reason.ALREADY_EXPIRED, means="it was expired or cancelled before"),
-    _rule("404xx14", Kind.REFUSED, Reason.PAID, means="the bill is paid"),
-    _rule("400xx00", Kind.REFUSED, Reason.BAD_REQUEST, means="it does not understand the request"),
-    _rule("400xx01 400xx02", Kind.REFUSED, Reason.INVALID_FIELD, means="a field is wrong or missing"),
-    _rule("4049308", Kind.REFUSED, Reason.INVALID_MERCHANT, means="no such merchant"),
-    _rule("4039319", Kind.REFUSED, Reason.MERCHANT_BLACKLISTED, means="the merchant is blocked"),
+    _rule(
+        "403xx00 404xx04 404xx19",
+        Kind.DONE,
+        Reason.ALREADY_EXPIRED,
+        means="it was expired or cancelled before",
+        known={"4039300": "Transaction Expired", "4049304": "Transaction Cancelled", "4049319": "Bill Expired"},
+        cure="the bill had expired before; all our settings are right",
+        fine=True,
+    ),
+    _rule(
+        "404xx14",
+        Kind.REFUSED,
+        Reason.PAID,
+        means="the bill is paid",
+        known={"4049314": "Paid Bill"},
+        cure="the bill is paid; all our settings are right",
+        fine=True,
+    ),
+    _rule(
+        "400xx00",
+        Kind.REFUSED,
+        Reason.BAD_REQUEST,
+        means="the gateway does not understand the request",
+        known={"4009300": "Bad Request", "4007300": "Bad Request"},
+        cure="it does not understand the request: ask the provider what it misses in it",
+    ),
+    _rule(
+        "400xx01 400xx02",
+        Kind.REFUSED,
+        Reason.INVALID_FIELD,
+        means="a field is wrong or missing",
+        known={
+            "4009301": "Invalid field format billnumber",
+            "4009302": "Invalid mandatory field billnumber",
+            "4007301": "Invalid field format X-TIMESTAMP",
+            "4007302": "Invalid mandatory field X-CLIENT-KEY",
+        },
+        cure=_CURE_FIELD,
+    ),
+    _rule(
+        "4049308",
+        Kind.REFUSED,
+        Reason.INVALID_MERCHANT,
+        means="the gateway does not know the merchant",
+        known={"4049308": "Invalid Merchant"},
+        cure="the merchant is none of this client's: correct GATEWAY_MERCHANT_ID (or --merchant-id)",
+    ),
+    _rule(
+        "4039319",
+        Kind.REFUSED,
+        Reason.MERCHANT_BLACKLISTED,
+        means="the merchant is blocked",
+        known={"4039319": "Merchant Blacklisted"},
+        cure="the merchant is blacklisted: talk to the provider; our settings are right",
+    ),
     # One code, two meanings in the provider's document: the message decides.
-    _rule("4049301", Kind.REFUSED, Reason.NOT_FOUND, says="not found", means="no such bill"),
-    _rule("4049301", Kind.SYSTEMIC, says="bad request", means="a header of ours is wrong or missing"),
-    _rule("4049301", Kind.REFUSED, Reason.NOT_FOUND, means="no such bill"),
+    _rule(
+        "4049301",
+        Kind.REFUSED,
+        Reason.NOT_FOUND,
+        says="not found",
+        means="the gateway does not know the bill",
+        known={"4049301": "QR not Found"},
+        cure="it does not know the bill; path, signature and channel are right",
+        fine=True,
+    ),
+    _rule(
+        "4049301",
+        Kind.SYSTEMIC,
+        says="bad request",
+        means="one of our headers is wrong or missing",
+        cure="a header is wrong or missing: correct GATEWAY_CHANNEL_ID first, then GATEWAY_CHANNEL_HEADERS, then "
+        "GATEWAY_TIMESTAMP_MILLISECONDS",
+    ),
+    _rule(
+        "4049301",
+        Kind.REFUSED,
+        Reason.NOT_FOUND,
+        means="the gateway does not know the bill",
+        cure="it does not know the bill; path, signature and channel are right",
+        fine=True,
+    ),
     _rule(
         "4049300",
         Kind.SYSTEMIC,
         says="unauthorised|unauthorized|forbidden",
         means="we may not use this service",
+        known={"4049300": "Unauthorized. Client Forbidden Access API"},
+        cure=CURE_FORBIDDEN,
     ),
-    _rule("401xx01 401xx03", Kind.TOKEN, means="our access token is not good any more"),
-    _rule("401xxxx", Kind.TOKEN, says="token", means="our access token is not good any more"),
-    _rule("401xx00", Kind.SYSTEMIC, means="our signature or our client id is refused"),
-    _rule("4099300 4099100", Kind.ID_CLASH, means="this external id was used today"),
-    _rule("403xx06", Kind.LATER, means="the gateway does not do this at this time"),
-    _rule("429xxxx 403xx04", Kind.THROTTLED, means="too many requests"),
-    _rule("4xxxxxx", Kind.REFUSED, Reason.REFUSED, means="refused in a way that nobody has described"),
+    _rule(
+        "401xx01 401xx03",
+        Kind.TOKEN,
+        means="our access token is not valid any more",
+        known={"4019301": "Access Token Invalid", "4019303": "Token Not Found", "4017301": "Access Token Invalid"},
+        cure=CURE_TOKEN,
+    ),
+    _rule("401xxxx", Kind.TOKEN, says="token", means="our access token is not valid any more", cure=CURE_TOKEN),
+    _rule(
+        "401xx00",
+        Kind.SYSTEMIC,
+        means="our signature or our client id is refused, or the access token is not valid any more",
+        known={"4019300": "Unauthorized. Invalid Signature", "4017300": "Unauthorized. Invalid Signature"},
+        cure=CURE_SIGNATURE,
+    ),
+    _rule(
+        "4099300 4099100",
+        Kind.ID_CLASH,
+        means="this external id was used today",
+        known={
+            "4099300": "Cannot use same X-EXTERNAL-ID in same day",
+            "4099100": "Cannot use same X-EXTERNAL-ID in same day",
+        },
+        cure="the X-EXTERNAL-ID was used today: try again; every call has a new one",
+    ),
+    _rule(
+        "429xxxx 403xx04",
+        Kind.THROTTLED,
+        means="too many requests",
+        known={"4299300": "Too Many Requests", "4039304": "Exceeds Transaction Limit", "4297300": "Too Many Requests"},
+        cure=CURE_THROTTLED,
+    ),
+    _rule(
+        "403xx06",
+        Kind.LATER,
+        means="it is not allowed at this time of day",
+        known={"4039306": "Feature Not Allowed At This Time"},
+        cure="it takes no such call at this time of day: try again later, and ask the provider for its hours",
+    ),
+    _rule(
+        "4xxxxxx",
+        Kind.REFUSED,
+        Reason.REFUSED,
+        means="refused with a code that is not documented",
+        cure="it refuses the call: ask the provider what the code means for this client",
+    ),
     # 202xx00, 3xx, an odd 2xx, every 5xx.
-    _rule("xxxxxxx", Kind.TRANSIENT, effect_unknown=True, means="it failed, and nobody says what happened"),
+    _rule(
+        "xxxxxxx",
+        Kind.TRANSIENT,
+        effect_unknown=True,
+        means="it failed, and the effect is unknown",
+        known={
+            "2029300": "Request In Progress",
+            "5009300": "General Error",
+            "5049300": "Timeout",
+            "5007300": "General Error",
+        },
+        cure=CURE_THEIRS,
+    ),
 )
 
 # The same for answers without a well-formed code, by HTTP status; the message is then the body's own text.
 BARE_RULES: Final = (
-    _rule("401", Kind.TOKEN, says="token", means="our access token is not good any more"),
-    _rule("401 403", Kind.SYSTEMIC, means="somebody before the gateway refuses us"),
+    _rule("401", Kind.TOKEN, says="token", means="our access token is not valid any more"),
+    _rule("401 403", Kind.SYSTEMIC, means="something before the gateway refuses us"),
     _rule("429", Kind.THROTTLED, means="too many requests"),
-    # A status below 100 too: the HTTP parser lets "099" pass.
-    _rule("*", Kind.TRANSIENT, effect_unknown=True, means="it failed, and nobody says what happened"),
+    _rule("*", Kind.TRANSIENT, effect_unknown=True, means="it failed, and the effect is unknown"),
 )
 
-_WELL_FORMED = re.compile(r"[2-5]\d{6}\Z", re.ASCII)
+TOKEN_GRANTED: Final = "2007300"
+"""What a token service answers with a token. It is no verdict on an expire call, so it has no row."""
+
+KNOWN: Final[Mapping[str, str]] = {
+    **{code: message for rule in (SUCCESS, *RULES) for code, message in rule.known.items()},
+    TOKEN_GRANTED: "Successful",
+}
+"""Every code that a gateway is known to send, with its message."""
+
+_WELL_FORMED: Final = re.compile(r"[2-5]\d{6}\Z", re.ASCII)
+_INVALID_TOKEN: Final = re.compile(r"(?:^|[\s,])error\s*=\s*\"?invalid_token\"?(?![\w-])", re.IGNORECASE)
 
 
 def judge(answer: Reply | NoReply) -> Verdict:
-    """The verdict on one attempt. A success needs HTTP 2xx *and* a success code; otherwise the code is trusted."""
+    """The verdict on one attempt. A success needs HTTP 2xx *and* a success code; otherwise the code is trusted.
+
+    A WWW-Authenticate header with ``error="invalid_token"`` (RFC 6750) is a token answer, whatever else the answer
+    says but success. Any other systemic refusal by 401 or 403 leaves the token in doubt: what stands in front of a
+    gateway answers a dead token without a word of it (gateway-api, section 4).
+    """
     if isinstance(answer, NoReply):
         return Verdict(Kind.TRANSIENT, None, answer.sent, None, answer.error[:MAX_MESSAGE])
     code, message = read(answer.body)
+    succeeded = code is not None and SUCCESS.code.fullmatch(code) is not None
+    if succeeded and 200 <= answer.status < 300:
+        note = "answered for service 91" if code == "2009100" else ""
+        return Verdict(SUCCESS.kind, SUCCESS.reason, False, code, message, note)
+    if answer.challenge is not None and _INVALID_TOKEN.search(answer.challenge):
+        said = message or _excerpt(answer.body) or "invalid_token"
+        return Verdict(Kind.TOKEN, None, False, code, said, _note(code, answer.status))
     if code is None:
         return _first(BARE_RULES, str(answer.status), None, message or _excerpt(answer.body), answer)
-    if SUCCESS.code.fullmatch(code):
-        if 200 <= answer.status < 300:
-            note = "answered for service 91" if code == "2009100" else ""
-            return Verdict(SUCCESS.kind, SUCCESS.reason, False, code, message, note)
-        note = f"success code in HTTP {answer.status}"
-        return Verdict(Kind.TRANSIENT, None, True, code, message, note)
+    if succeeded:
+        return Verdict(Kind.TRANSIENT, None, True, code, message, f"success code in HTTP {answer.status}")
     return _first(RULES, code, code, message, answer)
+
+
+def rule_for(code: str, message: str) -> Rule:
+    """The row that a well-formed code and its message belong to, whatever the HTTP status."""
+    return next(rule for rule in (SUCCESS, *RULES) if rule.code.fullmatch(code) and rule.message.search(message))
 
 
 def read(body: bytes) -> tuple[str | None, str]:
     """``responseCode`` (7 digits, an integer is tolerated; else None) and ``responseMessage`` of an answer's body."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None, ""
-    if not isinstance(value, dict):
+    value = json_object(body)
+    if value is None:
         return None, ""
     code, message = value.get("responseCode"), value.get("responseMessage")
     if isinstance(code, int) and not isinstance(code, bool):
@@ -167,6 +356,20 @@ def read(body: bytes) -> tuple[str | None, str]:
     return code, printable(message)[:MAX_MESSAGE] if isinstance(message, str) else ""
 
 
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """The JSON object that the whole body is, else None.
+
+    Read leniently, since the code counts and not the text around it: bytes that are not in the encoding are replaced,
+    raw control characters in strings are accepted.
+    """
+    encoding = "utf-8" if body.startswith(b'{"') else json.detect_encoding(body)
+    try:
+        value = json.loads(body.decode(encoding, "replace"), strict=False)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def printable(text: str) -> str:
     """``text`` on one line: what is not printable becomes a blank, so that it can stand in headers and logs."""
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
@@ -174,9 +377,20 @@ def printable(text: str) -> str:
 
 def _first(rules: tuple[Rule, ...], key: str, code: str | None, message: str, reply: Reply) -> Verdict:
     rule = next(rule for rule in rules if rule.code.fullmatch(key) and rule.message.search(message))
+    doubts = rule.kind is Kind.SYSTEMIC and (key[:3] in _UNAUTHORIZED or str(reply.status) in _UNAUTHORIZED)
     return Verdict(
-        rule.kind, rule.reason, rule.effect_unknown, code, message, _note(code, reply.status), reply.retry_after
+        rule.kind,
+        rule.reason,
+        rule.effect_unknown,
+        code,
+        message,
+        _note(code, reply.status),
+        reply.retry_after,
+        doubts,
     )
+
+
+_UNAUTHORIZED: Final = ("401", "403")
 
 
 def _note(code: str | None, status: int) -> str:

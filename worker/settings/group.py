@@ -177,7 +177,7 @@ def build(group: type[G], texts: Mapping[str, str], wrong: Mapping[str, str], *,
     for name, problem in group.conflicts(values):
         problems.setdefault(name, f"{variable(name)}: {problem}")
     if problems:
-        raise SettingsError(problems.values())
+        raise SettingsError(problems[name] for name in group.declared() if name in problems)
     return group(**values)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 from urllib.parse import urlsplit
 
+from worker.core.scheme import WITH_SECRET, Scheme, oddity_of
 from worker.core.topology import Names, QueueType
 from worker.core.urls import is_loopback, is_tls, split_amqp_urls
 from worker.settings import rules
 from worker.settings.group import Group, Secret, setting
 
-Signature = Literal["hmac-sha512", "rsa-sha256", "rsa-sha256-no-token"]
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -97,11 +97,24 @@ class GatewaySettings(Group, variables="GATEWAY_"):
         shown="the same as `GATEWAY_EXPIRE_PATH`",
     )
     client_id: str = setting(rules.header_value, "The id given at onboarding.")
-    client_secret: Secret = setting(Secret, "The secret given at onboarding.")
+    client_secret: Secret | None = setting(
+        Secret,
+        "The secret given at onboarding.",
+        default=None,
+        shown="required for `hmac-sha512`",
+    )
     client_secret_file: Path | None = setting(
         Path, "Path of a mounted file that holds `GATEWAY_CLIENT_SECRET`.", default=None
     )
-    private_key_file: Path = setting(rules.readable_file, "PEM file of the RSA private key, PKCS#8 or PKCS#1.")
+    private_key: Secret | None = setting(
+        Secret, "The RSA private key itself.", default=None, shown="required, or its file"
+    )
+    private_key_file: Path | None = setting(
+        rules.readable_file,
+        "File of the RSA private key, PKCS#8 or PKCS#1.",
+        default=None,
+        shown="required, or the key itself",
+    )
     private_key_passphrase: Secret | None = setting(Secret, "Passphrase of that key, if it has one.", default=None)
     private_key_passphrase_file: Path | None = setting(
         Path, "Path of a mounted file that holds `GATEWAY_PRIVATE_KEY_PASSPHRASE`.", default=None
@@ -113,8 +126,8 @@ class GatewaySettings(Group, variables="GATEWAY_"):
         default=("CHANNEL-ID", "X-CHANNEL-ID"),
     )
     merchant_id: str | None = setting(rules.identifier, "Merchant of the commands that carry none.", default=None)
-    signature: Signature = setting(
-        rules.one_of("hmac-sha512", "rsa-sha256", "rsa-sha256-no-token"),
+    signature: Scheme = setting(
+        rules.one_of(*get_args(Scheme)),
         "How an expire is signed: `hmac-sha512`, `rsa-sha256` or `rsa-sha256-no-token`.",
         default="hmac-sha512",
     )
@@ -136,6 +149,15 @@ class GatewaySettings(Group, variables="GATEWAY_"):
     ca_file: Path | None = setting(
         rules.readable_file, "CA certificates of the gateway.", default=None, shown="the system's"
     )
+    cert_file: Path | None = setting(
+        rules.readable_file, "Client certificate, for a gateway that asks for one.", default=None
+    )
+    key_file: Path | None = setting(rules.readable_file, "Private key of that certificate.", default=None)
+
+    @classmethod
+    def file_forms(cls) -> dict[str, str]:
+        """See `Group`. The file of the private key is not text: it is read by its content, see `core.signing`."""
+        return {name: file for name, file in super().file_forms().items() if name != "private_key"}
 
     def __post_init__(self) -> None:
         """The path that is signed is the one that is called, unless it is set."""
@@ -144,10 +166,25 @@ class GatewaySettings(Group, variables="GATEWAY_"):
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Plain http to another host that is not allowed."""
+        """Plain http to another host that is not allowed; secrets that are missing, or given twice."""
         url = urlsplit(values.get("base_url", ""))
         if url.scheme == "http" and not values.get("allow_http", True) and not is_loopback(url.hostname or ""):
             yield "base_url", "plain http is only for loopback; use https, or set GATEWAY_ALLOW_HTTP=true"
+        if values.get("signature") == WITH_SECRET and values.get("client_secret", "wrong itself") is None:
+            yield "client_secret", "is not set; set it (or GATEWAY_CLIENT_SECRET_FILE). The secret given at onboarding"
+        if {"private_key", "private_key_file"} <= values.keys():
+            given = [name for name in ("private_key", "private_key_file") if values[name] is not None]
+            if not given:
+                yield (
+                    "private_key_file",
+                    "is not set; set it (or GATEWAY_PRIVATE_KEY). File of the RSA private key, PKCS#8 or PKCS#1",
+                )
+            if len(given) > 1:
+                yield "private_key", "is set beside GATEWAY_PRIVATE_KEY_FILE; give one of them"
+        if {"cert_file", "key_file"} <= values.keys() and (values["cert_file"] is None) != (values["key_file"] is None):
+            yield "key_file", "goes together with GATEWAY_CERT_FILE; set both or neither"
+        if url.scheme == "http" and values.get("cert_file") is not None:
+            yield "cert_file", "is only used with https; correct GATEWAY_BASE_URL, or unset it"
 
 
 class RetrySettings(Group, variables="RETRY_"):
@@ -245,7 +282,7 @@ class Settings:
 
     def advice(self) -> list[str]:
         """What is allowed and seldom meant, a line each: ``VARIABLE: what follows from it, what to do``."""
-        return [*self._in_clear(), *self._breaker_advice()]
+        return [*self._in_clear(), *self._breaker_advice(), *self._odd_secrets()]
 
     def _in_clear(self) -> Iterator[str]:
         hosts = {urlsplit(url).hostname or "" for url in self.amqp.urls() if not is_tls(url)}
@@ -255,15 +292,19 @@ class Settings:
         if base.scheme == "http" and not is_loopback(base.hostname or ""):
             yield f"GATEWAY_ALLOW_HTTP: token and bills go to {base.hostname} in clear; use https://"
 
-    def _breaker_advice(self) -> list[str]:
+    def _breaker_advice(self) -> Iterator[str]:
         attempts, failures = self.retry.max_attempts, self.breaker.failures
-        if failures > attempts:
-            return []
-        advice = (
-            f"BREAKER_FAILURES: {failures} is not above RETRY_MAX_ATTEMPTS, {attempts}: one bad bill pauses its lane; "
-            f"set it to {attempts + 1} or more"
-        )
-        return [advice]
+        if failures <= attempts:
+            yield (
+                f"BREAKER_FAILURES: {failures} is not above RETRY_MAX_ATTEMPTS, {attempts}: one bad bill pauses its "
+                f"lane; set it to {attempts + 1} or more"
+            )
+
+    def _odd_secrets(self) -> Iterator[str]:
+        for name in ("client_secret", "private_key_passphrase"):
+            secret: Secret | None = getattr(self.gateway, name)
+            if secret is not None and (oddity := oddity_of(secret.get_secret_value())):
+                yield f"{self.gateway.variable(name)}: {oddity}"
 
 
 GROUPS: Final[tuple[type[Group], ...]] = (

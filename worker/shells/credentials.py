@@ -12,14 +12,14 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from worker.core.signing import KeyUnusable, Sign, load_private_key, signer, token_signature
-from worker.shells.transport import trust
+from worker.shells.transport import Unusable, trust
 
 if TYPE_CHECKING:
     from worker.settings import GatewaySettings
 
 log = structlog.get_logger()
 
-KEPT: Final = "mend the mounted file; the old values stay in force"
+KEPT: Final = "correct the mounted file; until then the old values are used, and the file is tried again"
 
 _Stamp = tuple[tuple[int, int, int] | None, ...]
 
@@ -35,16 +35,19 @@ class _Loaded:
     key: RSAPrivateKey
     sign: Sign
     context: ssl.SSLContext | None
+    secrets: tuple[str, ...]
 
 
 class Credentials:
-    """Client secret, private key and CA as they are now. `refresh` re-reads what changed on disk; what cannot be used
-    is refused with a log line, and the old set stays. Reading attributes is safe from any thread."""
+    """Client secret, private key, CA and client certificate as they are now. `refresh` reads again what changed on
+    disk; what cannot be used is refused with a log line, the old set stays, and the files are tried again until they
+    can be used. Reading attributes is safe from any thread."""
 
     def __init__(self, settings: GatewaySettings, reread: Callable[[], GatewaySettings]) -> None:
         self._reread = reread
         self._files = _files(settings)
         self._stamp = _stamp(self._files)
+        self._problem = ""
         self._loaded = _load(settings)
 
     @property
@@ -54,8 +57,13 @@ class Credentials:
 
     @property
     def context(self) -> ssl.SSLContext | None:
-        """Trust for https; the same object until a CA file was rotated. None for plain http."""
+        """Trust for https and the client certificate; the same object until a file was rotated. None for plain http."""
         return self._loaded.context
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not stand in any text, whoever sends it to us."""
+        return self._loaded.secrets
 
     @property
     def key_bits(self) -> int:
@@ -68,16 +76,22 @@ class Credentials:
 
     def refresh(self) -> bool:
         """Looks whether a file changed (a mounted secret is swapped by renaming a link) and takes it over. True when a
-        new set is in force."""
+        new set is in force.
+
+        Files that could not be used are tried at every call: what helps them (a permission, a second file that belongs
+        to the first) need not change what `_stamp` sees.
+        """
         stamp = _stamp(self._files)
-        if stamp == self._stamp:
+        if stamp == self._stamp and not self._problem:
             return False
-        self._stamp = stamp
         try:
-            self._loaded = _load(self._reread())
+            loaded = _load(self._reread())
         except Exception as error:  # noqa: BLE001  # SettingsError, CredentialsError, OSError: all mean "not usable"
-            log.error("credentials.kept", reason=str(error), action=KEPT)
+            if stamp != self._stamp or str(error) != self._problem:
+                log.error("credentials.kept", reason=str(error), action=KEPT)
+            self._stamp, self._problem = stamp, str(error)
             return False
+        self._stamp, self._problem, self._loaded = stamp, "", loaded
         log.info("credentials.reloaded")
         return True
 
@@ -90,6 +104,8 @@ def _files(settings: GatewaySettings) -> Sequence[Path]:
             settings.private_key_file,
             settings.private_key_passphrase_file,
             settings.ca_file,
+            settings.cert_file,
+            settings.key_file,
         )
         if path is not None
     ]
@@ -109,18 +125,30 @@ def _stamp(files: Sequence[Path]) -> _Stamp:
 
 
 def _load(settings: GatewaySettings) -> _Loaded:
-    passphrase = settings.private_key_passphrase
-    try:
-        pem = settings.private_key_file.read_bytes()
-        key = load_private_key(pem, None if passphrase is None else passphrase.get_secret_value())
-    except KeyUnusable as error:
-        raise CredentialsError(f"GATEWAY_PRIVATE_KEY_FILE: {error}") from None
-    except OSError as error:
-        raise CredentialsError(f"GATEWAY_PRIVATE_KEY_FILE: cannot be read ({error.strerror})") from None
+    passphrase = "" if settings.private_key_passphrase is None else settings.private_key_passphrase.get_secret_value()
+    secret = "" if settings.client_secret is None else settings.client_secret.get_secret_value()
+    key = _key(settings, passphrase or None)
     context = None
     if settings.base_url.startswith("https"):
         try:
-            context = trust(settings.ca_file)
-        except (ssl.SSLError, OSError):
-            raise CredentialsError("GATEWAY_CA_FILE: holds no CA certificate in PEM") from None
-    return _Loaded(key, signer(settings.signature, settings.client_secret.get_secret_value(), key), context)
+            context = trust(settings.ca_file, settings.cert_file, settings.key_file)
+        except Unusable as error:
+            raise CredentialsError(f"{settings.variable(error.setting)}: {error}") from None
+    secrets = tuple(filter(None, (secret, passphrase)))
+    return _Loaded(key, signer(settings.signature, secret, key), context, secrets)
+
+
+def _key(settings: GatewaySettings, passphrase: str | None) -> RSAPrivateKey:
+    if settings.private_key is not None:
+        variable, data = "GATEWAY_PRIVATE_KEY", settings.private_key.get_secret_value().encode()
+    else:
+        assert settings.private_key_file is not None  # one of the two is set
+        variable = "GATEWAY_PRIVATE_KEY_FILE"
+        try:
+            data = settings.private_key_file.read_bytes()
+        except OSError as error:
+            raise CredentialsError(f"{variable}: cannot be read ({error.strerror})") from None
+    try:
+        return load_private_key(data, passphrase)
+    except KeyUnusable as error:
+        raise CredentialsError(f"{variable}: {error}") from None

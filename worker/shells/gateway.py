@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final, Protocol
 from urllib.parse import urlsplit
@@ -17,17 +15,22 @@ import requests
 from requests.adapters import BaseAdapter
 from requests.utils import should_bypass_proxies
 
+from worker import __version__
 from worker.core import jakarta
-from worker.core.outcome import Reason
+from worker.core.grant import Grant, granted, judge_token
+from worker.core.masking import masked
 from worker.core.ports import TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.urls import is_loopback
-from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge, printable, read
+from worker.core.verdict import NoReply, Reply, printable, read
 from worker.shells.transport import BoundedAdapter, NotSent, Proxy
 
-DEFAULT_LIFETIME: Final = 900.0  # SNAP's usual token lifetime, for a token service that does not say
-MAX_LIFETIME: Final = 86_400.0  # a longer one is not believed: asking once a day costs nothing
-JAKARTA: Final = timezone(timedelta(seconds=jakarta.OFFSET_SECONDS))
+COMMON_HEADERS: Final = {
+    # The default rules of AWS WAF refuse a request without one.
+    "User-Agent": f"qris-expire-worker/{__version__}",
+    # What comes encoded all the same is decoded by the transport.
+    "Accept-Encoding": "identity",
+}
 _TOKEN_BODY: Final = b'{"grantType":"client_credentials"}'
 _SKEW_EVERY: Final = 5.0  # seconds between two readings of the Date header: parsing it costs as much as the signature
 
@@ -49,16 +52,11 @@ class Endpoint:
     read_timeout: float
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """A token and the seconds it lives, counted from before it was asked for."""
-
-    value: str
-    lifetime: float
-
-
 class GatewayClient:
-    """The `Gateway` of the core's ports, and the token service. For one thread, whose fibers may all call at once."""
+    """The `Gateway` of the core's ports, and the token service. For one thread, whose fibers may all call at once.
+
+    ``secrets`` are masked in whatever comes back, and so are the token and the signature of the call itself.
+    """
 
     def __init__(
         self,
@@ -67,11 +65,13 @@ class GatewayClient:
         *,
         context: Callable[[], ssl.SSLContext | None] = lambda: None,
         adapter: Callable[[ssl.SSLContext | None], BaseAdapter] = BoundedAdapter,
+        secrets: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self._endpoint = endpoint
         self._probe = probe
         self._context = context
         self._adapter = adapter
+        self._secrets = secrets
         self._free: list[_Session] = []
         self._skew_read_at = float("-inf")
 
@@ -91,8 +91,8 @@ class GatewayClient:
         answer = self._post(self._endpoint.token_url, headers, _TOKEN_BODY)
         code = read(answer.body)[0] if isinstance(answer, Reply) else None
         self._probe.request("token", code or "", time.monotonic() - started)
-        grant = _grant(answer, time.time()) if isinstance(answer, Reply) else None
-        if grant is None:
+        grant = granted(answer, time.time()) if isinstance(answer, Reply) else None
+        if not isinstance(grant, Grant):
             raise TokenUnavailable(judge_token(answer), answer=answer)
         return grant
 
@@ -104,7 +104,7 @@ class GatewayClient:
     def _post(self, url: str, headers: dict[str, str], body: bytes) -> Reply | NoReply:
         prepared = requests.PreparedRequest()
         prepared.method, prepared.url, prepared.body = "POST", url, body
-        prepared.headers = headers  # type: ignore[assignment]  # a plain dict does, and costs a tenth
+        prepared.headers = {**headers, **COMMON_HEADERS}  # type: ignore[assignment]  # a plain dict does
         timeout = (self._endpoint.connect_timeout, self._endpoint.read_timeout)
         started = time.monotonic()
         session = self._session()
@@ -119,7 +119,14 @@ class GatewayClient:
             self._free.append(session)
         fields = response.headers
         self._read_skew(fields.get("date"), started)
-        return Reply(response.status_code, response.content, fields.get("retry-after"))
+        token = headers.get("Authorization", "").removeprefix("Bearer ")
+        secrets = (token, headers.get("X-SIGNATURE", ""), *self._secrets())
+        return Reply(
+            response.status_code,
+            masked(response.content, secrets),
+            _masked_header(fields.get("retry-after"), secrets),
+            _masked_header(fields.get("www-authenticate"), secrets),
+        )
 
     def _session(self) -> _Session:
         """The one that was used last, so that as few connections as possible are kept alive; a new one when all are in
@@ -157,61 +164,13 @@ class _Session(requests.Session):
             self.mount(scheme, adapter)
 
 
-def judge_token(answer: Reply | NoReply) -> Verdict:
-    """The token service's answer in the words of the verdict table: refused → systemic, throttled, else transient.
-    Nothing took effect, whatever it was."""
-    verdict = judge(answer)
-    refused = verdict.kind in (Kind.REFUSED, Kind.TOKEN, Kind.SYSTEMIC, Kind.ID_CLASH)
-    kind = Kind.SYSTEMIC if refused else Kind.THROTTLED if verdict.kind is Kind.THROTTLED else Kind.TRANSIENT
-    if verdict.reason is Reason.ALREADY_EXPIRED:  # 403xx00: for a token it is "forbidden"
-        kind = Kind.SYSTEMIC
-    message = verdict.message or "an answer without a token"
-    if isinstance(answer, Reply) and b"accessToken" in answer.body:
-        message = f"HTTP {answer.status} without a usable token"  # the body's own text could be the token
-    return Verdict(kind, None, False, verdict.code, f"token service: {message}", verdict.note, verdict.retry_after)
+def _masked_header(value: str | None, secrets: Iterable[str]) -> str | None:
+    return None if value is None else masked(value.encode("latin-1"), secrets).decode("latin-1")
 
 
 def timestamp(epoch: float, *, milliseconds: bool) -> str:
     """X-TIMESTAMP of the token request."""
     return jakarta.iso(epoch, milliseconds=milliseconds)
-
-
-def _grant(reply: Reply, epoch: float) -> Grant | None:
-    """SNAP makes responseCode mandatory only on failure: success is HTTP 2xx and a token that can be a header."""
-    if not 200 <= reply.status < 300:
-        return None
-    try:
-        fields = json.loads(reply.body)
-    except (ValueError, RecursionError):
-        return None
-    token = fields.get("accessToken") if isinstance(fields, dict) else None
-    if not (isinstance(token, str) and 0 < len(token) <= 4096 and token.isascii() and token.isprintable()):
-        return None
-    if " " in token:
-        return None
-    return Grant(token, _lifetime(fields.get("expiresIn"), epoch))
-
-
-def _lifetime(value: object, epoch: float) -> float:
-    """``expiresIn`` as seen in the wild: the string "900", an integer, or a date-time."""
-    seconds = _seconds(value)
-    if seconds is None and isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value.strip())
-            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=JAKARTA)).timestamp() - epoch
-        except (ValueError, OverflowError):
-            pass
-    return DEFAULT_LIFETIME if seconds is None else min(max(seconds, 1.0), MAX_LIFETIME)
-
-
-def _seconds(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        seconds = float(value)
-    except (ValueError, OverflowError):  # a JSON integer may be larger than any float
-        return None
-    return seconds if math.isfinite(seconds) else None
 
 
 def proxy_for(url: str, environ: Mapping[str, str]) -> Proxy | None:

@@ -1,15 +1,16 @@
-"""One access token for all senders: fetched once at a time, refreshed early, thrown away by generation."""
+"""One access token for all senders: fetched once at a time, renewed early, thrown away by generation."""
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from worker.core.grant import Grant
 from worker.core.ports import Clock, Token, TokenUnavailable
 from worker.core.verdict import Kind
-from worker.shells.gateway import Grant
 
 REFRESH_FROM: Final = 0.8
 REFRESH_TO: Final = 0.9
@@ -21,9 +22,12 @@ REFUSALS_EVERY: Final = 10.0
 believed (a gateway that refuses one call in fifty would be asked for a token every few milliseconds)…"""
 REFUSED_IN_A_ROW: Final = 3
 """…unless this many come without one accepted call between them: then the token is dead."""
-TRUCE: Final = 4.0
-"""Tokens that die this fast are killed by another process's new ones. Waiting up to this long before killing theirs in
-turn lets each work for a while; without it both would refresh for ever and neither would get a call through."""
+DOUBTS_EVERY: Final = REFUSALS_EVERY
+"""An answer that leaves the token in doubt (a 401 or 403 that does not name it) renews it at most so often: where the
+doubt is unfounded, every other refusal would cost a token request."""
+RENEWAL_BACKOFF: Final = 4.0
+"""Tokens that die this fast are killed by another process's new ones. Waiting up to this long before the next renewal
+lets each process work for a while; without it both would renew for ever and neither would get a call through."""
 
 
 class Watch(Protocol):
@@ -33,8 +37,8 @@ class Watch(Protocol):
     def token_expiry(self, timestamp: float) -> None: ...
 
 
-class Flight(Protocol):
-    """What senders queue on for a token: a ``threading.Lock``, or a fiber's."""
+class Mutex(Protocol):
+    """What senders wait on for a token request: a ``threading.Lock``, or a fiber's."""
 
     def acquire(self, blocking: bool = ...) -> bool: ...
     def release(self) -> None: ...
@@ -53,7 +57,7 @@ class TokenStore:
         clock: Clock,
         rng: random.Random,
         pause: Callable[[float], None],
-        flight: Flight | None = None,
+        requesting: Mutex | None = None,
     ) -> None:
         self._fetch = fetch
         self._watch = watch
@@ -61,8 +65,8 @@ class TokenStore:
         self._rng = rng
         self._pause = pause
         self._lock = threading.Lock()
-        self._flight = flight or threading.Lock()
-        self._flights = 0
+        self._requesting = requesting or threading.Lock()
+        self._requests = 0
         self._failure: TokenUnavailable | None = None
         self._token: Token | None = None
         self._generation = 0
@@ -71,7 +75,8 @@ class TokenStore:
         self._refused = 0  # in a row, without an accepted call between them
         self._allowance = float(REFUSALS_AT_ONCE)
         self._allowance_at = clock.monotonic()
-        self._truce = False
+        self._backs_off = False
+        self._doubted_until = -math.inf
 
     def get(self) -> Token:
         """See `Tokens`. The fast path takes no lock: a token is one immutable object."""
@@ -101,11 +106,20 @@ class TokenStore:
             if self._allowance >= 1.0:
                 self._allowance -= 1.0
             elif self._refused >= REFUSED_IN_A_ROW:
-                self._truce = True
+                self._backs_off = True
             else:
                 return
             self._refused = 0
             self._token = None
+
+    def doubted(self, generation: int) -> None:
+        """See `Tokens`. The token still serves whoever asks meanwhile: the doubt may be unfounded."""
+        with self._lock:
+            token, now = self._token, self._clock.monotonic()
+            if token is None or token.generation != generation or now < self._doubted_until:
+                return
+            self._doubted_until = now + DOUBTS_EVERY
+            self._refresh_at = now
 
     def renew(self) -> None:
         """Credentials were rotated: the next `get` asks for a token with the new ones."""
@@ -113,7 +127,7 @@ class TokenStore:
 
     def _refresh_early(self, token: Token) -> Token:
         """One sender fetches the successor; the others go on with the token they have."""
-        if not self._flight.acquire(blocking=False):
+        if not self._requesting.acquire(blocking=False):
             return token
         try:
             current = self._token
@@ -124,25 +138,25 @@ class TokenStore:
             self._refresh_at = min(self._clock.monotonic() + RETRY_EARLY_REFRESH, self._expires_at)
             return token
         finally:
-            self._flight.release()
+            self._requesting.release()
 
     def _refresh_now(self) -> Token:
         """One sender fetches, the others wait for its result, good or bad: a dead token service gets one request at
         a time, and a sender never queues for a second failure."""
-        flights = self._flights
-        with self._flight:
+        requests = self._requests
+        with self._requesting:
             token = self._token
             if token is not None and self._clock.monotonic() < self._expires_at:
                 return token
-            if self._flights != flights and self._failure is not None:
+            if self._requests != requests and self._failure is not None:
                 raise TokenUnavailable(self._failure.verdict, shared=True)
-            if self._truce:
-                self._truce = False
-                self._pause(self._rng.uniform(0.0, TRUCE))
+            if self._backs_off:
+                self._backs_off = False
+                self._pause(self._rng.uniform(0.0, RENEWAL_BACKOFF))
             return self._renew()
 
     def _renew(self) -> Token:
-        """One token request; the flight's lock is held."""
+        """One token request; the lock is held."""
         asked = self._clock.monotonic()
         try:
             grant = self._fetch()
@@ -151,7 +165,7 @@ class TokenStore:
             self._watch.token_refresh("refused" if failure.verdict.kind is Kind.SYSTEMIC else "error")
             raise
         finally:
-            self._flights += 1
+            self._requests += 1
         self._failure = None
         self._generation += 1
         self._refresh_at = asked + grant.lifetime * self._rng.uniform(REFRESH_FROM, REFRESH_TO)
@@ -160,3 +174,26 @@ class TokenStore:
         self._watch.token_refresh("ok")
         self._watch.token_expiry(self._clock.epoch() + grant.lifetime)
         return self._token
+
+
+class NoTokens:
+    """The `Tokens` of a gateway that has none: requests are signed without a token, and nobody is asked for one."""
+
+    def get(self) -> Token:
+        """See `Tokens`. An empty token: no Authorization is sent."""
+        return NO_TOKEN
+
+    def accepted(self) -> None:
+        """See `Tokens`."""
+
+    def refused(self, generation: int) -> None:
+        """See `Tokens`."""
+
+    def doubted(self, generation: int) -> None:
+        """See `Tokens`."""
+
+    def renew(self) -> None:
+        """There is nothing to renew."""
+
+
+NO_TOKEN: Final = Token("", 0)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -39,6 +40,22 @@ _LATE_READS: Final = MAX_ANSWER_BYTES // _READ_BYTES
 IDLE_SECONDS: Final = 15.0
 """A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing connection is a
 call whose effect is unknown."""
+
+_HANDSHAKE_REFUSED: Final = frozenset(
+    {
+        "TLSV13_ALERT_CERTIFICATE_REQUIRED",
+        "SSLV3_ALERT_BAD_CERTIFICATE",
+        "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
+        "SSLV3_ALERT_CERTIFICATE_REVOKED",
+        "SSLV3_ALERT_CERTIFICATE_EXPIRED",
+        "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+        "SSLV3_ALERT_HANDSHAKE_FAILURE",
+        "TLSV1_ALERT_UNKNOWN_CA",
+        "TLSV1_ALERT_ACCESS_DENIED",
+    }
+)
+"""In TLS 1.3 a client has sent its request before the server refuses its certificate. These alerts end a handshake, so
+the request was never read."""
 
 T = TypeVar("T")
 
@@ -166,6 +183,8 @@ class BoundedAdapter(BaseAdapter):
             surplus = not answer.cut and (answer.surplus or line.holds_more())
         except (OSError, NotHttp) as error:
             self.close()
+            if isinstance(error, ssl.SSLError) and error.reason in _HANDSHAKE_REFUSED:
+                raise NotSent(f"no TLS with {origin[1]}:{origin[2]}: {describe(error)}") from None
             raise Lost(describe(error), request=request) from None
         except BaseException:
             self.close()
@@ -265,16 +284,59 @@ class BoundedAdapter(BaseAdapter):
         return secured
 
 
-def trust(ca_file: Any = None) -> ssl.SSLContext:
-    """Whom to trust: the system's authorities, or those of a file. Raises OSError or ssl.SSLError for a file without
-    any.
+def trust(ca_file: Path | None = None, cert_file: Path | None = None, key_file: Path | None = None) -> ssl.SSLContext:
+    """Whom to trust: the system's authorities, or those of a file; and the client certificate to show, if there is one.
+    Raises `Unusable` for a file that is not what it should be.
 
     A certificate has to name its host in subjectAltName. A name that stands in the subject's common name only is not
     accepted, as in browsers and urllib3 2: authorities check that field less.
     """
-    context = ssl.create_default_context(cafile=ca_file)
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except (ssl.SSLError, OSError):
+        raise Unusable(_unreadable(ca_file) or "holds no CA certificate in PEM", "ca_file") from None
     context.hostname_checks_common_name = False
+    if cert_file is None:
+        return context
+    try:
+        context.load_cert_chain(cert_file, key_file, password="")  # without it, OpenSSL would ask the terminal
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise Unusable("is not the key of the certificate in GATEWAY_CERT_FILE", "key_file") from None
+        raise Unusable(*_no_pair(cert_file, key_file)) from None
+    except (OSError, ValueError):
+        raise Unusable(*_no_pair(cert_file, key_file)) from None
     return context
+
+
+class Unusable(ValueError):
+    """A file of the settings that TLS cannot use. ``setting`` is its field."""
+
+    def __init__(self, problem: str, setting: str) -> None:
+        super().__init__(problem)
+        self.setting = setting
+
+
+def _unreadable(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ""
+
+
+def _no_pair(cert_file: Path, key_file: Path | None) -> tuple[str, str]:
+    """Which of the two is wrong, and how."""
+    for path, setting in ((cert_file, "cert_file"), (key_file, "key_file")):
+        if problem := _unreadable(path):
+            return problem, setting
+    if b"BEGIN CERTIFICATE" not in cert_file.read_bytes():
+        return "holds no certificate in PEM", "cert_file"
+    if key_file is not None and b"ENCRYPTED" in key_file.read_bytes():
+        return "is encrypted; decrypt it: openssl pkey -in KEY -out KEY.pem", "key_file"
+    return "holds no private key in PEM", "key_file"
 
 
 class _Line:
@@ -303,8 +365,20 @@ class _Line:
     def send(self, data: bytes) -> None:
         """All of it. Raises OSError."""
         rest = data
-        while rest:
-            rest = rest[_until_done(self._wait, select.POLLOUT, self._socket.send, rest) :]
+        try:
+            while rest:
+                rest = rest[_until_done(self._wait, select.POLLOUT, self._socket.send, rest) :]
+        except TimeoutError:
+            raise
+        except OSError:
+            if self._tls:
+                self._hear_why()
+            raise
+
+    def _hear_why(self) -> None:
+        """A peer that has closed may have said why in an alert that nobody has read. Raises that as ssl.SSLError."""
+        with suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLEOFError, ConnectionError):
+            self._socket.recv(_READ_BYTES)
 
     def receive(self, answer: Answer) -> Answer:
         """One whole answer. Raises OSError, or `NotHttp` for what is none."""
@@ -520,6 +594,8 @@ def describe(error: Exception) -> str:
         return f"the answer is no HTTP: {error}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
     if isinstance(error, UnicodeError):
         return "no valid host name"
     return (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__

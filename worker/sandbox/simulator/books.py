@@ -188,8 +188,8 @@ class Books:
             return throttled
         if claim.refusal is not None:
             return claim.refusal
-        if self._tokens.get(claim.token, 0.0) <= time.monotonic():
-            return BAD_TOKEN
+        if claim.token is not None and self._tokens.get(claim.token, 0.0) <= time.monotonic():
+            return self.script.dead_token or BAD_TOKEN
         self._use_token()
         if not claim.signed:
             self._signature_failures += 1

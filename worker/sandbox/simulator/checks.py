@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from worker.sandbox.simulator.script import Fault
 
-SIGNATURES: Final = ("hmac-sha512", "rsa-sha256", "rsa-sha256-no-token")
+NO_TOKEN: Final = "rsa-sha256-no-token"
+SIGNATURES: Final = ("hmac-sha512", "rsa-sha256", NO_TOKEN)
 
 
 class Request(NamedTuple):
@@ -51,10 +52,11 @@ class Rules:
 
 
 class Claim(NamedTuple):
-    """An expire call after the checks that need no memory: what is wrong with it, and what it asks for."""
+    """An expire call after the checks that need no memory: what is wrong with it, and what it asks for. ``token`` is
+    None where the scheme has none."""
 
     refusal: Fault | None
-    token: str
+    token: str | None
     signed: bool
     external_id: str
     field_error: Fault | None
@@ -77,7 +79,7 @@ _TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?([+-]\d
 def string_to_sign(scheme: str, path: str, token: str, body: bytes, timestamp: str) -> bytes:
     """POST:path:token:lower(hex(sha256(body))):timestamp; the scheme may leave out the token."""
     digest = hashlib.sha256(body).hexdigest()
-    if scheme == "rsa-sha256-no-token":
+    if scheme == NO_TOKEN:
         return f"POST:{path}:{digest}:{timestamp}".encode()
     return f"POST:{path}:{token}:{digest}:{timestamp}".encode()
 
@@ -167,7 +169,8 @@ def claim_of(request: Request, rules: Rules, now: float, skew: float) -> Claim:
             signed = hmac_signed(rules.client_secret, message, headers["x-signature"])
         else:
             signed = rsa_signed(rules.public_key, message, headers["x-signature"])
-    return Claim(refusal, token, signed, headers.get("x-external-id", ""), *_asked(request.body))
+    asked = None if rules.signature == NO_TOKEN else token
+    return Claim(refusal, asked, signed, headers.get("x-external-id", ""), *_asked(request.body))
 
 
 def token_refusal(request: Request, rules: Rules, now: float, skew: float) -> Fault | None:

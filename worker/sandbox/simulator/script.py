@@ -34,6 +34,7 @@ class Fault:
     `latency`           seconds before the answer (or the reset); what takes effect has done so on arrival
     `trickle`           seconds between the bytes of the answer, headers included
     `retry_after`       value of the Retry-After header
+    `challenge`         value of the WWW-Authenticate header
     `close`             the connection closes after the answer, announced by Connection: close
     `applied`           whether the bill counts as expired (of the token service: whether a token is issued);
                         by default after a success code, plain success and a reset `after`
@@ -49,6 +50,7 @@ class Fault:
     html: int | None = None
     body: str | None = None
     retry_after: str | None = None
+    challenge: str | None = None
     trickle: float = 0.0
     close: bool = False
     applied: bool | None = None
@@ -80,8 +82,9 @@ class Fault:
             raise ScriptError(f"reset is 'before' or 'after', not {self.reset!r}")
         if any(status is not None and not 200 <= status <= 599 for status in (self.http, self.html)):
             raise ScriptError("an HTTP status lies between 200 and 599")
-        if self.retry_after is not None and not re.fullmatch(r"[ -~]*", self.retry_after):
-            raise ScriptError("retry_after holds printable ASCII characters only")
+        for name, value in (("retry_after", self.retry_after), ("challenge", self.challenge)):
+            if value is not None and not re.fullmatch(r"[ -~]*", value):
+                raise ScriptError(f"{name} holds printable ASCII characters only")
 
     @classmethod
     def parse(cls, raw: object, where: str = "fault") -> Fault:
@@ -165,6 +168,7 @@ class Script:
     `latency`              seconds added to every answer of both services
     `requests_per_second`  more expire calls than this in a second get 4299300 with Retry-After; 0: no limit
     `single_token`         a new token kills the old ones
+    `dead_token`           what a call with a token that is not valid gets; by default 4019301
     `token_lifetime`       seconds a new token lives
     `kill_token_every`     after each so many expire calls with a living token, all tokens die; 0: never
     `expires_in`           how the lifetime is told: `string`, `int` (whole seconds), `datetime`, `absent`
@@ -183,6 +187,7 @@ class Script:
     latency: float = 0.0
     requests_per_second: float = 0.0
     single_token: bool = False
+    dead_token: Fault | None = None
     token_lifetime: float = 900.0
     kill_token_every: int = 0
     expires_in: str = "string"
@@ -295,6 +300,7 @@ _FAULT_KEYS: Final[Mapping[str, _Reader]] = {
     "html": _integer,
     "body": _text,
     "retry_after": _text,
+    "challenge": _text,
     "trickle": _number,
     "close": _flag,
     "applied": _flag,
@@ -310,6 +316,7 @@ _SCRIPT_KEYS: Final[Mapping[str, _Reader]] = {
     "latency": _number,
     "requests_per_second": _number,
     "single_token": _flag,
+    "dead_token": Fault.parse,
     "token_lifetime": _number,
     "kill_token_every": _integer,
     "expires_in": _text,

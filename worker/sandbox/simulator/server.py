@@ -18,6 +18,7 @@ from http.server import ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
+from worker.core.verdict import KNOWN
 from worker.sandbox.simulator.checks import Request, claim_of, token_refusal
 from worker.sandbox.simulator.script import Fault, Script, ScriptError
 
@@ -30,32 +31,6 @@ BODY_LIMIT: Final = 1024 * 1024  # nor one that announces a huge body; scripts f
 DAY: Final = 86_400.0  # the longest wait; poll() cannot count further than 24 days
 BACKLOG: Final = 1024  # a worker opens all its connections at once; a short queue drops some for a second
 
-# The gateway's document, and the SNAP standard for what it leaves out. 4049301 is also "Bad Request": a fault
-# in a script is about a bill, so this is the reading without a message.
-MESSAGES: Final = {
-    "2009300": "Successful",
-    "2009100": "Successful",
-    "4009301": "Invalid field format billnumber",
-    "4019300": "Unauthorized. Invalid Signature",
-    "4019301": "Access Token Invalid",
-    "4099300": "Cannot use same X-EXTERNAL-ID in same day",
-    "4049300": "Unauthorized. Client Forbidden Access API",
-    "4049301": "QR not Found",
-    "4049304": "Transaction Cancelled",
-    "4049308": "Invalid Merchant",
-    "4049314": "Paid Bill",
-    "4049319": "Bill Expired",
-    "4039300": "Transaction Expired",
-    "4039319": "Merchant Blacklisted",
-    "4299300": "Too Many Requests",
-    "5009300": "General Error",
-    "5049300": "Timeout",
-    "2007300": "Successful",
-    "4017300": "Unauthorized. Invalid Signature",
-    "4297300": "Too Many Requests",
-    "5007300": "General Error",
-}
-
 
 class _Unreadable(Exception):
     """A request that is no request we read; the status says why."""
@@ -65,6 +40,7 @@ class _Unreadable(Exception):
         self.status = status
 
 
+NO_HEADERS: Final[Mapping[str, str | None]] = {}
 SUCCESS: Final = b'{"responseCode":"2009300","responseMessage":"Successful"}'
 
 
@@ -88,7 +64,7 @@ def _content(fault: Fault, success: bytes) -> tuple[int, bytes, bytes]:
         return fault.http or 200, b"application/json", fault.body.encode(errors="surrogatepass")
     if fault.code is None:
         return 200, b"application/json", success
-    message = MESSAGES.get(fault.code, "Simulated") if fault.message is None else fault.message
+    message = KNOWN.get(fault.code, "Simulated") if fault.message is None else fault.message
     fields = json.dumps({"responseCode": fault.code, "responseMessage": message}, separators=(",", ":"))
     return fault.http or int(fault.code[:3]), b"application/json", fields.encode()
 
@@ -188,7 +164,8 @@ class _Connection(socketserver.BaseRequestHandler):
             return False
         keep = keep and not fault.close
         status, kind, body = _content(fault, success)
-        self._send(_status_line(status), kind, body, fault.retry_after, fault.trickle, close=not keep)
+        headers = {"Retry-After": fault.retry_after, "WWW-Authenticate": fault.challenge}
+        self._send(_status_line(status), kind, body, headers, fault.trickle, close=not keep)
         return keep
 
     def _send(
@@ -196,14 +173,15 @@ class _Connection(socketserver.BaseRequestHandler):
         status_line: bytes,
         kind: bytes,
         body: bytes,
-        retry_after: str | None = None,
+        headers: Mapping[str, str | None] = NO_HEADERS,
         trickle: float = 0.0,
         *,
         close: bool,
     ) -> None:
         extra = b"Connection: close\r\n" if close else b""
-        if retry_after is not None:
-            extra += b"Retry-After: %b\r\n" % retry_after.encode()
+        for name, value in headers.items():
+            if value is not None:
+                extra += f"{name}: {value}\r\n".encode()
         answer = b"%bDate: %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b\r\n%b" % (
             status_line,
             self.server.date(),

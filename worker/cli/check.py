@@ -11,7 +11,7 @@ from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
 from worker.cli.command_line import Option
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
-from worker.core.scheme import oddity_of
+from worker.core.scheme import NO_TOKEN, oddity_of
 
 if TYPE_CHECKING:
     from worker.core.diagnosis import Finding
@@ -283,7 +283,7 @@ def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: S
         tried = calling.expire(command, other)
         if tried.taken:
             raise _Failed(f"{_change(ours, other)}: signed so, the call is taken. Then: {tried.text}")
-        if not tried.signature:
+        if not tried.signature and way.scheme != NO_TOKEN:  # without a token it is the token that is missed
             raise _Failed(f"{refused.text}; nor can other ways be tried: {tried.text}")
     raise _Failed(_wrong_secret(ours))
 
@@ -306,5 +306,5 @@ def _wrong_secret(gateway: GatewaySettings) -> str:
         )
     secret = "" if gateway.client_secret is None else gateway.client_secret.get_secret_value()
     oddity = oddity_of(secret)
-    wrong = f"GATEWAY_CLIENT_SECRET is wrong ({oddity})" if oddity else "GATEWAY_CLIENT_SECRET is wrong"
-    return f"no way to sign is accepted: {wrong}; else ask which path GATEWAY_SIGN_PATH is"
+    also = f", and {oddity}" if oddity else ""
+    return f"no way to sign is accepted: GATEWAY_CLIENT_SECRET is wrong{also}; else ask which path GATEWAY_SIGN_PATH is"

@@ -26,6 +26,7 @@ from worker.core.verdict import (
     Kind,
     NoReply,
     Reply,
+    json_object,
     judge,
     printable,
     read,
@@ -253,10 +254,18 @@ _OF_SILENCE: Final = (
 
 def token(answer: Reply | NoReply, call: Call) -> Finding:
     """What the token service's answer is a sign of, where it was no token."""
-    if isinstance(answer, Reply) and 200 <= answer.status < 300 and (read(answer.body)[0] or "2").startswith("2"):
-        text = f"{said(answer)}; correct GATEWAY_BASE_URL, then {call.path_setting}, or ask the provider"
+    if _grants_nothing(answer):
+        text = f"{said(answer)}: ask the provider how it names its token; else correct GATEWAY_BASE_URL"
         return Finding(False, text, text)
     return _found(answer, call, _OF_TOKENS, said(answer))
+
+
+def _grants_nothing(answer: Reply | NoReply) -> bool:
+    """Whether it is a success without a usable token."""
+    if isinstance(answer, NoReply) or not 200 <= answer.status < 300 or json_object(answer.body) is None:
+        return False
+    code, _ = read(answer.body)
+    return code is None or code.startswith("2")
 
 
 def expire(answer: Reply | NoReply, call: Call) -> Finding:

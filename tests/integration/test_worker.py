@@ -499,7 +499,8 @@ def test_metrics_move_as_the_contract_says(desk: Desk) -> None:
     assert moved("retries_total") == 2
     assert after("senders") == 8
     assert moved("command_duration_seconds_count", **lane) == 3
-    assert moved("command_age_seconds_count", **lane) == 1
+    assert moved("command_age_seconds_count", **lane) == 3
+    assert moved("commands_undated_total", **lane) == 2
     assert moved("command_age_seconds_sum", **lane) == pytest.approx(500, abs=60)
     assert moved("publish_confirm_seconds_count") == 4  # three outcomes, one dead letter
     assert abs(after("last_outcome_timestamp_seconds") - time.time()) < 60
@@ -528,6 +529,22 @@ def test_the_oldest_command_in_hand(amqp_url: str, prefix: str, tmp_path: Path) 
         assert wait_until(oldest, 30, "in hand") == published + 1
         producer.collect_all(30)
         wait_until(lambda: oldest() == 0, 30, "nothing in hand")
+
+
+def test_what_waits_is_told_without_a_date(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Commands that nobody dated and that wait in the queue are on the scrape, and are counted as undated."""
+
+    with (
+        Simulator(Script(latency=1)) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="2") as (worker, producer),
+    ):
+        for number in range(40):
+            producer.publish(f"undated-{number}")
+        waiting = wait_until(lambda: worker.metrics()("commands_waiting", lane="cancellation"), 30, "commands wait")
+        assert 20 <= waiting <= 36  # four are in hand or behind it
+        producer.collect_all(60)
+        wait_until(lambda: worker.metrics()("commands_waiting", lane="cancellation") == 0, 30, "nothing waits")
+        assert worker.metrics()("commands_undated_total", lane="cancellation") == 40
 
 
 def test_every_series_exists_from_the_start(desk: Desk) -> None:

@@ -165,7 +165,7 @@ def test_nothing_breaks_it(headers: Any, message_id: Any, payload: bytes) -> Non
     json.loads(json.dumps(export_json(found, there)))
     Census(NOON).add(found)
     if found.lane is not None:
-        assert redriven(NAMES, found, there, "h").body == payload
+        assert redriven(NAMES, found, there, "h", NOON).body == payload
 
 
 # -- bringing back
@@ -174,7 +174,7 @@ def test_nothing_breaks_it(headers: Any, message_id: Any, payload: bytes) -> Non
 def test_fresh_start() -> None:
     """Nothing of its death or its progress comes along; body, properties and foreign headers do."""
     there = parked()
-    message = redriven(NAMES, read(NAMES, there), there, "copy-1")
+    message = redriven(NAMES, read(NAMES, there), there, "copy-1", NOON)
 
     assert (message.exchange, message.routing_key, message.body) == ("p.commands", "cancellation", body())
     assert message.properties["headers"] == {"batch-id": "B-1", "traceparent": "00-1", "mine": 7, COPY_ID: "copy-1"}
@@ -196,17 +196,17 @@ def test_fresh_start_of_the_brokers_own() -> None:
         "BCC": ["elsewhere"],
     }
     there = parcel(headers=headers, expiration="1000", user_id="guest", priority=3)
-    message = redriven(NAMES, read(NAMES, there), there, "new")
+    message = redriven(NAMES, read(NAMES, there), there, "new", NOON)
 
     assert message.routing_key == "sweep"
     assert message.properties["headers"] == {COPY_ID: "new"}
-    assert set(message.properties) == {"message_id", "priority", "delivery_mode", "headers"}
+    assert set(message.properties) == {"message_id", "priority", "timestamp", "delivery_mode", "headers"}
 
 
 def test_redriven_is_another_message() -> None:
     """A worker that remembers the parked one must not take a redelivery of the redriven one for it."""
     there = parked()
-    message = redriven(NAMES, read(NAMES, there), there, "copy-1")
+    message = redriven(NAMES, read(NAMES, there), there, "copy-1", NOON)
     properties = {name: value for name, value in message.properties.items() if name != "delivery_mode"}
     again = delivery(message.body, **properties)
 
@@ -215,11 +215,24 @@ def test_redriven_is_another_message() -> None:
     assert (again.progress.attempts, again.progress.round, again.progress.effect_unknown) == (0, 0, False)
 
 
+@pytest.mark.parametrize(
+    "dated", [{"timestamp": int(NOON) - 7200}, {"headers": {"timestamp_in_ms": 1_790_000_000_000}}, {}]
+)
+def test_a_redriven_command_is_as_old_as_its_redrive(dated: dict[str, Any]) -> None:
+    """Its age counts from the redrive, so that thirty redriven commands are not two hours late."""
+    headers = {"dead-reason": "credentials", "dead-lane": "sweep", **dated.get("headers", {})}
+    there = parcel(**{**dated, "headers": headers})
+    message = redriven(NAMES, read(NAMES, there), there, "copy-1", NOON)
+    properties = {name: value for name, value in message.properties.items() if name != "delivery_mode"}
+
+    assert delivery(message.body, epoch=NOON + 5, **properties).since >= NOON
+
+
 def test_no_message_id() -> None:
     """One that never had an id comes back under the id that was derived from its body."""
     there = parcel(headers={"x-death": [death()]}, message_id=None)
 
-    assert redriven(NAMES, read(NAMES, there), there, "h").properties["message_id"] == command_id(None, body())
+    assert redriven(NAMES, read(NAMES, there), there, "h", NOON).properties["message_id"] == command_id(None, body())
 
 
 def test_no_lane_no_way_back() -> None:
@@ -227,7 +240,7 @@ def test_no_lane_no_way_back() -> None:
     there = parcel(key="somewhere")
 
     with pytest.raises(ValueError, match="no lane"):
-        redriven(NAMES, read(NAMES, there), there, "h")
+        redriven(NAMES, read(NAMES, there), there, "h", NOON)
 
 
 # -- choosing and counting

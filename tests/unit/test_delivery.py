@@ -319,6 +319,16 @@ def test_published_before_received(timestamp: int) -> None:
     assert builders.delivery(timestamp=timestamp, epoch=NOON).published_at == NOON
 
 
+def test_an_undated_command_is_as_old_as_its_first_delivery() -> None:
+    """Nobody dated it: its age counts from the first delivery, through all its rounds."""
+
+    headers = {"qris-received-at": int(NOON - 300) * 1000}
+
+    assert builders.delivery(epoch=NOON).since == NOON
+    assert builders.delivery(epoch=NOON, headers=headers).since == NOON - 300
+    assert builders.delivery(epoch=NOON, headers=headers).published_at is None
+
+
 def test_published_before_first_received() -> None:
     """A broker that stamps every hop does not make a command young again."""
 

@@ -184,8 +184,8 @@ def test_seconds_are_told_by_response_code(metrics: Metrics) -> None:
         lambda metrics, bill: metrics.settled(bill, 1.0),
         lambda metrics, bill: metrics.acked(bill, 1),
         lambda metrics, bill: metrics.oldest(bill, 1.0),
-        lambda metrics, bill: metrics.outcome("sweep", "expired", bill, None, 1.0),
-        lambda metrics, bill: metrics.outcome("sweep", bill, "success", None, 1.0),
+        lambda metrics, bill: metrics.outcome("sweep", "expired", bill, 1.0, 1.0),
+        lambda metrics, bill: metrics.outcome("sweep", bill, "success", 1.0, 1.0),
         lambda metrics, bill: metrics.request(bill, "2009300", 1.0),
         lambda metrics, bill: metrics.retry(bill),
         lambda metrics, bill: metrics.delayed_retry(bill),
@@ -224,13 +224,13 @@ def test_buckets_fit_the_scrape(metrics: Metrics) -> None:
 
 
 def test_an_outcome_dates_itself(metrics: Metrics) -> None:
-    """An outcome sets the time of the last one; its age is observed only when it is known."""
+    """An outcome sets the time of the last one, and its age is observed."""
 
-    metrics.outcome("sweep", "expired", "success", None, 1_800_000_000.0)
+    metrics.outcome("sweep", "expired", "success", 2.0, 1_800_000_000.0)
     metrics.outcome("sweep", "expired", "success", 7.0, 1_800_000_001.5)
     assert value(metrics, "last_outcome_timestamp_seconds") == 1_800_000_001.5
-    assert value(metrics, "command_age_seconds_count", lane="sweep") == 1
-    assert value(metrics, "command_age_seconds_sum", lane="sweep") == 7.0
+    assert value(metrics, "command_age_seconds_count", lane="sweep") == 2
+    assert value(metrics, "command_age_seconds_sum", lane="sweep") == 9.0
     assert value(metrics, "outcomes_total", lane="sweep", status="expired", reason="success") == 2
 
 

@@ -339,7 +339,8 @@ class Redrive:
             if not self._may_go() or self._clock.monotonic() > give_back_at:
                 self._left_out = True
                 break
-            if not self._parked.publish(redriven(self._names, letter, held.parcel, self._hop()), held.number):
+            again = redriven(self._names, letter, held.parcel, self._hop(), self._clock.epoch())
+            if not self._parked.publish(again, held.number):
                 self.report.homeless += 1
                 continue
             self._sent += 1

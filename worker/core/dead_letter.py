@@ -23,6 +23,7 @@ from worker.core.delivery import (
     COPY_ID,
     LAST_CODE,
     PROGRESS_HEADERS,
+    STAMPED,
     Message,
     Properties,
     receive,
@@ -44,7 +45,7 @@ MAX_DETAIL: Final = 300
 AGES: Final = (("1 h", 3600.0), ("1 day", 86_400.0), ("7 days", 7 * 86_400.0))
 """Dead letters are counted by age up to these seconds, and beyond."""
 
-_NOT_CARRIED: Final = (*OUR_HEADERS, *PROGRESS_HEADERS, "CC", "BCC")
+_NOT_CARRIED: Final = (*OUR_HEADERS, *PROGRESS_HEADERS, STAMPED, "CC", "BCC")
 _CARRIED: Final = (
     "content_type",
     "content_encoding",
@@ -143,8 +144,9 @@ def read(names: Names, parcel: Parcel) -> DeadLetter:
     )
 
 
-def redriven(names: Names, letter: DeadLetter, parcel: Parcel, hop: str) -> Message:
-    """The command back to its lane with a fresh start: no attempts, rounds or external ids, nothing of its death.
+def redriven(names: Names, letter: DeadLetter, parcel: Parcel, hop: str, now: float) -> Message:
+    """The command back to its lane with a fresh start: no attempts, rounds or external ids, nothing of its death. It is
+    dated ``now`` (seconds since the epoch): its age counts from the redrive.
 
     ``hop`` must be new. Without it, a worker that still remembers having settled the parked message would take a
     redelivery of this one for that, and ack it unseen. Raises `ValueError` where no lane is known.
@@ -155,6 +157,7 @@ def redriven(names: Names, letter: DeadLetter, parcel: Parcel, hop: str) -> Mess
     kept = {name: value for name, value in headers.items() if _is_carried(str(name))}
     properties = {name: getattr(parcel.properties, name, None) for name in _CARRIED}
     properties["message_id"] = properties["message_id"] or letter.command_id
+    properties["timestamp"] = int(now)
     carried = {name: value for name, value in properties.items() if value is not None}
     return Message(
         names.commands, letter.lane, parcel.body, {**carried, "delivery_mode": 2, "headers": {**kept, COPY_ID: hop}}

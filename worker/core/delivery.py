@@ -113,6 +113,11 @@ class Delivery:
         return f"{self.lane}\n{self.command_id}\n{self.copy_id}\n{hash(self.body)}"
 
     @property
+    def since(self) -> float:
+        """From when its age counts: its publication, or its first delivery when nobody dated it."""
+        return self.progress.received_at if self.published_at is None else self.published_at
+
+    @property
     def batch_id(self) -> str | None:
         """The sweep it belongs to."""
         value = self.headers.get(BATCH_ID)

@@ -403,9 +403,9 @@ class Desk:
         self._ledger.channel_lost(channel)
 
     def oldest(self, lane: str) -> float | None:
-        """When the oldest command of the lane in hand was published, in seconds since the epoch; None without any."""
-        dates = (task.delivery.published_at for task in self._tasks.values() if task.lane == lane)
-        return min((date for date in dates if date is not None), default=None)
+        """From when the age of the oldest command of the lane in hand counts, in seconds since the epoch; None without
+        any."""
+        return min((task.delivery.since for task in self._tasks.values() if task.lane == lane), default=None)
 
     def __len__(self) -> int:
         """Commands not settled."""

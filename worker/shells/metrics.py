@@ -89,7 +89,7 @@ class Metrics:
         self._counter["acks_total"][lane,].inc(deliveries)
 
     def oldest(self, lane: str, published_at: float | None) -> None:
-        """The oldest command in hand was published at this unix time; None when there is none that is dated."""
+        """The oldest command in hand was published at this unix time; None when there is none."""
         self._gauge["oldest_command_timestamp_seconds"][lane,].set(published_at or 0.0)
 
     def senders(self, number: int) -> None:
@@ -100,15 +100,14 @@ class Metrics:
         """A command was acked `seconds` after its delivery."""
         self._histogram["command_duration_seconds"][lane,].observe(seconds)
 
-    def outcome(self, lane: str, status: str, reason: str, age_seconds: float | None, now: float) -> None:
-        """A command ended at unix time `now`; its age in seconds, None when nobody dated it.
+    def outcome(self, lane: str, status: str, reason: str, age_seconds: float, now: float) -> None:
+        """A command ended at unix time `now`; its age in seconds.
 
         A producer's clock may be ahead of ours: a negative age counts as none at all (0), since it would
         take the histogram's sum backwards.
         """
         self._counter["outcomes_total"][lane, status, reason].inc()
-        if age_seconds is not None:
-            self._histogram["command_age_seconds"][lane,].observe(max(age_seconds, 0.0))
+        self._histogram["command_age_seconds"][lane,].observe(max(age_seconds, 0.0))
         self._gauge["last_outcome_timestamp_seconds"][()].set(now)
 
     def retry(self, reason: str) -> None:

@@ -20,6 +20,7 @@ OnDelivery = Callable[[str, Tag, bool, Any, bytes], None]
 
 
 SHARED_EVERY: Final = 1.0  # seconds between two looks whether others consume a paused lane
+WAITING_EVERY: Final = 5.0  # seconds between two looks at how many commands wait in a lane
 
 
 class _Lane:
@@ -70,6 +71,8 @@ class Consumer:
         self._paused: frozenset[str] = frozenset()
         self.acks = dict.fromkeys(queues, 0)
         """Deliveries acked so far, by lane."""
+        self.waiting = dict.fromkeys(queues, 0)
+        """Commands that wait in each lane's queue, as the broker said some seconds ago."""
 
     @property
     def up(self) -> bool:
@@ -115,9 +118,10 @@ class Consumer:
                 self._consume(lane)
 
     def tick(self, now: float) -> None:
-        """Looks whether others consume what we do not."""
+        """Looks how many commands wait, and whether others consume what we do not."""
         for lane in self._lanes.values():
-            if lane.lane in self._paused and lane.channel.is_open and now - lane.asked_at > SHARED_EVERY:
+            every = SHARED_EVERY if lane.lane in self._paused else WAITING_EVERY
+            if lane.channel.is_open and now - lane.asked_at > every:
                 lane.asked_at = now
                 lane.channel.queue_declare(
                     lane.queue, passive=True, callback=self._guard(lambda frame, each=lane: self._told(each, frame))
@@ -196,6 +200,7 @@ class Consumer:
             lane.channel._cancelled.discard(tag)
 
     def _told(self, lane: _Lane, frame: Any) -> None:
+        self.waiting[lane.lane] = frame.method.message_count
         lane.shared = lane.lane in self._paused and frame.method.consumer_count > 0
 
     def _back(self, tag: Tag, send: Callable[[Any], None]) -> None:

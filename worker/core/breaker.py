@@ -118,6 +118,21 @@ class Breakers:
             if breaker.state is State.OPEN:
                 breaker.probe_at = now
 
+    def failures(self, lane: str) -> int:
+        """The lane's consecutive bad attempts."""
+        return self._lanes[lane].failures
+
+    def adopt(self, lane: str, state: State, cooldown: float, left: float, now: float) -> None:
+        """The lane's breaker is as somebody else has it, who decides; ``left``: seconds until its next probes."""
+        breaker = self._lanes[lane]
+        if state is State.CLOSED:
+            breaker.outages += breaker.state is not State.CLOSED
+            breaker.close()
+        else:
+            breaker.open(cooldown, now)
+            breaker.state, breaker.probe_at = state, now + left
+            self._clean = False
+
     def probes_due(self, lane: str, now: float) -> int:
         """How many probes of the lane may go out now."""
         breaker = self._lanes[lane]

@@ -1,0 +1,257 @@
+"""The fleet as the rest of the process sees it: carries out what its member says, over a wire to the other members."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol, assert_never
+
+from worker.core.breaker import State
+from worker.core.fleet.member import Call, Changed, Member, Pass, ReadOrders, Say
+from worker.core.fleet.messages import Card, Letter, Message, Orders
+from worker.core.fleet.terms import Lock, Unlock
+from worker.core.ports import Clock
+from worker.core.verdict import Kind
+
+SLACK: Final = 0.0005
+"""Seconds by which an earlier moment must be earlier to be worth another timer."""
+
+
+class Wire(Protocol):
+    """What leads to the other members. All of it returns at once; answers come to the `Fleet`."""
+
+    def say(self, to: str | None, letter: Letter) -> None:
+        """To one member, or to all."""
+
+    def lock(self, term: int) -> None:
+        """Tries to take the queue of a term: `Fleet.took` or `Fleet.taken` follows."""
+
+    def unlock(self, term: int) -> None:
+        """Gives it back."""
+
+    def read_orders(self) -> None:
+        """Looks what operators want: `Fleet.rested` follows."""
+
+
+class Timers(Protocol):
+    """The loop's."""
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Any: ...
+    def remove_timeout(self, timeout: Any) -> None: ...
+
+
+class Fleet:
+    """One member, driven. Everything on the loop's thread, but for `card`. ``wire`` is set by who connects.
+
+    Without a wire the member is alone and gives itself slots and probes, so whoever sends commands knows one way only.
+    """
+
+    def __init__(self, member: Member, clock: Clock, timers: Timers) -> None:
+        self.member = member
+        self.wire: Wire | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        """Something of what is asked has changed: look again."""
+        self.on_permit: Callable[[str, float], None] = lambda _lane, _until: None
+        """One call may begin now, until the second moment at the latest; the slot was given for the lane."""
+        self.on_token: Callable[[Letter], None] = lambda _letter: None
+        """A message about tokens."""
+        self._clock = clock
+        self._timers = timers
+        self._timer: Any = None
+        self._wakes_at = float("inf")
+        self._carrying = False
+
+    def start(self) -> None:
+        """Time begins to pass."""
+        self._tick()
+
+    # -- what the dispatcher asks -------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls may begin at all."""
+        return self.member.ready
+
+    @property
+    def limited(self) -> bool:
+        """Whether each call needs a permit, probes too."""
+        return self.member.limit(self._clock.monotonic()) > 0
+
+    @property
+    def held_until(self) -> float:
+        """When the hold of a throttled answer, to whomever, is over."""
+        return self.member.held_until
+
+    @property
+    def sick(self) -> bool:
+        """We fail where others succeed: give back, take nothing."""
+        return self.member.sick
+
+    def state(self, lane: str) -> State:
+        """The lane's breaker."""
+        return self.member.state(lane)
+
+    def paused(self, lane: str) -> bool:
+        """Whether an operator has paused the lane."""
+        return bool(self.member.orders.pauses) and self.member.paused(lane, self._clock.monotonic())
+
+    def probes(self, lane: str) -> int:
+        """Probes of the lane that we may send now."""
+        return self.member.probes(lane)
+
+    def test_due(self) -> bool:
+        """Whether we, being sick, may test ourselves now."""
+        return self.member.test_due(self._clock.monotonic())
+
+    def card(self) -> Card:
+        """How things stand, for people. From any thread."""
+        return self.member.card(self._clock.monotonic())
+
+    # -- what the dispatcher tells ------------------------------------------------------------------------------------
+
+    def attempted(self, lane: str | None, kind: Kind, *, probe: bool = False, reached: bool = True) -> None:
+        """See `Member.attempted`."""
+        self.member.attempted(lane, kind, self._clock.monotonic(), probe=probe, reached=reached)
+        if self.member.actions:
+            self._carry_out()
+
+    def throttled(self, seconds: float) -> None:
+        """See `Member.throttled`."""
+        self.member.throttled(seconds, self._clock.monotonic())
+        self._carry_out()
+
+    def waiting(self, lane: str, calls: int) -> None:
+        """See `Member.waiting`."""
+        self.member.waiting(lane, calls, self._clock.monotonic())
+        self._carry_out()
+
+    def candidates(self, lane: str, commands: int) -> None:
+        """See `Member.candidates`."""
+        self.member.candidates(lane, commands, self._clock.monotonic())
+        self._carry_out()
+
+    def take_probe(self, lane: str) -> bool:
+        """See `Member.take_probe`."""
+        return self.member.take_probe(lane, self._clock.monotonic())
+
+    def probe_lost(self, lane: str) -> None:
+        """See `Member.probe_lost`."""
+        self.member.probe_lost(lane, self._clock.monotonic())
+        self._carry_out()
+
+    def take_test(self) -> None:
+        """See `Member.take_test`."""
+        self.member.take_test()
+
+    def tested(self, good: bool) -> None:
+        """See `Member.tested`."""
+        self.member.tested(good=good, now=self._clock.monotonic())
+        self._carry_out()
+
+    def leave(self) -> None:
+        """We drain."""
+        self.member.leave(self._clock.monotonic())
+        self._carry_out()
+
+    # -- what the wire tells ------------------------------------------------------------------------------------------
+
+    def joined(self) -> None:
+        """Our queue hears what is said."""
+        self.member.joined(self._clock.monotonic())
+        self._carry_out()
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        self.member.lost(self._clock.monotonic())
+        self._carry_out()
+
+    def received(self, letter: Letter) -> None:
+        """A message has come."""
+        self.member.receive(letter, self._clock.monotonic())
+        self._carry_out()
+
+    def undelivered(self, to: str) -> None:
+        """A member's queue is gone."""
+        self.member.undelivered(to, self._clock.monotonic())
+        self._carry_out()
+
+    def took(self, term: int) -> None:
+        """The broker gave us the queue of the term."""
+        self.member.took(term, self._clock.monotonic())
+        self._carry_out()
+
+    def taken(self, term: int) -> None:
+        """Another has it."""
+        self.member.taken(term, self._clock.monotonic())
+        self._carry_out()
+
+    def rested(self, orders: Orders | None) -> None:
+        """What rested at the broker."""
+        self.member.rested(orders, _left(orders, self._clock.epoch()), self._clock.monotonic())
+        self._carry_out()
+
+    def say(self, to: str | None, message: Message) -> None:
+        """To one member, or to all: what is about tokens, or answers a tool."""
+        if self.wire is not None:
+            self.wire.say(to, Letter(self.member.me, self.member.client, message))
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self._timer, self._wakes_at = None, float("inf")
+        self.member.tick(self._clock.monotonic())
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        if self._carrying:
+            return  # whoever is at it goes on with what was added
+        self._carrying = True
+        actions, changed = self.member.actions, False
+        try:
+            while actions:
+                action = actions.pop(0)
+                match action:
+                    case Say(to, message):
+                        self.say(to, message)
+                    case Call(lane, until):
+                        self.on_permit(lane, until)
+                    case Changed():
+                        changed = True
+                    case Pass(letter):
+                        self.on_token(letter)
+                    case Lock(term):
+                        if self.wire is not None:
+                            self.wire.lock(term)
+                    case Unlock(term):
+                        if self.wire is not None:
+                            self.wire.unlock(term)
+                    case ReadOrders():
+                        if self.wire is not None:
+                            self.wire.read_orders()
+                    case _:
+                        assert_never(action)
+                if changed and not actions:
+                    changed = False
+                    self.on_change()
+        finally:
+            self._carrying = False
+        self._wind()
+
+    def _wind(self) -> None:
+        now = self._clock.monotonic()
+        moment = self.member.next(now)
+        if moment < self._wakes_at - SLACK:
+            if self._timer is not None:
+                self._timers.remove_timeout(self._timer)
+            self._wakes_at = moment
+            self._timer = self._timers.call_later(max(0.0, moment - now), self._tick)
+
+
+def _left(orders: Orders | None, now: float) -> dict[str, float]:
+    """Seconds left of each pause that ends by itself, as far as the clocks of two machines agree (``now``: seconds
+    since the epoch): nobody else may be left who has seen it begin."""
+    pauses = orders.pauses.items() if orders is not None else ()
+    return {
+        lane: min(pause.seconds, max(0.0, pause.since + pause.seconds - now))
+        for lane, pause in pauses
+        if pause.seconds is not None
+    }

@@ -36,6 +36,7 @@ from worker.sandbox.simulator import Script, Simulator
 ROOT = Path(__file__).parents[2]
 NOBODY = "amqp://127.0.0.1:1"
 PAID = {"code": "4049314", "message": "Paid Bill", "repeat": True}
+NOT_FOUND = {"code": "4049301", "message": "QR not Found", "repeat": True}
 BROKEN = {"code": "5009300", "message": "General Error", "repeat": True}
 
 Call = Callable[..., tuple[int, list[str]]]
@@ -721,6 +722,84 @@ def test_outcomes_that_went_elsewhere_are_asked_for_again(desk: Desk) -> None:
 
 
 @pytest.mark.usefixtures("rabbit")
+def test_end_says_what_people_must_do(desk: Desk) -> None:
+    """Each kind of bill that needs somebody, with the first ones by line; nothing is cut at 80 columns."""
+
+    bills = {f"{number:08d}": [NOT_FOUND] for number in range(3, 15)} | {"00000002": [PAID], "00000020": [BROKEN]}
+    with Simulator(Script.parse({"bills": bills})) as gateway, worker(desk, gateway):
+        done = desk("sweep", desk.file(20), "--batch-id", "b", "--wait", COLUMNS="80")
+        shown = desk("status", "b", COLUMNS="80")
+
+    assert done.returncode == 1
+    for text in (done.stdout, shown.stdout):
+        assert "already paid (refund): 1 bill;" in text
+        assert "  line 3: 00000002 of M1: 4049314 Paid Bill" in text
+        assert "not found (check the number): 12 bills;" in text
+        assert "  line 4: 00000003 of M1:" in text
+        assert "  … and 2 more" in text
+        assert "unresolved (call the gateway's support if they stay so): 1 bill;" in text
+        assert "qris-expire sweep --follow b --retry-unresolved" in text
+        assert "…" not in text.partition("already paid")[0]
+    assert "the gateway does not know 12 of 20 bills (60 %, more than 5 %)" in done.stderr
+
+
+@pytest.mark.usefixtures("rabbit")
+def test_many_unknown_bills_are_a_failure_even_where_rejected_ones_are_none(desk: Desk) -> None:
+    """Unless a bound is given: numbers that a spreadsheet changed end like this, and their codes stay payable."""
+
+    with Simulator(Script.parse({"bills": {"00000003": [NOT_FOUND]}})) as gateway, worker(desk, gateway):
+        done = desk("sweep", desk.file(4), "--batch-id", "b", "--wait", "--allow-rejected")
+        bound = desk("sweep", "--follow", "b", "--allow-rejected", "--allow-not-found", "25")
+        tight = desk("sweep", "--follow", "b", "--allow-rejected", "--allow-not-found", "24")
+
+    assert (done.returncode, bound.returncode, tight.returncode) == (1, 0, 1), done.stderr
+    assert "--allow-not-found PERCENT" in done.stderr
+
+
+@pytest.mark.usefixtures("rabbit")
+def test_finished_batch_says_first_that_nothing_was_sent(desk: Desk) -> None:
+    """The table alone looks as that of a fresh one."""
+
+    with Simulator() as gateway, worker(desk, gateway):
+        fresh = desk("sweep", desk.file(4), "--batch-id", "b", "--wait")
+        again = desk("sweep", desk.file(4), "--batch-id", "b", "--wait")
+
+    assert not fresh.stdout.startswith("nothing was sent")
+    assert again.stdout.startswith("nothing was sent: batch b, begun ")
+    assert rows_of(fresh.stdout) == rows_of(again.stdout)
+
+
+@pytest.mark.usefixtures("rabbit")
+def test_unresolved_bills_are_sent_again_when_asked_for(desk: Desk) -> None:
+    """Under the same batch and ids, after the outage; those with a final answer are not."""
+
+    script = Script.parse({"bills": {"00000002": [BROKEN], "00000003": [PAID]}})
+    with Simulator(script) as gateway, worker(desk, gateway):
+        done = desk("sweep", desk.file(4), "--batch-id", "b", "--wait", "--report", "out.csv")
+        before = desk.report()
+        assert (done.returncode, before[1]["status"]) == (1, "unresolved"), done.stderr
+        gateway.replace(Script())
+        calls = gateway.report().expire_calls
+        again = desk(
+            "sweep",
+            "--follow",
+            "b",
+            "--retry-unresolved",
+            "--allow-rejected",
+            "--report",
+            "out.csv",
+            "--allow-not-found",
+            "0",
+        )
+        assert gateway.report().expire_calls == calls + 1
+
+    assert again.returncode == 0, again.stderr
+    assert "1 bill of batch b stayed unresolved and will be sent again" in again.stdout
+    assert rows_of(again.stdout) == {"expired success": 3, "rejected paid": 1, "total rows of the input": 4}
+    assert [line["commandId"] for line in desk.report()] == [line["commandId"] for line in before]
+
+
+@pytest.mark.usefixtures("rabbit")
 def test_second_sweep_of_a_batch_waits_for_nobody(desk: Desk) -> None:
     """While one process has the batch another is refused, but may look."""
 
@@ -893,6 +972,33 @@ def test_status_lists_the_batches(desk: Desk) -> None:
     assert desk("status", "c", AMQP_URL=NOBODY).returncode == 2
 
 
+def test_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(desk: Desk) -> None:
+    """A line with the path, and exit code 1."""
+
+    loop = desk.directory / "loop"
+    loop.symlink_to(loop)
+
+    done = desk("status", "--state-dir", "loop", AMQP_URL=NOBODY)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "loop: " in done.stderr
+
+
+def test_status_shows_skipped_rows(desk: Desk) -> None:
+    """In the list as well; and nothing is cut at 80 columns, however long the batch's name and the file's."""
+
+    name = "unpaid-bills-of-all-merchants-in-november.csv"
+    (desk.directory / name).write_text("billnumber,merchantId\n1,M\n1,M\n1 1,M\n")
+    batch = "end-of-day-2026-11-22-all-merchants-second-try"
+    desk("sweep", name, "--batch-id", batch, "--skip-invalid", AMQP_URL=NOBODY)
+
+    listed = desk("status", AMQP_URL=NOBODY, COLUMNS="80").stdout
+
+    assert batch in listed
+    assert name in listed
+    assert "3 rows, 2 skipped, 1 unsent, 0 expired" in listed
+
+
 def test_status_prunes(desk: Desk) -> None:
     """What can still be gone on with stays, and the rest is listed as ever."""
 
@@ -939,6 +1045,23 @@ def test_direct_sweep_needs_no_broker(away: Desk) -> None:
     assert (seen.bills_expired, seen.duplicates) == (48, 0)
     attempts = {line["billnumber"]: int(line["attempts"]) for line in away.report()}
     assert (attempts["00000001"], attempts["00000003"], attempts["00000004"]) == (1, 5, 8)
+
+
+def test_direct_sweep_sends_unresolved_bills_again_when_asked_for(away: Desk) -> None:
+    """The way that the end of it names."""
+
+    call = ("--direct", "--retry-unresolved")
+    with Simulator(Script.parse({"bills": {"00000002": [BROKEN]}})) as gateway:
+        settings = direct(away, gateway, RETRY_DELAYS_SECONDS="none")
+        done = away("sweep", away.file(3), "--direct", "--batch-id", "b", **settings)
+        assert (done.returncode, "sweep --follow b --direct --retry-unresolved" in done.stdout) == (1, True), (
+            done.stderr
+        )
+        gateway.replace(Script())
+        again = away("sweep", "--follow", "b", *call, **settings)
+
+    assert again.returncode == 0, again.stderr
+    assert rows_of(again.stdout) == {"expired success": 3, "total rows of the input": 3}
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -16,7 +16,7 @@ from tests.unit.test_sweep import BATCH, told
 from worker.core.delivery import Progress
 from worker.core.outcome import Reason
 from worker.core.rows import JSON_FORM, BadRow, Form, Row
-from worker.core.sweep import REPORT_COLUMNS, Report, harmless, kept_as_text
+from worker.core.sweep import REPORT_COLUMNS, Bill, Report, harmless, kept_as_text
 from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune, replacing
 
 Make = Callable[..., Journal]
@@ -54,7 +54,7 @@ def test_bill_that_comes_again_is_counted_not_kept(make: Make) -> None:
 
     journal = make(2, extra=[*extra, *bad])
 
-    assert {bill[1:] for bill in journal.unsent(0, 10)} == {
+    assert {bill[1:5] for bill in journal.unsent(0, 10)} == {
         ("1", "M", None, None), ("2", "M", None, None), ("1", "N", None, None)
     }  # fmt: skip
     tally = journal.tally()
@@ -220,6 +220,38 @@ def test_republishing_leaves_out_what_has_an_outcome(make: Make) -> None:
     journal.publish_again()
 
     assert [bill.number for bill in journal.unsent(0, 10)] == [1, 3]
+
+
+def test_unresolved_bills_are_sent_again_behind_the_others(make: Make) -> None:
+    """Under their ids, as doubtful as they were; what is final, or whose deadline has passed, is not sent again."""
+
+    journal = make(4)
+    journal.published(4)
+    unresolved = told(Reason.RETRIES_EXHAUSTED, bill="2")._replace(effect_unknown=True)
+    journal.record([told(bill="1"), unresolved, told(Reason.DEADLINE_PASSED, bill="3"), told(Reason.PAID, bill="4")])
+
+    assert journal.retry() == 1
+
+    assert journal.unsent(4, 10) == [Bill(5, "2", "M", None, None, 1, True)]
+    assert journal.tally().unsent == 1
+    assert [(job.begun, job.progress.effect_unknown) for job in journal.take(0, 9)] == [(False, True)]
+    assert report(journal)[1]["status"] == "unsent"
+    journal.record([unresolved])  # a copy of what was told before
+    assert journal.tally().answered == 3
+    journal.record([told(Reason.RETRIES_EXHAUSTED, NOON + 9, bill="2")])
+    assert journal.tally().answered == 4
+
+
+def test_bills_that_need_people_are_named(make: Make) -> None:
+    """With line, merchant and what the gateway said, the first ones in the order of the input."""
+
+    journal = make(3)
+    journal.record([told(Reason.PAID, bill="2"), told(Reason.PAID, bill="1"), told(bill="3")])
+
+    assert [(line, bill, merchant) for line, bill, merchant, _ in journal.examples({Reason.PAID}, 10)] == [
+        (2, "1", "M"), (3, "2", "M")
+    ]  # fmt: skip
+    assert len(journal.examples({Reason.PAID}, 1)) == 1
 
 
 # --- without a broker

@@ -18,6 +18,8 @@ from tests.builders import NOON, outcome
 from tests.fakes import FakeClock
 from worker.app.sweep import CONFIRM_SECONDS, Ended, Sweep
 from worker.core.command import Command, parse
+from worker.core.delivery import COPY_ID, EFFECT_UNKNOWN
+from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
 from worker.core.rows import BadRow, InputError, Reading, Row, read
 from worker.core.sweep import (
@@ -491,6 +493,55 @@ def test_sum_is_the_input() -> None:
     ]  # fmt: skip
     assert not tally.all_expired
     assert Tally(invalid=2, told={("expired", "success"): 1}).all_expired
+
+
+def test_every_reason_needs_something_of_people_or_nothing() -> None:
+    """None is left out of the list of what must be done, and none stands in it twice."""
+
+    listed = [reason for need in NEEDS for reason in need.reasons]
+
+    assert sorted([*listed, Reason.SUCCESS, Reason.ALREADY_EXPIRED]) == sorted(Reason)
+
+
+@pytest.mark.parametrize(
+    ("told", "rejected", "percent", "good"),
+    [
+        ({("expired", "success"): 100}, False, 5.0, True),
+        ({("expired", "success"): 99, ("rejected", "paid"): 1}, False, 5.0, False),
+        ({("expired", "success"): 99, ("rejected", "paid"): 1}, True, 5.0, True),
+        ({("expired", "success"): 95, ("rejected", "not_found"): 5}, True, 5.0, True),
+        ({("expired", "success"): 94, ("rejected", "not_found"): 6}, True, 5.0, False),
+        (
+            {("expired", "success"): 94, ("rejected", "invalid_merchant"): 3, ("rejected", "not_found"): 3},
+            True,
+            5.0,
+            False,
+        ),
+        ({("expired", "success"): 94, ("rejected", "not_found"): 6}, True, 6.0, True),
+        ({("expired", "success"): 1, ("rejected", "not_found"): 99}, True, 100.0, True),
+        ({("expired", "success"): 99, ("unresolved", "credentials"): 1}, True, 5.0, False),
+    ],
+)
+def test_exit_code_is_by_what_people_must_do(
+    told: dict[tuple[str, str], int], rejected: bool, percent: float, good: bool
+) -> None:
+    """A few unknown bills are typing errors, many are a wrong file: not good even where rejected ones are."""
+
+    assert settled(Tally(told=told), rejected=rejected, percent=percent) is good
+
+
+def test_bill_that_is_sent_again_is_another_copy() -> None:
+    """The worker may remember the first one as settled; what is in doubt stays so."""
+
+    first = command_message(NAMES, BATCH, Bill(1, "1", "M", None, None), NOON)
+    again = command_message(NAMES, BATCH, Bill(4, "1", "M", None, None, 1, True), NOON)
+
+    assert again.properties["message_id"] == first.properties["message_id"]
+    assert {name: again.properties["headers"][name] for name in (COPY_ID, EFFECT_UNKNOWN)} == {
+        COPY_ID: "retry-1",
+        EFFECT_UNKNOWN: True,
+    }
+    assert COPY_ID not in first.properties["headers"]
 
 
 def test_what_the_gateway_refused_is_final() -> None:

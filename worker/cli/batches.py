@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli import INVALID, Trouble
 from worker.cli.screen import output
+from worker.core.words import plural
 
 if TYPE_CHECKING:
     from worker.core.sweep import Home, Tally
     from worker.settings import AmqpSettings, GatewaySettings
+    from worker.shells.journal import Journal
 
+EXAMPLES: Final = 10  # bills of each kind that are shown; the report has all
 STATE_DIR_HELP = "Where batches keep their journals; else $XDG_STATE_HOME/qris-expire/<prefix>."
 
 
@@ -104,11 +107,29 @@ def print_tally(title: str, tally: Tally) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    table.add_column("status")
-    table.add_column("reason")
-    table.add_column("rows", justify="right")
+    table.add_column("status", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    table.add_column("rows", justify="right", no_wrap=True)
     for status, reason, count in tally.lines():
         table.add_row(status, reason, f"{count:,}")
     table.add_section()
     table.add_row("total", "rows of the input", f"{tally.rows:,}")
     output().print(table)
+
+
+def print_needs(journal: Journal, tally: Tally, again: str) -> None:
+    """What people must do, about which bills; ``again`` is the command that sends unresolved ones again."""
+    from worker.core.needs import NEEDS, count
+
+    for need in NEEDS:
+        bills = count(tally, need.reasons)
+        if not bills:
+            continue
+        retry = f"; to send them again: {again}" if need.retry else ""
+        print(f"\n{need.title}: {plural(bills, 'bill')}; {need.what}{retry}")
+        for line, bill, merchant, said in journal.examples(need.reasons, EXAMPLES):
+            print(f"  line {line}: {bill}{f' of {merchant}' if merchant else ''}{f': {said}' if said else ''}")
+        if bills > EXAMPLES:
+            print(f"  … and {bills - EXAMPLES:,} more; the report has all of them")
+    if tally.invalid:
+        print(f"\ninvalid rows: {tally.invalid:,}; nothing was sent for them; the report says why")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from worker.cli import INVALID, Trouble
-from worker.cli.batches import STATE_DIR_HELP, check_batch_id, no_batch, print_tally, state_directory
+from worker.cli.batches import STATE_DIR_HELP, check_batch_id, no_batch, print_needs, print_tally, state_directory
 from worker.cli.command_line import Argument, Option
-from worker.cli.screen import output
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
@@ -55,34 +54,40 @@ def _prune(directory: Path, days: int) -> None:
 
 
 def _list(directory: Path) -> None:
-    from rich.table import Table
+    from worker.shells.journal import JournalError, journals
 
-    from worker.core import jakarta
-    from worker.shells.journal import Journal, JournalError, journals
-
-    table = Table("batch", "begun", "bills", "sent", "answered", "expired", "input")
-    for column in table.columns[2:6]:
-        column.justify = "right"
-    table.columns[0].no_wrap = True  # ids are copied from here
     try:
         paths = journals(directory)
     except JournalError as error:
         raise Trouble(str(error)) from None
     for path in paths:
         try:
-            journal = Journal(path, read_only=True)
+            print("\n".join(_lines(path)))
         except JournalError as error:
-            table.add_row(path.stem, str(error))
-            continue
-        facts, tally = journal.facts, journal.tally()
-        journal.close()
-        begun = jakarta.iso(facts.created_at, milliseconds=False)[:16].replace("T", " ")
-        numbers = [f"{number:,}" for number in (tally.bills, tally.sent, tally.answered, tally.expired)]
-        table.add_row(facts.batch.id, begun, *numbers, facts.source)
-    if table.row_count:
-        output().print(table)
-    else:
+            print(f"{path.stem}  {error}")
+    if not paths:
         print(f"no batches in {directory}")
+
+
+def _lines(path: Path) -> list[str]:
+    """A batch, in lines that need no table: nothing of it is cut, however narrow the terminal."""
+    from worker.core import jakarta
+    from worker.shells.journal import Journal
+
+    with closing(Journal(path, read_only=True)) as journal:
+        facts, tally = journal.facts, journal.tally()
+    begun = jakarta.iso(facts.created_at, milliseconds=False)[:16].replace("T", " ")
+    parts = {
+        "rows": tally.rows,
+        "skipped": tally.invalid + tally.duplicates,
+        "unsent": tally.unsent,
+        "waiting": tally.waiting,
+        "expired": tally.expired,
+        "not expired": tally.answered - tally.expired,
+    }
+    told = ", ".join(f"{count:,} {what}" for what, count in parts.items() if count or what in ("rows", "expired"))
+    lines = [f"{facts.batch.id}  {begun}  {facts.source}", f"  {told}"]
+    return [*lines, f"  stopped by {facts.stopped}"] if facts.stopped else lines
 
 
 def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
@@ -106,12 +111,19 @@ def _show_one(path: Path) -> None:
 
     with closing(Journal(path, read_only=True)) as journal:
         facts, tally = journal.facts, journal.tally()
-    batch = facts.batch.id
-    print_tally(f"sweep {batch}", tally)
+        batch = facts.batch.id
+        print_tally(f"sweep {batch}", tally)
+        way = " --direct" if facts.direct else ""
+        print_needs(journal, tally, f"qris-expire sweep --follow {batch}{way} --retry-unresolved")
     print(f"input    {facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
     print(f"sent to  {'; '.join(filter(None, (facts.place, facts.gateway))) or 'nowhere yet'}")
     if tally.answered == tally.bills:
         print("state    every bill has its outcome")
+    elif tally.unsent and facts.stopped:
+        print(
+            f"state    stopped by {facts.stopped}; {tally.unsent:,} bills are not sent; to send them: "
+            f"`qris-expire sweep --follow {batch} --resume`"
+        )
     elif tally.unsent:
         print(f"state    {tally.unsent:,} bills are not sent; go on with `qris-expire sweep --follow {batch}`")
     elif facts.inbox or facts.direct:

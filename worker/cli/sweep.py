@@ -22,11 +22,15 @@ from worker.cli.batches import (
     existing,
     gateway_of,
     home_at,
+    print_needs,
     print_tally,
     state_directory,
 )
 from worker.cli.command_line import Argument, Option
 from worker.cli.intake import Input, batch, take_in
+from worker.cli.screen import note
+from worker.core import jakarta
+from worker.core.needs import SUSPICIOUS_PERCENT
 from worker.core.sweep import WINDOW
 from worker.core.words import plural
 
@@ -58,7 +62,9 @@ class _Wish:
     dry_run: bool
     direct: bool
     republish: bool
+    retry_unresolved: bool
     allow_rejected: bool
+    allow_not_found: float | None
     state_dir: Path | None
 
 
@@ -105,10 +111,22 @@ def sweep(
     republish: Annotated[
         bool, Option("--republish", help="Publish again, under the same ids, what has no outcome.")
     ] = False,
+    retry_unresolved: Annotated[
+        bool,
+        Option("--retry-unresolved", help="Send the bills again that stayed unresolved, as after a long outage."),
+    ] = False,
     allow_rejected: Annotated[
         bool,
         Option("--allow-rejected", help="Exit with 0 also when the gateway refused bills for good, as paid ones."),
     ] = False,
+    allow_not_found: Annotated[
+        float | None,
+        Option(
+            metavar="PERCENT",
+            help="With --allow-rejected, the most bills that the gateway may not know "
+            f"[{SUSPICIOUS_PERCENT:g}]; more look like changed numbers.",
+        ),
+    ] = None,
     state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
     """Sends a file of bills to the sweep lane, as fast as the broker confirms; with --wait follows their outcomes.
@@ -139,7 +157,9 @@ def sweep(
         dry_run=dry_run,
         direct=direct,
         republish=republish,
+        retry_unresolved=retry_unresolved,
         allow_rejected=allow_rejected,
+        allow_not_found=allow_not_found,
         state_dir=state_dir,
     )
     return _run(wish)
@@ -176,6 +196,8 @@ def _check(wish: _Wish) -> None:
         raise Trouble("--window takes a number from 1, and goes with --wait; leave it out otherwise", code=INVALID)
     if wish.follow is not None and (wish.dry_run or wish.batch_id or wish.merchant_id or wish.skip_invalid):
         raise Trouble("--follow goes on with a batch as it is; leave out the options about its input", code=INVALID)
+    if wish.allow_not_found is not None and not 0 <= wish.allow_not_found <= 100:
+        raise Trouble("--allow-not-found takes a percentage from 0 to 100", code=INVALID)
     if wish.direct and wish.republish:
         raise Trouble("--direct publishes nothing; leave out --republish", code=INVALID)
     if wish.merchant_id is not None and not is_identifier(wish.merchant_id):
@@ -301,8 +323,12 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
         journal.publish_again()
     if wish.resume:
         journal.resume(time.time())
+    if wish.retry_unresolved:
+        _retry(journal)
     before, batch = journal.tally(), journal.facts.batch.id
     follow = wish.wait or (wish.follow is not None and (journal.facts.inbox or wish.republish))
+    if follow and not before.unsent:
+        print(_nothing_sent(journal, before))
     if before.unsent or (follow and before.waiting):
         own = inbox(amqp.names, batch, amqp.queue_type) if follow else None
         try:
@@ -482,7 +508,7 @@ def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: T
     elif fresh:
         said = f"published {plural(fresh, 'bill')} to {lane} as batch {batch}"
     else:
-        said = f"nothing was sent: batch {batch} is published already; another --batch-id sends the input anew"
+        said = _nothing_sent(journal, after)
     print(f"{said} ({plural(after.rows, 'row')}: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
 
 
@@ -494,8 +520,12 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
     from worker.app.sweep import Ended
     from worker.cli.direct import GatewayRefuses, send
 
+    if wish.retry_unresolved:
+        _retry(journal)
     before = journal.tally()
-    if before.answered < before.bills:
+    if before.answered == before.bills:
+        print(_nothing_sent(journal, before))
+    else:
         journal.sent_to(gateway_of(settings.gateway))
         try:
             ended = send(journal, settings)
@@ -511,16 +541,41 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
 # -- the end --------------------------------------------------------------------------------------------------------
 
 
+def _retry(journal: Journal) -> None:
+    """Unresolved bills are to be sent again, under their ids."""
+    retried = journal.retry()
+    print(f"{plural(retried, 'bill')} of batch {journal.facts.batch.id} stayed unresolved and will be sent again")
+
+
+def _nothing_sent(journal: Journal, tally: Tally) -> str:
+    """What leads where a batch was called for again that has nothing to send."""
+    batch, begun = journal.facts.batch.id, jakarta.iso(journal.facts.created_at, milliseconds=False)
+    state = "is finished" if tally.answered == tally.bills else "is published already"
+    return f"nothing was sent: batch {batch}, begun {begun}, {state}; another --batch-id sends the input anew"
+
+
 def _conclude(wish: _Wish, journal: Journal, tally: Tally) -> int:
+    from worker.core.needs import UNKNOWN, count, settled, suspicious
+    from worker.core.words import share
+
     batch = journal.facts.batch.id
     print_tally(f"sweep {batch}", tally)
-    if tally.unresolved and journal.facts.inbox:
-        print(
-            f"qris-expire: {tally.unresolved:,} of them are dead letters: `qris-expire dead list`; after a redrive, "
-            f"`qris-expire sweep --follow {batch}` takes in their outcomes",
-            file=sys.stderr,
+    again = shlex.join(["qris-expire", "sweep", "--follow", batch, *_same_way(wish), "--retry-unresolved"])
+    print_needs(journal, tally, again)
+    percent = SUSPICIOUS_PERCENT if wish.allow_not_found is None else wish.allow_not_found
+    if suspicious(tally, percent):
+        unknown = count(tally, UNKNOWN)
+        note(
+            f"the gateway does not know {unknown:,} of {tally.answered:,} bills ({share(unknown, tally.answered)}, "
+            f"more than {percent:g} %): a wrong column, or numbers that a spreadsheet changed, look like this, and "
+            "their QR codes can still be paid; if it is right so, say --allow-rejected --allow-not-found PERCENT"
         )
-    return 0 if tally.all_expired or (wish.allow_rejected and tally.all_final) else 1
+    if tally.unresolved and journal.facts.inbox:
+        note(
+            f"dead letters of unresolved bills: `qris-expire dead list --batch {batch}`; after a redrive, "
+            f"`qris-expire sweep --follow {batch}` takes in their outcomes"
+        )
+    return 0 if settled(tally, rejected=wish.allow_rejected, percent=percent) else 1
 
 
 def _interrupted(wish: _Wish, journal: Journal) -> int:
@@ -529,18 +584,24 @@ def _interrupted(wish: _Wish, journal: Journal) -> int:
     return 143 if signals.names()[:1] == ["SIGTERM"] else INTERRUPTED
 
 
+def _same_way(wish: _Wish) -> list[str]:
+    """Options without which a batch would not be found, or go another way."""
+    way = ["--direct"] if wish.direct else []
+    return [*way, "--state-dir", str(wish.state_dir)] if wish.state_dir is not None else way
+
+
 def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
     """Where it stands and how to go on."""
     tally, batch = journal.tally(), journal.facts.batch.id
     again = ["qris-expire", "sweep", "--follow", batch]
     again += ["--wait"] if wish.wait and not journal.facts.inbox else []
-    again += ["--direct"] if wish.direct else []
+    again += _same_way(wish)
     again += ["--window", str(wish.window)] if wish.window is not None else []
     again += ["--allow-rejected"] if wish.allow_rejected else []
     again += ["--report", str(wish.report)] if wish.report is not None else []
     again += ["--force"] if wish.force else []
     again += ["--delimiter", wish.delimiter] if wish.delimiter is not None else []
-    again += ["--state-dir", str(wish.state_dir)] if wish.state_dir is not None else []
+    again += ["--allow-not-found", f"{wish.allow_not_found:g}"] if wish.allow_not_found is not None else []
     sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if wish.direct else 'published'}"
     return [
         f"{sent}, {tally.answered:,} have an outcome; nothing is lost",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from worker.core import jakarta, mangled
-from worker.core.delivery import BATCH_ID, Message, Progress
+from worker.core.delivery import BATCH_ID, COPY_ID, EFFECT_UNKNOWN, Message, Progress
 from worker.core.lanes import SWEEP
 from worker.core.outcome import Reason, Status
 from worker.core.rows import JSON_FORM, Form
@@ -82,13 +82,18 @@ def follower_name(names: Names, batch: str) -> str:
 
 
 class Bill(NamedTuple):
-    """One bill of a batch. ``number`` counts the batch's bills from 1, in the order in which they are published."""
+    """One bill of a batch. ``number`` counts the batch's bills from 1, in the order in which they are published.
+
+    ``again``: how often it was sent again after it stayed unresolved; ``in_doubt``: it may have been expired then.
+    """
 
     number: int
     bill: str
     merchant: str
     reference: str | None
     not_after: str | None
+    again: int = 0
+    in_doubt: bool = False
 
 
 class Batch(NamedTuple):
@@ -114,7 +119,8 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # 
 
 
 def command_message(names: Names, batch: Batch, bill: Bill, epoch: float) -> Message:
-    """The command as it is published."""
+    """The command as it is published. A worker that remembers the bill's first copy must not take this one for it."""
+    again = {COPY_ID: f"retry-{bill.again}", EFFECT_UNKNOWN: bool(bill.in_doubt)} if bill.again else {}
     return Message(
         names.commands,
         SWEEP,
@@ -124,7 +130,7 @@ def command_message(names: Names, batch: Batch, bill: Bill, epoch: float) -> Mes
             "delivery_mode": 2,
             "message_id": command_id(batch.id, bill.bill, bill.merchant),
             "timestamp": int(epoch),
-            "headers": {BATCH_ID: batch.id, BATCH_SIZE: batch.size},
+            "headers": {BATCH_ID: batch.id, BATCH_SIZE: batch.size, **again},
         },
     )
 
@@ -538,9 +544,9 @@ class Report:
             "responseMessage": row["response_message"],
             "detail": row["detail"],
             "attempts": row["attempts"],
-            "effectUnknown": None if row["effect_unknown"] is None else "true" if row["effect_unknown"] else "false",
+            "effectUnknown": None if row["status"] is None else "true" if row["effect_unknown"] else "false",
             "externalIds": row["external_ids"],
-            "completedAt": row["completed_at"],
+            "completedAt": row["completed_at"] if row["status"] else None,
         }
 
 

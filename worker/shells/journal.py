@@ -6,7 +6,6 @@ cut, so an outcome is acked, and a bill is never sent under a second id, on the 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from worker.core.delivery import Progress
+from worker.core.needs import RETRIED
+from worker.core.outcome import Reason, Status
 from worker.core.rows import BadRow, Form, Row
 from worker.core.sweep import (
     Batch,
@@ -70,6 +71,7 @@ CREATE TABLE bills (
     line INTEGER NOT NULL,
     bill TEXT NOT NULL,
     merchant TEXT NOT NULL,
+    again INTEGER NOT NULL DEFAULT 0,
     begun INTEGER NOT NULL DEFAULT 0,
     due REAL,
     progress TEXT,
@@ -94,7 +96,9 @@ _ARRANGE: Final = """
 INSERT OR IGNORE INTO bills (line, bill, merchant)
 SELECT line, bill, merchant FROM rows WHERE why IS NULL ORDER BY {order}
 """
-_BILL: Final = "SELECT number, bills.bill, bills.merchant, rows.reference, rows.not_after"
+_BILL: Final = """
+SELECT number, bills.bill, bills.merchant, rows.reference, rows.not_after, again, coalesce(effect_unknown, 0)
+"""
 _ROW: Final = "CROSS JOIN rows ON rows.line = bills.line"
 _FIRST: Final = f"{_BILL} FROM bills {_ROW} ORDER BY number LIMIT ?"
 _UNSENT: Final = f"{_BILL} FROM bills {_ROW} WHERE number > ? AND status IS NULL ORDER BY number LIMIT ?"
@@ -103,6 +107,21 @@ _NEXT: Final = f"""
 WHERE number > ? AND status IS NULL AND due IS NULL ORDER BY number LIMIT ?
 """
 _DUE: Final = f"{_BILL}, begun, progress FROM bills {_ROW} WHERE due <= ? ORDER BY due LIMIT ?"
+_EXAMPLES: Final = """
+SELECT line, bill, merchant, coalesce(response_code || ' ', '') || coalesce(response_message, detail, '') AS said
+FROM bills WHERE reason IN (SELECT value FROM json_each(?)) ORDER BY line LIMIT ?
+"""
+_UNRESOLVED: Final = """
+SELECT number, effect_unknown FROM bills
+WHERE status = ? AND reason IN (SELECT value FROM json_each(?)) ORDER BY number
+"""
+_AGAIN: Final = """
+UPDATE bills SET number = ?, again = again + 1, begun = 0, due = NULL, progress = ?, status = NULL, reason = NULL,
+    response_code = NULL, response_message = NULL, detail = NULL, attempts = NULL, external_ids = NULL
+WHERE number = ?
+"""
+"""``effect_unknown`` and ``completed_at`` stay: what is known of the earlier calls."""
+
 _REPORT: Final = """
 SELECT rows.line, rows.bill, rows.merchant, rows.reference, rows.why, rows.cells, bills.line AS first, number, status,
     reason, response_code, response_message, detail, attempts, effect_unknown, external_ids, completed_at
@@ -176,6 +195,17 @@ class Journal:
         """Bills without an outcome are published again, under their ids."""
         self._state(published=0)
 
+    def retry(self) -> int:
+        """Unresolved bills are to be sent again, behind all others and as doubtful as they were; their number."""
+        with self._transaction():
+            found = self._db.execute(_UNRESOLVED, (Status.UNRESOLVED, json.dumps(sorted(RETRIED)))).fetchall()
+            last = self._db.execute("SELECT max(number) FROM bills").fetchone()[0]
+            kept = [_kept(Progress(effect_unknown=bool(row["effect_unknown"]))) for row in found]
+            self._db.executemany(
+                _AGAIN, [(last + place, kept[place - 1], row["number"]) for place, row in enumerate(found, 1)]
+            )
+        return len(found)
+
     # -- outcomes ---------------------------------------------------------------------------------------------------
 
     def record(self, outcomes: Sequence[Told]) -> Recorded:
@@ -190,11 +220,19 @@ class Journal:
                     if not supersedes(told, row["status"], row["reason"], row["completed_at"]):
                         continue
                     recorded.change(row["status"], row["reason"], -1)
+                elif row["completed_at"] is not None and _is_stale(told, row["completed_at"]):
+                    continue  # a copy of what was told before the bill was sent again
                 else:
                     recorded.numbers.append(row["number"])
                 recorded.change(told.status, told.reason, 1)
                 self._db.execute(_TELL, (*told[2:], row["number"]))
         return recorded
+
+    def examples(self, reasons: Iterable[Reason], limit: int) -> list[tuple[int, str, str, str]]:
+        """The first bills with one of these reasons: line, bill, merchant, and what the gateway said."""
+        with _translated(self.path):
+            found = self._db.execute(_EXAMPLES, (json.dumps(sorted(reasons)), limit))
+            return [(row["line"], row["bill"], row["merchant"], row["said"]) for row in found]
 
     def tally(self) -> Tally:
         """The sum."""
@@ -272,7 +310,7 @@ class Journal:
             self._db.executemany(
                 "UPDATE bills SET begun = 1, due = NULL WHERE number = ?", [(row["number"],) for row in found]
             )
-        return [Job(Bill(*row[:5]), bool(row["begun"]), _progress(row["progress"])) for row in found]
+        return [Job(Bill(*row[:7]), bool(row["begun"]), _progress(row["progress"])) for row in found]
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
@@ -465,20 +503,17 @@ def _locked(name: Path, batch: str) -> Iterator[int]:
 def journals(directory: Path) -> list[Path]:
     """The batches of a directory, the latest first."""
     with _translated(directory):
-        if directory.exists() and not directory.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        found = [path for path in directory.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+        if not os.path.lexists(directory):
+            return []
+        # A glob would take a directory that cannot be read for an empty one.
+        found = [path for path in directory.iterdir() if path.suffix == SUFFIX and not path.name.startswith(".")]
         return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def journals_of(directory: Path, batch: str) -> list[Path]:
     """A batch's journals, one for each home that it was sent to."""
     with _translated(directory):
-        return [
-            path
-            for path in [directory / f"{batch}{SUFFIX}", *sorted(directory.glob(f"{batch}@*{SUFFIX}"))]
-            if path.exists()
-        ]
+        return sorted(path for path in journals(directory) if path.stem.partition("@")[0] == batch)
 
 
 def find(directory: Path, batch: str, home: Home) -> Path | None:
@@ -589,6 +624,10 @@ def _progress(text: str | None) -> Progress:
     if text is None:
         return Progress()
     return Progress(*json.loads(text))
+
+
+def _is_stale(told: Told, completed_at: str) -> bool:
+    return told.status == Status.UNRESOLVED and told.completed_at <= completed_at
 
 
 def _mark(report: Path) -> str | None:

@@ -32,6 +32,8 @@ from worker.shells.http import Health, HealthServer, ListenError
 from worker.surroundings import ends_with_us
 
 SOCKET_VARIABLE: Final = "QRIS_EXPIRE_METRICS_SOCKET"
+NAME_VARIABLE: Final = "QRIS_EXPIRE_PROCESS"
+"""What a child calls itself in its log lines."""
 
 DRAINED: Final = 0
 FORCED: Final = 1
@@ -78,7 +80,8 @@ class _Child:
         self._tally = Tally()
         self._lock = threading.Lock()
         self._command = ends_with_us(command)
-        self._environment = {**environment, "WORKER_PROCESSES": "1", SOCKET_VARIABLE: str(path)}
+        own = {"WORKER_PROCESSES": "1", SOCKET_VARIABLE: str(path), NAME_VARIABLE: self.name}
+        self._environment = {**environment, **own}
 
     def start(self, now: float) -> None:
         self.starts += 1
@@ -92,7 +95,7 @@ class _Child:
         except OSError as error:  # no memory, no process left: may pass, and the others go on
             self._again(now, why=str(error))
         else:
-            log.info("process_started", process=self.name, pid=self.process.pid, start=self.starts)
+            log.info("process_started", child=self.name, pid=self.process.pid, start=self.starts)
 
     def exited(self) -> int | None:
         """Its exit code if it just ended (negative: by that signal), once."""
@@ -109,7 +112,7 @@ class _Child:
     def _again(self, now: float, *, why: str) -> None:
         self._backoff = backoff(self._backoff, now - self._started)
         self.start_at = now + self._backoff
-        log.error("process_died", process=self.name, why=why, restart_in_seconds=self._backoff)
+        log.error("process_died", child=self.name, why=why, restart_in_seconds=self._backoff)
 
     def send(self, signum: int) -> None:
         if self.process:
@@ -142,7 +145,7 @@ class _Child:
             response = connection.getresponse()
             return response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
-            log.debug("process_silent", process=self.name, path=path, error=repr(error))
+            log.debug("process_silent", child=self.name, path=path, error=repr(error))
             return None
         finally:
             connection.close()
@@ -261,7 +264,7 @@ class _Family:
             # A refusal is about settings and credentials that all share; but a child that was started again
             # must not end the others while they work.
             if code in REFUSALS and (child.starts == 1 or not self._running):
-                log.error("process_refused", process=child.name, exit_code=code)
+                log.error("process_refused", child=child.name, exit_code=code)
                 self._refusal = self._refusal or code
                 if not self._told:
                     self._stop(now, why="refusal")
@@ -274,7 +277,7 @@ class _Family:
         # One SIGTERM kills only a child that has no handlers yet, so it held nothing.
         drained = code == DRAINED or (code == -signal.SIGTERM and self._told == 1)
         self._forced = self._forced or not drained
-        log.info("process_stopped", process=child.name, why=_why(code), drained=drained)
+        log.info("process_stopped", child=child.name, why=_why(code), drained=drained)
 
     def _start_due(self, now: float) -> None:
         for child in self._children:
@@ -297,7 +300,7 @@ class _Family:
         self._kill_at = math.inf
         self._forced = True
         for child in self._running:
-            log.error("process_killed", process=child.name, why="did not stop in time")
+            log.error("process_killed", child=child.name, why="did not stop in time")
             child.send(signal.SIGKILL)
 
     def _seconds_to_next(self, now: float) -> float:
@@ -337,8 +340,9 @@ def supervise(
 ) -> int:
     """Runs `processes` children of `command` until they are told to stop; returns the exit code.
 
-    `environment` is the children's whole environment; WORKER_PROCESSES=1 and QRIS_EXPIRE_METRICS_SOCKET are
-    added. The first signal that asks to stop drains all, each further one is passed on as well, and so is SIGHUP.
+    `environment` is the children's whole environment; WORKER_PROCESSES=1, QRIS_EXPIRE_METRICS_SOCKET and
+    QRIS_EXPIRE_PROCESS are added. The first signal that asks to stop drains all, each further one is passed on as well,
+    and so is SIGHUP.
     A child that ends unexpectedly is logged and started again with backoff, while the others go on.
 
     0: all drained. 1: some child was forced, or hung beyond `drain_seconds` and `MARGIN_SECONDS` and was

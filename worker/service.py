@@ -14,6 +14,7 @@ from worker import __version__, signals
 from worker.core import diagnosis
 from worker.core.ports import TokenUnavailable
 from worker.core.verdict import Kind, NoReply
+from worker.processes import SOCKET_VARIABLE
 from worker.settings import GatewaySettings, Settings
 from worker.shells.amqp.session import BrokerError
 from worker.shells.credentials import CredentialsError
@@ -56,6 +57,13 @@ class Worker:
     def scrape(self) -> bytes:
         """The metrics."""
         return self.metrics.render()
+
+    def address(self) -> dict[str, str]:
+        """Where the status page is, for the log; nothing where the parent of several processes serves it."""
+        if SOCKET_VARIABLE in os.environ:
+            return {}
+        host, port = self.settings.metrics.host, self.settings.metrics.port
+        return {"page": f"http://{f'[{host}]' if ':' in host else host}:{port}/"}
 
 
 class _Endpoint:
@@ -100,12 +108,17 @@ def serve(settings: Settings) -> int:
 
 
 def _watch(worker: Worker) -> int:
-    """Until a signal, or something that only a restart mends."""
+    """Until a signal asks to stop, or until something happened that only a restart repairs."""
+    ready, hangups = False, 0
     while signals.wait(0.5) == 0:
         code = _trouble(worker)
         if code is not None:
             return code
-        worker.client.take_over_secrets()
+        if not ready and worker.ready().ok:
+            ready = True
+            log.info("worker.ready", **worker.address())
+        asked, hangups = signals.hangups() > hangups, signals.hangups()
+        worker.client.take_over_secrets(asked=asked)
     return _drain(worker)
 
 
@@ -191,8 +204,6 @@ def _drain(worker: Worker) -> int:
 
 def _say(code: int, event: str, reason: str, action: str = "") -> int:
     """For machines in the log, for people on standard error; of several processes, the parent tells people."""
-    from worker.processes import SOCKET_VARIABLE
-
     todo = {"action": action} if action else {}
     log.error(event, reason=reason, **todo, exit_code=code)
     if SOCKET_VARIABLE not in os.environ:
@@ -201,8 +212,6 @@ def _say(code: int, event: str, reason: str, action: str = "") -> int:
 
 
 def _server(settings: Settings, worker: Worker) -> HealthServer:
-    from worker.processes import SOCKET_VARIABLE
-
     path = os.environ.get(SOCKET_VARIABLE)
     source: Any = _Endpoint(worker)
     if path:

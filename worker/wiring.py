@@ -99,12 +99,13 @@ class Client:
         """The senders; ``finish`` is told of every command that they are done with."""
         return Pool(self.dispatcher, self._expire, finish, self.fibers, self.metrics, senders=self._senders)
 
-    def take_over_secrets(self) -> None:
-        """Looks whether mounted secrets have changed; to be asked again and again, it knows how often to look."""
-        if time.monotonic() < self._secrets_at:
+    def take_over_secrets(self, *, asked: bool = False) -> None:
+        """Looks whether mounted secrets have changed; to be called again and again, it knows how often to look. When an
+        operator ``asked`` for it, they are read at once, changed or not."""
+        if time.monotonic() < self._secrets_at and not asked:
             return
         self._secrets_at = time.monotonic() + SECRETS_EVERY
-        if self.credentials.refresh():
+        if self.credentials.refresh(asked=asked):
             self.tokens.renew()
 
 

@@ -48,6 +48,8 @@ class Holds:
 
     breakers: Mapping[str, State]
     cooldowns: Mapping[str, float]
+    probes: Mapping[str, float]
+    """When the next probe of an open breaker goes out, in monotonic seconds."""
     throttled: bool
     until: float | None
 
@@ -169,11 +171,13 @@ class Dispatcher:
         throttled = self._throttle.holding(now)
         breakers = {lane: self._breakers.state(lane) for lane in LANES}
         until = [self._throttle.until] if throttled else []
-        probes = [self._breakers.probe_at(lane) for lane, state in breakers.items() if state is not State.CLOSED]
-        until = [max(*until, min(probes))] if until and probes else until or ([min(probes)] if probes else [])
+        probes = {lane: self._breakers.probe_at(lane) for lane, state in breakers.items() if state is not State.CLOSED}
+        first = [min(probes.values())] if probes else []
+        until = [max(*until, *first)] if until and first else until or first
         return Holds(
             breakers,
             {lane: self._breakers.cooldown(lane) for lane in LANES},
+            {lane: at for lane, at in probes.items() if breakers[lane] is State.OPEN},
             throttled,
             max(now, until[0]) if until else None,
         )

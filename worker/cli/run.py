@@ -30,10 +30,12 @@ def run() -> int:
     settings = load()
     from worker.shells import logs
 
-    logs.configure(settings.log.format, settings.log.level, sys.stdout)
+    several = settings.worker.processes > 1
+    name = "parent" if several else os.environ.get("QRIS_EXPIRE_PROCESS")
+    logs.configure(settings.log.format, settings.log.level, sys.stdout, process=name)
     if signals.received():
         return 0  # told to drain before anything was taken
-    return _supervise(settings) if settings.worker.processes > 1 else _serve(settings)
+    return _supervise(settings) if several else _serve(settings)
 
 
 def _serve(settings: Settings) -> int:

@@ -74,15 +74,15 @@ class Credentials:
         """Signs token requests."""
         return token_signature(self._loaded.key, client_id, timestamp)
 
-    def refresh(self) -> bool:
-        """Looks whether a file changed (a mounted secret is swapped by renaming a link) and takes it over. True when a
-        new set is in force.
+    def refresh(self, *, asked: bool = False) -> bool:
+        """Looks whether a file changed (a mounted secret is swapped by renaming a link), and takes it over. When an
+        operator ``asked`` for it, all are read again. True when a new set is in force.
 
         Files that could not be used are tried at every call: what helps them (a permission, a second file that belongs
         to the first) need not change what `_stamp` sees.
         """
         stamp = _stamp(self._files)
-        if stamp == self._stamp and not self._problem:
+        if stamp == self._stamp and not self._problem and not asked:
             return False
         try:
             loaded = _load(self._reread())

@@ -41,15 +41,20 @@ LAST_WORDS: Final = 1.0  # seconds that the end of the process waits for a reade
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)|(?<=Bearer )\S+", re.IGNORECASE)
 
 
-def configure(format: LogFormat | None = None, level: str = "info", stream: TextIO | None = None) -> None:
+def configure(
+    format: LogFormat | None = None, level: str = "info", stream: TextIO | None = None, process: str | None = None
+) -> None:
     """Sends logs to ``stream`` (standard output): structlog's from ``level`` on, the libraries' from WARNING.
 
-    Without ``format``: console on a terminal, else JSON. Call it once, before the first line is logged.
+    Without ``format``: console on a terminal, else JSON. ``process`` signs every line, where several processes write
+    to one stream. Call it once, before the first line is logged.
     """
     stream = stream or sys.stdout
     if format is None:
         format = "console" if stream.isatty() else "json"
     render = json_line if format == "json" else _console(colors=stream.isatty())
+    if process is not None:
+        render = _signed(render, process)
     lines = _Lines(stream, render)
     atexit.register(lines.flush, LAST_WORDS)
     structlog.configure(
@@ -63,6 +68,13 @@ def configure(format: LogFormat | None = None, level: str = "info", stream: Text
     # pika tells one lost connection in seven errors of several lines; the links tell it in one line of ours.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
+
+
+def _signed(render: Render, process: str) -> Render:
+    def signed(level: str, event: MutableMapping[str, Any]) -> str:
+        return render(level, {"event": event.pop("event", ""), "process": process, **event})
+
+    return signed
 
 
 def json_line(level: str, event: MutableMapping[str, Any]) -> str:
@@ -225,7 +237,7 @@ def _console(*, colors: bool) -> Render:
     def render(level: str, event: MutableMapping[str, Any]) -> str:
         if "exc_info" in event:
             _add_exception(event)
-        event.update(timestamp=_clock()[11:23], level=level)
+        event.update(timestamp=_clock().replace("T", " "), level=level)
         return str(renderer(None, level, event))
 
     return render

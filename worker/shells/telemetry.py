@@ -1,18 +1,54 @@
-"""The `Observer`: one wide log line and the counters of every attempt."""
+"""What operators are told: one wide log line and the counters of every attempt, and a line for each command's fate."""
 
 from __future__ import annotations
 
 import time
-from typing import Final
+from typing import Any, Final, assert_never
 
 import structlog
 
+from worker.core.delivery import Delivery
 from worker.core.ports import Attempt
+from worker.core.settlement import Crashed, Delay, Disposition, GiveBack, Hold, Report, TakenBack
 from worker.core.verdict import Kind, Verdict
 from worker.shells.metrics import Metrics
 
 SKEW_WARNING: Final = 30.0  # seconds; some providers refuse signatures that are two minutes off
 _SKEW_EVERY: Final = 60.0
+
+
+def tell_fate(log: Any, delivery: Delivery, disposition: Disposition, seconds: float | None = None) -> None:
+    """One line for each way out of this process that a command has: an outcome, a dead letter beside it, a delayed
+    round, or back to the broker. ``seconds``: from the delivery to its ack."""
+    progress = delivery.progress
+    about = {"command_id": delivery.command_id, "lane": delivery.lane, "batch_id": delivery.batch_id}
+    match disposition:
+        case Report(outcome):
+            (log.warning if outcome.dead_lettered else log.info)(
+                "command.ended",
+                **about,
+                billnumber=outcome.billnumber,
+                status=outcome.status,
+                reason=outcome.reason,
+                attempts=outcome.attempts,
+                dead_lettered=outcome.dead_lettered,
+                response_code=outcome.response_code,
+                response_message=outcome.response_message,
+                detail=outcome.detail,
+                effect_unknown=outcome.effect_unknown,
+                external_ids=outcome.external_ids,
+                seconds=None if seconds is None else round(seconds, 4),
+            )
+        case Delay(wait, round_):
+            log.info("command.delayed", **about, attempts=progress.attempts, round=round_, seconds_until_retry=wait)
+        case GiveBack():
+            log.info("command.returned", **about, attempts=progress.attempts)
+        case TakenBack():
+            log.info("command.taken_back", **about, attempts=progress.attempts, reason="its connection was lost")
+        case Hold() | Crashed():
+            pass  # it stays here; or its traceback was logged
+        case _:
+            assert_never(disposition)
 
 
 class Telemetry:
@@ -29,6 +65,8 @@ class Telemetry:
         if attempt.external_id is not None:
             self._metrics.request("expire", verdict.code or "", attempt.seconds)
         log = self._log.error if verdict.kind is Kind.SYSTEMIC else self._log.info
+        if verdict.kind.final:
+            log = self._log.debug  # the command ends with it, and that line says all of this
         log(
             "attempt",
             command_id=attempt.command_id,

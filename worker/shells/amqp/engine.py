@@ -43,6 +43,7 @@ from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
 from worker.shells.fibers import Fibers
+from worker.shells.telemetry import tell_fate
 
 TICK: Final = 0.1
 TELL_EVERY: Final = 1.0  # seconds between two looks at all that is in hand; no scrape is more frequent
@@ -145,7 +146,8 @@ class Engine:
         self._settle_at = 0.0
         self._acks_told = dict.fromkeys(LANES, 0)
         self._begun = False
-        self._breakers = dict.fromkeys(LANES, State.CLOSED)
+        self._probes: dict[str, float | None] = dict.fromkeys(LANES)
+        """When the next probe of a lane whose breaker is not closed goes out, as the log was told."""
         self._connected_once = False
         self._connected = False
         self._lost = False
@@ -376,6 +378,8 @@ class Engine:
         if isinstance(disposition, GiveBack) and not self._publisher.ready:
             self._give_back(task)
             return
+        if task.entry is not None and task.entry.orphaned:
+            tell_fate(self._log, task.delivery, TakenBack())
         orders = self._desk.settle(task, disposition)
         for message in orders.publish:
             self._publisher.publish(Publication(message, (task, disposition)))
@@ -393,6 +397,7 @@ class Engine:
         elif self._dispatcher.draining:
             for tag in self._desk.abandon(task):
                 self._consumer.give_back(tag)
+            tell_fate(self._log, task.delivery, GiveBack())
         else:
             self._dispatcher.offer(task)
 
@@ -405,7 +410,9 @@ class Engine:
 
     def _count(self, settled: Settled) -> None:
         delivery, lane = settled.task.delivery, settled.task.lane
-        self._watch.settled(lane, self._clock.monotonic() - delivery.arrived)
+        seconds = self._clock.monotonic() - delivery.arrived
+        self._watch.settled(lane, seconds)
+        tell_fate(self._log, delivery, settled.disposition, seconds)
         match settled.disposition:
             case Report(outcome):
                 now = self._clock.epoch()
@@ -453,10 +460,14 @@ class Engine:
         self._connected = connected
         watch.broker_connected(connected)
         for lane, state in holds.breakers.items():
-            before, self._breakers[lane] = self._breakers[lane], state
-            if (state is State.CLOSED) != (before is State.CLOSED):
-                event = "breaker.closed" if state is State.CLOSED else "breaker.opened"
-                self._log.warning(event, lane=lane, probe_every=holds.cooldowns[lane])
+            before, self._probes[lane] = self._probes[lane], holds.probes.get(lane, self._probes[lane])
+            if state is State.CLOSED:
+                self._probes[lane] = None
+                if before is not None:
+                    self._log.warning("breaker.closed", lane=lane)
+            elif self._probes[lane] != before:
+                event = "breaker.opened" if before is None else "breaker.probe_failed"
+                self._log.warning(event, lane=lane, next_probe_in=holds.cooldowns[lane])
 
     def _drain(self) -> None:
         if self._closed_at is not None:

@@ -64,6 +64,7 @@ class Link:
         self._connection: Any = None
         self._turn = rng.randrange(1 << 16)  # processes begin at different hosts
         self._failures = 0
+        self._host = ""  # the one that was tried last
         self._closing = False
         self._asked_at: float | None = None
 
@@ -88,6 +89,7 @@ class Link:
             return
         parameters = hosts[self._turn % len(hosts)]
         self._turn += 1
+        self._host = f"{parameters.host}:{parameters.port}"
         self._connection = Connection(
             parameters,
             on_open_callback=self._guard(self._opened),
@@ -179,7 +181,7 @@ class Link:
         ceiling = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(self._failures, 20))
         self._failures += 1
         wait = self._rng.uniform(ceiling / 2, ceiling)
-        log.warning("broker.waiting", link=self.name, reason=reason, retry_in=round(wait, 2))
+        log.warning("broker.waiting", link=self.name, host=self._host, reason=reason, retry_in=round(wait, 2))
         self._loop.call_later(wait, self._guard(self.connect))
 
     def _now_blocked(self, _connection: Any, method: Any) -> None:

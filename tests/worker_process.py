@@ -24,6 +24,7 @@ from worker.core.command import command_id
 from worker.core.topology import Names, topology
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
+from worker.shells.http import FRESH_SECONDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +105,7 @@ class WorkerProcess:
         self._gateway = gateway
         self._settings = settings
         self._url = url
+        self._scraped_at = 0.0  # monotonic
         self._logs: list[Path] = []
         self._errors: list[Path] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -235,7 +237,10 @@ class WorkerProcess:
         return dict(json.loads(body)["components"]) if status else {}
 
     def metrics(self) -> Scrape:
+        """A scrape of now: one is rendered once a second, so this waits until ours of before is too old."""
+        time.sleep(max(0.0, self._scraped_at + FRESH_SECONDS - time.monotonic()))
         status, text = self.get("/metrics")
+        self._scraped_at = time.monotonic()
         assert status == 200, text
         return Scrape(text)
 

@@ -23,12 +23,14 @@ class FakeSource:
     """A source whose answers a test sets."""
 
     def __init__(self) -> None:
+        self.scrapes = 0
         self.text = b"# HELP a A.\n# TYPE a gauge\na 1.0\n"
         self.health = Health(True, {"consumer": "ok"})
         self.error: Exception | None = None
         self.held: threading.Event | None = None
 
     def metrics(self) -> bytes:
+        self.scrapes += 1
         if self.held:
             self.held.wait(60)
         if self.error:
@@ -55,10 +57,12 @@ def server(source: FakeSource) -> Iterator[HealthServer]:
     server.stop()
 
 
-def ask(port: int, path: str, method: str = "GET", body: bytes | None = None) -> tuple[http.client.HTTPResponse, bytes]:
+def ask(
+    port: int, path: str, method: str = "GET", body: bytes | None = None, **headers: str
+) -> tuple[http.client.HTTPResponse, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        connection.request(method, path, body)
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         return response, response.read()
     finally:
@@ -76,6 +80,52 @@ def test_metrics_in_the_text_format(server: HealthServer, source: FakeSource) ->
     assert (response.status, body) == (200, source.text)
     assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert response.version == 11
+
+
+PROMETHEUS = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+"""What Prometheus 2.42 accepts."""
+
+
+@pytest.mark.parametrize(
+    ("accept", "openmetrics"),
+    [
+        (PROMETHEUS, True),
+        ("application/openmetrics-text", True),
+        ("text/plain;version=0.0.4", False),
+        ("*/*", False),
+        ("application/openmetrics-text;q=0.2, text/plain", False),
+        ("application/openmetrics-text;q=0", False),
+        ("application/openmetrics-text;q=many", False),
+    ],
+)
+def test_openmetrics_for_who_wants_it(server: HealthServer, source: FakeSource, accept: str, openmetrics: bool) -> None:
+    """Who prefers OpenMetrics gets it; everybody else the text format."""
+
+    response, body = ask(server.port, "/metrics", Accept=accept)
+    assert response.headers["Content-Type"].startswith("application/openmetrics-text") is openmetrics
+    assert body == source.text + (b"# EOF\n" if openmetrics else b"")
+
+
+def test_many_scrapes_cost_as_much_as_one(source: FakeSource) -> None:
+    """Within a second the metrics are rendered once, for scrapes in both formats and for the page; afterwards anew."""
+
+    now = [1_800_000_000.0]
+    server = HealthServer("127.0.0.1", 0, source, clock=lambda: now[0])
+    server.start()
+    try:
+        for _ in range(20):
+            ask(server.port, "/metrics")
+            ask(server.port, "/metrics", Accept=PROMETHEUS)
+        ask(server.port, "/")
+        assert source.scrapes == 1
+        now[0] += 1.0
+        ask(server.port, "/metrics")
+        assert source.scrapes == 2
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz"])

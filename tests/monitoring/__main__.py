@@ -2,6 +2,7 @@
 
 python -m tests.monitoring generate   k8s/base/prometheusrule.yaml and k8s/base/dashboard.json
 python -m tests.monitoring cases      the alerts' test cases, as files for `promtool test rules`
+python -m tests.monitoring pages      the status page in five situations
 python -m tests.monitoring picture    the dashboard, drawn from a load with faults on real servers
 """
 
@@ -27,6 +28,8 @@ def main() -> int:
     )
     write = commands.add_parser("cases", help="write the alerts' test cases as files for promtool test rules")
     write.add_argument("directory", type=Path)
+    pages = commands.add_parser("pages", help="draw the status page in five situations; needs Chromium")
+    pages.add_argument("directory", type=Path)
     picture = commands.add_parser(
         "picture", help="run a load with faults for 90 s and draw the dashboard; needs matplotlib"
     )
@@ -40,6 +43,8 @@ def main() -> int:
         case "cases":
             for path in write_cases(wish.directory):
                 print(path)
+        case "pages":
+            return _pages(wish.directory)
         case "picture":
             return _picture(wish.file)
     return 0
@@ -48,6 +53,20 @@ def main() -> int:
 def write_cases(directory: Path) -> list[Path]:
     """The files for `promtool test rules`."""
     return [path for alert in rules.alerts() for path in cases.write(directory, alert.name)]
+
+
+def _pages(directory: Path) -> int:
+    from tests.browser import BrowserUnavailable
+    from tests.monitoring import pages
+
+    directory.mkdir(exist_ok=True)
+    try:
+        for path in pages.draw(directory, lambda _: None):
+            print(path)
+    except BrowserUnavailable as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _picture(file: Path) -> int:

@@ -112,7 +112,7 @@ def broker_gone(worker: Worker) -> None:
 
 
 def outage(worker: Worker) -> None:
-    worker.is_wrong("breaker", "open")
+    worker.is_wrong("breaker", "cancellation open")
     worker.metrics.held_until(NOW + 12)
     worker.metrics.request("expire", "", 20.0)
 
@@ -124,7 +124,7 @@ def systemic(worker: Worker) -> None:
 
 
 def probing(worker: Worker) -> None:
-    worker.is_wrong("breaker", "half-open")
+    worker.is_wrong("breaker", "cancellation half-open")
     worker.metrics.held_until(NOW - 1)
 
 
@@ -183,7 +183,7 @@ def silent_token_service(worker: Worker) -> None:
         (
             outage,
             Level.WAITING,
-            "Paused: the gateway is failing (breaker open), probing again in 12 s. Nothing is lost.",
+            "Paused: the gateway is failing (breaker: cancellation open), probing again in 12 s. Nothing is lost.",
             "call the gateway's provider. Most failures: no answer, or one without a code.",
         ),
         (
@@ -192,8 +192,18 @@ def silent_token_service(worker: Worker) -> None:
             "Paused: the gateway refuses our credentials or set-up (4019300), probing again in 12 s. Nothing is lost.",
             "qris-expire check tells which setting",
         ),
-        (probing, Level.WAITING, "Paused: the gateway is failing (breaker half-open), probing it now.", "when a probe"),
-        (throttled, Level.WAITING, "Paused: the gateway says slow down, going on in 8.0 s.", "MAX_REQUESTS_PER_SECOND"),
+        (
+            probing,
+            Level.WAITING,
+            "Paused: the gateway is failing (breaker: cancellation half-open), probing it now.",
+            "when a probe",
+        ),
+        (
+            throttled,
+            Level.WAITING,
+            'Paused: the gateway answers "too many requests", going on in 8.0 s.',
+            "fleet limit",
+        ),
         (blocked, Level.TROUBLE, "Paused: the broker is short of memory or disk", "rabbitmq-diagnostics alarms"),
         (no_exchange, Level.TROUBLE, "Outcomes cannot be published: the broker does not", "qris-expire check"),
         (draining, Level.WAITING, "Draining: takes nothing new, 12 commands in hand.", "WORKER_DRAIN_SECONDS"),
@@ -216,6 +226,119 @@ def test_what_is_wrong_and_what_to_do(
     assert found.level is level
     assert found.text.startswith(text)
     assert action in found.action
+
+
+def waits(worker: Worker, commands: int, before: int, *, done: int = 50) -> None:
+    """So many cancellations wait now, and ten seconds ago; some end meanwhile."""
+    worker.metrics.waiting("cancellation", before)
+    worker._before = worker._read(NOW - 10)
+    worker.metrics.waiting("cancellation", commands)
+    work(worker, 2 * done)
+
+
+def test_a_backlog_of_undated_commands(worker: Worker) -> None:
+    """3,582 undated cancellations wait and become more: the page is not green, though nothing is old."""
+
+    waits(worker, 3582, 3552)
+    for _ in range(80):
+        worker.metrics.received("cancellation")
+        worker.metrics.undated("cancellation")
+    found = worker.look()
+    assert (found.level, found.key) == (Level.CAUTION, "backlog")
+    assert "3,582 commands wait in the lane cancellation and become more" in found.text
+    assert "11 min 56 s at the present rate" in found.text
+    assert "WORKER_CONCURRENCY" in found.action
+    assert [other.key for other in found.others] == ["undated"]
+    assert "have no timestamp" in found.others[0].text
+
+
+def test_the_backlog_is_judged_by_what_the_whole_fleet_does(worker: Worker) -> None:
+    """Four members work it off four times as fast as this one: what takes less than a minute is no concern."""
+
+    worker.metrics.fleet_members(40)
+    waits(worker, 3582, 3552)
+    assert worker.look().level is Level.WELL
+
+
+def test_a_backlog_that_nobody_works_on(worker: Worker) -> None:
+    """Commands wait and none ends."""
+
+    waits(worker, 12, 12, done=0)
+    found = worker.look()
+    assert (found.level, found.key) == (Level.CAUTION, "backlog")
+    assert "12 commands wait in the lane cancellation, and none has ended in the last 10 s" in found.text
+
+
+@pytest.mark.parametrize("reason", ["throttled", "limit", "breaker"])
+def test_nobody_is_told_to_add_load(worker: Worker, reason: str) -> None:
+    """While the gateway asks for less, fails, or the rate limit is used up, no advice is to add workers."""
+
+    waits(worker, 3582, 3552)
+    worker.oldest(NOW - 90)
+    for _ in range(100):
+        worker.metrics.request("expire", "2009300", 0.1)
+    if reason == "throttled":
+        for _ in range(10):
+            worker.metrics.retry("throttled")
+    elif reason == "limit":
+        worker.metrics.rate_limit(10)
+    else:
+        worker.is_wrong("breaker", "cancellation open")
+    found = worker.look()
+    actions = " ".join([found.action, *(other.action for other in found.others)])
+    assert "WORKER_CONCURRENCY" not in actions
+    assert "replicas" not in actions
+    assert {"throttled": "too many requests", "limit": "its rate limit of 10/s", "breaker": "failing"}[reason] in (
+        " ".join([found.text, *(other.text for other in found.others)])
+    )
+
+
+def test_paused_by_an_operator(worker: Worker) -> None:
+    """A pause is told with how to end it, and is no trouble; readiness may say who did it."""
+
+    worker.metrics.paused("operator", True)
+    waits(worker, 3582, 3552, done=0)
+    found = worker.look()
+    assert (found.level, found.key) == (Level.WAITING, "operator")
+    assert found.text.startswith("An operator has paused the fleet. Commands wait in their queues")
+    assert "qris-expire fleet resume" in found.action
+    assert [other.key for other in found.others] == []
+    worker.is_wrong("operator", "paused by budi until 23:10: maintenance of the gateway")
+    assert "paused by budi until 23:10: maintenance of the gateway" in worker.look().text
+
+
+def test_a_lane_paused_by_an_operator(worker: Worker) -> None:
+    """While other commands end, a pause is a remark."""
+
+    worker.metrics.paused("operator", True)
+    work(worker)
+    found = worker.look()
+    assert (found.level, found.key) == (Level.CAUTION, "operator")
+    assert found.text.startswith("Working: 412/s, ")
+    assert "an operator has paused a part of the fleet" in found.text
+
+
+def test_a_sick_member(worker: Worker) -> None:
+    """A process that alone fails at the gateway says so, before what follows from it."""
+
+    worker.metrics.member_sick(True)
+    worker.metrics.fleet_members(5)
+    worker.is_wrong("breaker", "cancellation open")
+    found = worker.look()
+    assert (found.level, found.key) == (Level.TROUBLE, "sick")
+    assert found.text.startswith("This process fails at the gateway while others of the fleet succeed.")
+    assert "egress" in found.action
+
+
+def test_some_sick_members(worker: Worker) -> None:
+    """Of several processes on one page, the number of sick ones is told."""
+
+    worker.metrics.member_sick(True)
+    worker.processes = [Process("process-0", FINE), Process("process-1", FINE)]
+    work(worker)
+    found = worker.look()
+    assert found.level is Level.CAUTION
+    assert "1 of 2 processes fails at the gateway while others of the fleet succeed" in found.text
 
 
 def test_causes_stand_before_their_effects(worker: Worker) -> None:

@@ -7,9 +7,11 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 
 from tests.scrapes import values
-from worker.core.scrapes import Tally, lasting, merge
+from worker.core.scrapes import Tally, lasting, merge, openmetrics
 from worker.shells.metrics import Metrics
 
 
@@ -86,6 +88,26 @@ def test_each_gauge_has_its_rule(name: str, numbers: list[float], merged: float)
     """Gauges merge by the table; one that is not in it is summed."""
 
     assert values(merge([gauge(name, number) for number in numbers])) == {f"qris_expire_{name}": merged}
+
+
+def families_of(text: str) -> list[Metric]:
+    return list(openmetrics_families(text))  # type: ignore[no-untyped-call]
+
+
+def test_openmetrics_says_the_same() -> None:
+    """The scrape in OpenMetrics has the same samples, as OpenMetrics' own parser reads it."""
+
+    text = real_scrape(3, now=1_800_000_000.25)
+    families = families_of(openmetrics(text))
+    found = {
+        sample.name + "".join(f",{name}={value}" for name, value in sorted(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    assert found == values(text)
+    assert {family.type for family in families} == {"counter", "gauge", "histogram"}
+    quoted = openmetrics('# HELP a_total So "much".\n# TYPE a_total counter\na_total 1.0\n')
+    assert [family.documentation for family in families_of(quoted)] == ['So "much".']
 
 
 @pytest.mark.parametrize("number", ["+Inf", "-Inf", "NaN", "1e-05", "1e+16", "5"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.reading import Change, Reading
 from worker.core.verdict import Kind, Reply, judge
 from worker.core.words import duration, number, plural, quantile, rate, share
@@ -24,7 +25,15 @@ STUCK_SECONDS: Final = 120.0
 CONFIRM_SECONDS: Final = 10.0
 """A broker that confirms nothing for so long has a trouble; usual are milliseconds."""
 OLD_SECONDS: Final = 60.0
-"""A cancelled order's code that lives longer may be paid: nobody should wait so long in the real-time lane."""
+"""A cancelled order's QR code can be paid meanwhile: nobody should wait so long in the real-time lane."""
+SLOW_LANES: Final = {CANCELLATION: OLD_SECONDS, SWEEP: 3 * 3600.0}
+"""A lane that needs longer than so many seconds to empty has a backlog; the alert QrisExpireBacklog has the same."""
+THROTTLED_SHARE: Final = 0.05
+"""As the alert QrisExpireThrottledOften."""
+USED_UP: Final = 0.9
+"""Beyond this share of the rate limit, the limit is what bounds the work."""
+UNDATED_SHARE: Final = 0.01
+"""As the alert QrisExpireCommandsUndated."""
 SKEW_SECONDS: Final = 30.0
 """As the log warns: some providers refuse signatures that are two minutes off."""
 REPEATED_SHARE: Final = 0.05
@@ -79,6 +88,36 @@ class Situation:
     def lately(self) -> str:
         """The time that `change` covers."""
         return f"in the last {duration(self.change.seconds)}" if self.change else ""
+
+    @property
+    def members(self) -> float:
+        """How many times as much as these processes the whole fleet does, if all do alike."""
+        return max(self.now.value("fleet_members") / len(self.processes), 1.0)
+
+    @property
+    def held(self) -> bool:
+        """Whether something that is told already keeps commands from being done."""
+        components = ("breaker", "throttle", "consumer", "publisher", "drain")
+        paused = self.now.value("consumption_paused", reason="operator") or self.now.value("member_sick")
+        return bool(paused) or any(self.wrong(component)[0] for component in components)
+
+    @property
+    def throttled(self) -> float:
+        """The share of the calls that the gateway answered with "too many requests" lately."""
+        calls = self.gained("gateway_requests_total", operation="expire")
+        return self.gained("retries_total", reason="throttled") / calls if calls else 0.0
+
+    @property
+    def limit_used(self) -> float:
+        """The share of the fleet's rate limit that is used, if all members do alike; 0 without a limit."""
+        limit = self.now.value("rate_limit")
+        calls = self.change.rate("gateway_requests_total", operation="expire") if self.change else 0.0
+        return self.members * calls / limit if limit else 0.0
+
+    @property
+    def may_add_load(self) -> bool:
+        """Whether more workers could help: never while the gateway fails or asks for less, or at the rate limit."""
+        return not self.held and self.throttled < THROTTLED_SHARE and self.limit_used < USED_UP
 
     @property
     def in_hand(self) -> float:
@@ -255,10 +294,10 @@ def _starting(situation: Situation) -> Concern | None:
 
 def _outage(situation: Situation) -> Concern | None:
     what, some = situation.wrong("breaker")
-    if not what:
+    if not what or situation.now.value("member_sick") >= len(situation.processes):
         return None
     left = situation.now.value("held_until_timestamp_seconds") - situation.now.at
-    probe = f"probing again in {duration(left)}" if what == "open" and left >= 1 else "probing it now"
+    probe = f"probing again in {duration(left)}" if left >= 1 else "probing it now"
     code = _worst_code(situation)
     if code is not None and kind_of(code) is Kind.SYSTEMIC:
         return Concern(
@@ -267,7 +306,7 @@ def _outage(situation: Situation) -> Concern | None:
             f"Paused{some}: the gateway refuses our credentials or set-up ({code}), {probe}. Nothing is lost.",
             "qris-expire check tells which setting to correct. It goes on when a probe succeeds.",
         )
-    text = f"Paused{some}: the gateway is failing (breaker {what}), {probe}. Nothing is lost."
+    text = f"Paused{some}: the gateway is failing (breaker: {what}), {probe}. Nothing is lost."
     most = {None: "", NO_ANSWER: " Most failures: no answer, or one without a code."}.get(
         code, f" Most failures: {code}."
     )
@@ -295,8 +334,107 @@ def _throttled(situation: Situation) -> Concern | None:
     return Concern(
         Level.WAITING,
         "throttled",
-        f"Paused{some}: the gateway says slow down, going on in {duration(left)}. Nothing is lost.",
-        "Nothing now. If it comes often, lower GATEWAY_MAX_REQUESTS_PER_SECOND.",
+        f'Paused{some}: the gateway answers "too many requests", going on in {duration(left)}. Nothing is lost.',
+        "Nothing now. If it comes often, lower the limit: qris-expire fleet limit, GATEWAY_MAX_REQUESTS_PER_SECOND.",
+    )
+
+
+def _throttled_often(situation: Situation) -> Concern | None:
+    if situation.throttled < THROTTLED_SHARE or situation.wrong("throttle")[0]:
+        return None
+    return Concern(
+        Level.CAUTION,
+        "throttled_often",
+        f'The gateway answered {share(situation.throttled, 1)} of the calls with "too many requests" '
+        f"{situation.lately()}.",
+        "Lower the limit: qris-expire fleet limit, GATEWAY_MAX_REQUESTS_PER_SECOND. More workers make it worse.",
+    )
+
+
+def _operator(situation: Situation) -> Concern | None:
+    if not situation.now.value("consumption_paused", reason="operator"):
+        return None
+    what, _ = situation.wrong("operator")
+    who = f": {what}" if what else ""
+    action = "qris-expire fleet tells who, when and why; qris-expire fleet resume goes on."
+    if situation.gained("outcomes_total"):
+        return Concern(Level.CAUTION, "operator", f"An operator has paused a part of the fleet{who}.", action)
+    return Concern(
+        Level.WAITING,
+        "operator",
+        f"An operator has paused the fleet{who}. Commands wait in their queues; nothing is lost.",
+        action,
+    )
+
+
+def _sick(situation: Situation) -> Concern | None:
+    sick, total = situation.now.value("member_sick"), len(situation.processes)
+    if not sick:
+        return None
+    alone = sick >= total
+    who = "This process fails" if total == 1 else "These processes fail" if alone else f"{number(sick)} of {total} "
+    who += "" if alone else "processes fails" if sick == 1 else "processes fail"
+    return Concern(
+        Level.TROUBLE if alone else Level.CAUTION,
+        "sick",
+        f"{who} at the gateway while others of the fleet succeed. It has given its commands back, takes no others, and "
+        "tests itself.",
+        "Look at its way out: DNS, routes, egress rules, the node's clock. If it is the node, start it elsewhere.",
+    )
+
+
+def _backlog(situation: Situation) -> Concern | None:
+    change = situation.change
+    if change is None or situation.held:
+        return None
+    for lane, most in SLOW_LANES.items():
+        waiting = situation.now.value("commands_waiting", lane=lane)
+        per_second = situation.members * change.rate("outcomes_total", lane=lane)
+        before = change.before("commands_waiting", lane=lane)
+        if not waiting or waiting < most * per_second or not before:
+            continue
+        trend = "become more" if waiting > before else "become fewer"
+        text = f"{plural(waiting, 'command')} wait in the lane {lane}"
+        text += (
+            f" and {trend}: about {duration(waiting / per_second)} at the present rate."
+            if per_second
+            else f", and none has ended {situation.lately()}."
+        )
+        return Concern(Level.CAUTION, "backlog", text, _more_work(situation))
+    return None
+
+
+def _more_work(situation: Situation) -> str:
+    """What to do when more comes than ends."""
+    if situation.limit_used >= USED_UP:
+        return "The rate limit bounds the work: agree on a higher one with the provider. More workers do not help."
+    if not situation.may_add_load:
+        return "Nothing here: the gateway asks for less or fails. More workers make it worse."
+    return "Is the gateway slow (see below)? Else more WORKER_CONCURRENCY, processes or replicas."
+
+
+def _at_the_limit(situation: Situation) -> Concern | None:
+    limit = situation.now.value("rate_limit")
+    if situation.limit_used < USED_UP or not situation.now.value("commands_waiting"):
+        return None
+    return Concern(
+        Level.WELL,
+        "limit",
+        f"The fleet works at its rate limit of {rate(limit)}.",
+        "More workers do not help. qris-expire fleet shows the limit and who set it.",
+    )
+
+
+def _undated(situation: Situation) -> Concern | None:
+    undated, commands = situation.now.value("commands_undated_total"), situation.now.value("commands_total")
+    if undated < UNDATED_SHARE * commands or not undated:
+        return None
+    return Concern(
+        Level.WELL,
+        "undated",
+        f"{number(undated)} of {plural(commands, 'command')} since the start have no timestamp: their ages count from "
+        "the first delivery.",
+        "Ask the producer to set the property timestamp.",
     )
 
 
@@ -320,8 +458,7 @@ def _stuck(situation: Situation) -> Concern | None:
     since = [situation.now.value(f"{event}_timestamp_seconds") for event in ("last_outcome", "start")]
     oldest = situation.oldest
     quiet = situation.now.at - max(*since, oldest) if oldest else 0.0
-    held = any(situation.wrong(component)[0] for component in ("breaker", "throttle", "consumer", "publisher", "drain"))
-    if not situation.in_hand or held or quiet < STUCK_SECONDS:
+    if not situation.in_hand or situation.held or quiet < STUCK_SECONDS:
         return None
     if situation.change is None or situation.gained("commands_total") or situation.gained("delayed_retries_total"):
         return None
@@ -354,13 +491,13 @@ def _no_token(situation: Situation) -> Concern | None:
 def _old(situation: Situation) -> Concern | None:
     oldest = situation.now.value("oldest_command_timestamp_seconds", lane="cancellation")
     age = situation.now.at - oldest if oldest else 0.0
-    if age < OLD_SECONDS:
+    if age < OLD_SECONDS or situation.held:
         return None
     return Concern(
         Level.CAUTION,
         "old",
         f"The oldest cancellation in hand is {duration(age)} old.",
-        "Commands queue. Is the gateway slow (see below)? Else more WORKER_CONCURRENCY, processes or replicas.",
+        _more_work(situation),
     )
 
 
@@ -390,6 +527,7 @@ def _dead(by_reason: Mapping[str, float], level: Level, when: str) -> Concern | 
 
 def _repeated(situation: Situation) -> Concern | None:
     gains = situation.change.by("reason", "retries_total") if situation.change else {}
+    gains.pop("throttled", None)  # has a concern of its own
     calls, repeated = situation.gained("gateway_requests_total", operation="expire"), sum(gains.values())
     if situation.wrong("breaker")[0] or situation.wrong("throttle")[0]:
         return None  # why is said already
@@ -437,15 +575,21 @@ RULES: Final[Sequence[Callable[[Situation], Concern | None]]] = (
     _disconnected,
     _mute,
     _starting,
+    _sick,
+    _operator,
     _outage,
     _throttled,
+    _throttled_often,
     _unconfirmed,
     _stuck,
     _no_token,
+    _backlog,
     _old,
     _dying,
     _repeated,
     _skewed,
     _restarted,
     _dead_before,
+    _at_the_limit,
+    _undated,
 )

@@ -93,6 +93,10 @@ class Change:
         """The gain of the samples with these labels together."""
         return _gain(self._before.value(name, **labels), self._now.value(name, **labels))
 
+    def before(self, name: str, **labels: str) -> float:
+        """What the samples with these labels were together at the earlier reading."""
+        return self._before.value(name, **labels)
+
     def rate(self, name: str, **labels: str) -> float:
         """The same for each second."""
         return self.value(name, **labels) / self.seconds

@@ -19,6 +19,22 @@ def of_family(values: Iterable[tuple[Metric, float]]) -> str:
     )
 
 
+def openmetrics(text: str) -> str:
+    """The same scrape in the format OpenMetrics 1.0: a counter's name has no `_total` in its HELP and TYPE lines,
+    quotes are escaped there, and the end is told."""
+    lines = []
+    for metric in _read(text):
+        name = metric.name.removesuffix("_total") if metric.kind == "counter" else metric.name
+        for line in metric.lines:
+            _, keyword, _, rest = line.split(" ", 3)
+            lines.append(f"# {keyword} {name} {rest.replace(_QUOTE, _ESCAPED) if keyword == 'HELP' else rest}")
+        lines += [f"{series} {_number(value)}" for series, value in metric.samples.items()]
+    return "\n".join([*lines, "# EOF"]) + "\n"
+
+
+_QUOTE, _ESCAPED = '"', '\\"'
+
+
 @dataclass
 class _Scraped:
     """One metric of a scrape: its HELP and TYPE lines as they came, and its samples by series, in order."""

@@ -12,7 +12,7 @@ from worker.core import jakarta
 from worker.core.condition import NO_ANSWER, Condition, Level, Situation, kind_of
 from worker.core.outcome import STATUS_OF, Reason
 from worker.core.reading import Change, Histogram
-from worker.core.words import UNKNOWN, duration, number, plural, quantile, rate
+from worker.core.words import UNKNOWN, duration, number, plural, quantile, rate, share
 
 WORDS: Final = {
     Level.WELL: ("✓", "Well"),
@@ -24,9 +24,11 @@ WORDS: Final = {
 
 PAUSES: Final = {
     "breaker": "the gateway is failing",
-    "throttled": "the gateway says slow down",
+    "throttled": "the gateway answers too many requests",
     "broker_blocked": "the broker is short of memory or disk",
     "draining": "the worker is draining",
+    "operator": "an operator has paused the fleet",
+    "sick": "this process fails while others succeed",
 }
 
 
@@ -73,7 +75,9 @@ def page_title(condition: Condition) -> str:
 
 def main(situation: Situation, condition: Condition) -> str:
     """All that changes."""
-    cards = "".join(card(situation) for card in (_lanes, _outcomes, _gateway, _holds, _dead_letters, _processes))
+    cards = "".join(
+        card(situation) for card in (_lanes, _fleet, _outcomes, _gateway, _holds, _dead_letters, _processes)
+    )
     return _unbroken(
         f'<main data-at="{situation.now.at * 1000:.0f}" data-key="{escape(condition.key)}">\n'
         f'{_headline(situation, condition)}<div class="cards">\n{cards}</div>\n{_footer()}</main>'
@@ -115,6 +119,8 @@ COMMANDS: Final = (
     "qris-expire check",
     "qris-expire dead list",
     "qris-expire dead redrive",
+    "qris-expire fleet limit",
+    "qris-expire fleet resume",
     "rabbitmq-diagnostics alarms",
     "rabbitmq-queues quorum_status QUEUE",
 )
@@ -137,6 +143,7 @@ def _lanes(situation: Situation) -> str:
 
     rows: list[Row] = [
         ("outcomes per second", [rate(change.rate("outcomes_total", lane=lane) if change else None) for lane in lanes]),
+        ("waiting in the queue", counts("commands_waiting")),
         ("in flight", counts("in_flight")),
     ]
     if now.knows("oldest_command_timestamp_seconds"):
@@ -147,6 +154,7 @@ def _lanes(situation: Situation) -> str:
         ("duration, p50", times("command_duration_seconds", 0.5)),
         ("duration, p95", times("command_duration_seconds", 0.95)),
         ("received", counts("commands_total")),
+        ("without a timestamp", counts("commands_undated_total")),
         ("outcomes", counts("outcomes_total")),
         ("delayed rounds", counts("delayed_retries_total")),
     ]
@@ -155,8 +163,37 @@ def _lanes(situation: Situation) -> str:
     return _card(
         "Lanes",
         table(f"Times {_lately(change)}, counts since the start. {note}".strip(), ["", *lanes], rows),
-        '<p class="none">Age: from publication to outcome. Duration: from delivery to ack. '
-        "How many wait in the queues, only the broker knows.</p>\n",
+        '<p class="none">Waiting: as the broker said some seconds ago. Age: from publication to outcome, without a '
+        "timestamp from the first delivery. Duration: from delivery to ack.</p>\n",
+    )
+
+
+def _fleet(situation: Situation) -> str:
+    now, change = situation.now, situation.change
+    limit, sick = now.value("rate_limit"), now.value("member_sick")
+    calls = situation.members * change.rate("gateway_requests_total", operation="expire") if change else None
+    waits = change.histogram("rate_wait_seconds") if change else Histogram()
+    throttled = situation.throttled if change and change.value("gateway_requests_total", operation="expire") else None
+    paused = bool(now.value("consumption_paused", reason="operator"))
+    several = len(situation.processes) > 1
+    rows: list[Row] = [
+        ("members", [number(now.value("fleet_members"))]),
+        ("leader", ["here" if now.value("fleet_leader") else "another member"]),
+        ("rate limit", [f"{limit:g}/s" if limit else "none"]),
+        ("calls per second of the fleet", [rate(calls)]),
+        ("wait for the limit, p95", [_quantile(waits, 0.95)]),
+        ("throttled answers", [Cell(UNKNOWN if throttled is None else share(throttled, 1), bad=bool(throttled))]),
+        ("paused by an operator", [Cell("yes" if paused else "no", bad=paused)]),
+        (
+            "sick here" if several else "sick",
+            [Cell(number(sick) if several else "yes" if sick else "no", bad=bool(sick))],
+        ),
+    ]
+    return _card(
+        "The fleet",
+        table("", [], rows),
+        '<p class="none">Calls of the fleet: those of this page times its members. Exactly: '
+        "<code>qris-expire fleet</code></p>\n",
     )
 
 
@@ -248,7 +285,7 @@ def _retries(situation: Situation) -> str:
 
 def _holds(situation: Situation) -> str:
     now, change = situation.now, situation.change
-    breaker = ("closed", "half-open", "open")[int(max(now.by("lane", "breaker_state").values(), default=0.0))]
+    breakers = {lane: ("closed", "half-open", "open")[int(at)] for lane, at in now.by("lane", "breaker_state").items()}
     pauses = [PAUSES.get(reason, reason) for reason, on in now.by("reason", "consumption_paused").items() if on]
     connected = bool(now.value("broker_connected"))
     expiry = now.value("token_expiry_timestamp_seconds")
@@ -258,7 +295,7 @@ def _holds(situation: Situation) -> str:
     refreshes = now.by("result", "token_refreshes_total")
     token = "none" if not expiry else f"good for {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
     rows: list[Row] = [
-        ("breaker", [Cell(breaker, bad=breaker != "closed")]),
+        *((f"breaker, {lane}", [Cell(state, bad=state != "closed")]) for lane, state in breakers.items()),
         ("consumption", [Cell(f"paused: {', '.join(pauses)}" if pauses else "goes on", bad=bool(pauses))]),
         ("broker", [Cell("connected" if connected else "not connected", bad=not connected)]),
         ("reconnects", [number(now.value("broker_reconnects_total"))]),
@@ -268,7 +305,7 @@ def _holds(situation: Situation) -> str:
         ("tokens asked for", [", ".join(f"{number(n)} {result}" for result, n in refreshes.items() if n) or "0"]),
         ("clock skew", [f"{skew:+.1f} s" if abs(skew) >= 0.05 else "none"]),
     ]
-    return _card("What it stands on", table("", [], rows))
+    return _card("Breakers, broker, token", table("", [], rows))
 
 
 def _dead_letters(situation: Situation) -> str:

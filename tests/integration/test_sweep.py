@@ -1064,6 +1064,28 @@ def test_direct_sweep_sends_unresolved_bills_again_when_asked_for(away: Desk) ->
     assert rows_of(again.stdout) == {"expired success": 3, "total rows of the input": 3}
 
 
+@pytest.mark.parametrize(
+    ("bad", "good", "concurrency", "cooldown"),
+    [(10, 20, "2", "0.3"), pytest.param(40, 300, "8", "1", marks=pytest.mark.slow)],
+)
+def test_direct_sweep_reaches_the_good_bills_behind_the_bad(
+    away: Desk, bad: int, good: int, concurrency: str, cooldown: str
+) -> None:
+    """Bills that always fail, more than it has in hand, ahead of good ones: all good ones are expired."""
+
+    name = away.file(bad + good)
+    patient = {"BREAKER_COOLDOWN_SECONDS": cooldown, "BREAKER_MAX_COOLDOWN_SECONDS": cooldown}
+    broken = {f"{number:08d}": [{"code": "5009300", "repeat": True}] for number in range(1, bad + 1)}
+    with Simulator(Script.parse({"bills": broken})) as gateway:
+        settings = direct(away, gateway) | patient | {"WORKER_CONCURRENCY": concurrency}
+        with away.calling("sweep", name, "--direct", "--batch-id", "b", **settings) as process:
+            wait_until(lambda: gateway.report().bills_expired == good, 120, "every good bill is expired")
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_direct_sweep_goes_on_where_it_was(away: Desk, how: signal.Signals) -> None:
     """Ctrl-C finishes the calls on their way; after a kill those in between are sent again, and known as in doubt."""

@@ -20,7 +20,7 @@ from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
 from worker.core.breaker import Breakers, Pacer, Throttle
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes
-from worker.core.settlement import Crashed, Disposition, GiveBack, Hold, TakenBack, Task
+from worker.core.settlement import Crashed, Disposition, GiveBack, Hold, Task
 from worker.core.verdict import Kind
 from worker.shells.fibers import Event, Fibers
 from worker.shells.pool import Pool
@@ -226,21 +226,6 @@ def test_a_crash_takes_nobody_along(make: Callable[..., Bench]) -> None:
     bench.until(2)
 
     assert bench.finished == [("bad", Crashed()), ("good", GiveBack())]
-
-
-def test_orphans_are_not_called_for(make: Callable[..., Bench]) -> None:
-    """What the broker has taken back is dropped before anything is sent."""
-
-    bench = make(1, gated=True)
-    bench.offer(CANCELLATION, "first")
-    bench.until(1, "started")
-    (task,) = bench.offer(CANCELLATION, "orphan")
-    task.entry = builders.orphan()
-    bench.turnstile.release(2)
-    bench.until(2)
-
-    assert bench.names() == ["first"]
-    assert bench.finished[1] == ("orphan", TakenBack())
 
 
 def test_the_slowest_sender(make: Callable[..., Bench]) -> None:

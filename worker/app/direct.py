@@ -145,11 +145,11 @@ class Direct:
             self._on_loop(lambda lane=lane: self._dispatcher.fetched(lane))  # type: ignore[misc]
 
     def _next(self, limit: int) -> list[Job]:
-        """New bills, and those whose time has come again: half of each while there are both, so that bills that fail
-        again and again do not stop the others."""
+        """New bills, and those whose time has come again: an eighth of these while there are new ones, so that bills
+        that fail again and again do not stop the others."""
         due: list[Job] = []
         if self._next_due is not None and self._next_due <= self._clock.epoch():
-            due = self._journal.take_due(self._clock.epoch(), limit if self._exhausted else max(1, limit // 2))
+            due = self._journal.take_due(self._clock.epoch(), limit if self._exhausted else max(1, limit // 8))
             self._next_due = self._journal.next_due()
         fresh: list[Job] = []
         if not self._exhausted and len(due) < limit:

@@ -187,9 +187,9 @@ class Dispatcher:
     def take(self) -> tuple[Task, bool] | None:
         """The next command for a free sender and whether it is a probe; None when there is none for it, and then it
         parks. Waits for the rate limit's slot before it chooses, so that the slot goes to the most urgent command."""
-        if self._lanes.takable() + len(self._probes) <= self._choosing:
-            return None
         if self._pacer.rate:
+            if self._lanes.takable() + len(self._probes) <= self._choosing:
+                return None
             self._choosing += 1
             try:
                 self._pace()

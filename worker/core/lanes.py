@@ -64,7 +64,7 @@ class Lanes(Generic[T]):
     def takable(self) -> int:
         """How many could be taken now."""
         free = self.concurrency - self.in_hand()
-        return max(0, min(free, sum(min(self._room(lane), len(self._waiting[lane])) for lane in LANES)))
+        return max(0, min(free, self._takable(CANCELLATION) + self._takable(SWEEP)))
 
     def take_this(self, item: T) -> bool:
         """Takes one particular waiting command, whatever the limit: a probe. False when it is gone."""
@@ -93,9 +93,9 @@ class Lanes(Generic[T]):
         """Commands in senders' hands."""
         return self._in_hand[CANCELLATION] + self._in_hand[SWEEP]
 
-    def _room(self, lane: str) -> int:
+    def _takable(self, lane: str) -> int:
         most = min(self.limit[lane], self._cap) if lane == SWEEP else self.limit[lane]
-        return max(0, most - self._in_hand[lane])
+        return max(0, min(most - self._in_hand[lane], len(self._waiting[lane])))
 
     def _choose(self) -> str | None:
         hand = self._in_hand

@@ -274,27 +274,25 @@ CALLED: Final = 2000
 """Commands remembered that the broker took back while their calls were known: more than a process can have in hand."""
 
 
-@dataclass(slots=True, eq=False)
 class Task:
     """One command in this process's hands. ``entry``: the desk's; None where no broker has to be told. The rest is what
     the dispatcher remembers: ``round`` that a hold interrupted, whether the command was ``probed`` in this outage, and
     the latest ``answer`` to it as a probe."""
 
-    delivery: Delivery
-    entry: Entry | None = None
-    round: Round | None = None
-    probed: bool = False
-    answer: Kind | None = None
+    __slots__ = ("answer", "delivery", "entry", "lane", "probed", "round")
 
-    @property
-    def lane(self) -> str:
-        """The command's lane."""
-        return self.delivery.lane
+    def __init__(self, delivery: Delivery, entry: Entry | None = None) -> None:
+        self.delivery = delivery
+        self.lane = delivery.lane
+        self.entry = entry
+        self.round: Round | None = None
+        self.probed = False
+        self.answer: Kind | None = None
 
     @property
     def orphaned(self) -> bool:
         """Whether the broker has it again, so that nobody may call for it here."""
-        return self.entry is not None and self.entry.orphaned
+        return self.entry is not None and not self.entry.tags
 
 
 class Arrival(NamedTuple):

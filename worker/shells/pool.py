@@ -10,7 +10,7 @@ import structlog
 
 from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
-from worker.core.settlement import Crashed, Disposition, Hold, TakenBack, Task
+from worker.core.settlement import Crashed, Disposition, Hold, Task
 from worker.shells.fibers import Fibers
 
 log = structlog.get_logger()
@@ -78,8 +78,6 @@ class Pool:
             self._finish(task, disposition)
 
     def _attempt(self, task: Task, probe: bool) -> Disposition:
-        if task.orphaned:
-            return TakenBack()
         try:
             return self._expire(task, probe=probe)
         except Exception as error:  # a bug of ours must not take the other senders with it

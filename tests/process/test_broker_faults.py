@@ -299,7 +299,7 @@ def test_a_silent_lane_while_the_gateway_is_away(broker: PrivateBroker, tmp_path
         Simulator(Script(patterns=(Pattern("", (Fault(code="5009300", repeat=True),)),))) as gateway,
         working(broker.url, prefix, gateway, tmp_path, **settings) as (worker, producer),
     ):
-        producer.publish_many(f"bill-{number}" for number in range(2))
+        producer.publish_many((f"bill-{number}" for number in range(2)), sweep_every=0)
         worker.wait_for(lambda: worker.events("breaker.opened"), 20, "it opens")
         server = f"'%2F_{producer.names.queue(SWEEP)}'"
         broker.ctl("eval", f"sys:suspend({server}).")

@@ -653,6 +653,13 @@ class Dispatching(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.bench.clock.sleep(seconds)
         self.look()
+        if self.ready:
+            assert self.dispatcher.waiting() + self.dispatcher.in_hand() == len(self.offered), "somebody is lost"
+
+    @rule(lane=st.sampled_from(LANES))
+    def calls_fail(self, lane: str) -> None:
+        """An outage of the lane begins, or goes on."""
+        self.bench.fail(lane)
 
     @rule(ready=st.booleans())
     def broker(self, ready: bool) -> None:

@@ -265,7 +265,7 @@ def _identity(message_id: object, body: bytes) -> str:
 
 
 def _whole(value: object, most: int = MAX_COUNT) -> int:
-    return min(value, most) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else 0
 
 
 def _published(timestamp: object, stamped: object, received_at: float) -> float | None:

@@ -65,14 +65,13 @@ class Pool:
                 self._carry(*taken)
 
     def _carry(self, task: Task, probe: bool) -> None:
-        """One command in one sender's hands."""
+        """One command in one sender's hands. Not undone in a `finally`: a fiber that is lost while it waits ends there,
+        and `longest` must tell of its command."""
         self._since[task] = time.monotonic()
         self._watch.in_hand(task.lane, 1)
-        try:
-            disposition = self._attempt(task, probe)
-        finally:
-            self._watch.in_hand(task.lane, -1)
-            del self._since[task]
+        disposition = self._attempt(task, probe)
+        self._watch.in_hand(task.lane, -1)
+        del self._since[task]
         self._dispatcher.done(task, disposition, probe=probe)
         if not isinstance(disposition, Hold):
             self._finish(task, disposition)

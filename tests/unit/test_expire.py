@@ -911,7 +911,7 @@ def test_round_that_went_back_goes_on() -> None:
     assert bench.calls == 2
 
 
-@pytest.mark.parametrize("calls", [4, 5, 10**6, 2**53])
+@pytest.mark.parametrize("calls", [4, 5, 10**6])
 def test_round_that_went_back_used_up(calls: int) -> None:
     """Whatever its headers say of its round, a command is called for once before the round ends."""
 

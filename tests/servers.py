@@ -379,8 +379,8 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 # -- a partner of the simulated gateway -----------------------------------------------------------------------------
 
 
-class RecordingProbe:
-    """The client's `Probe`."""
+class RecordingObserver:
+    """The client's `ExchangeObserver`."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str]] = []

@@ -32,6 +32,7 @@ from worker.core.delivery import BATCH_ID, MAX_BATCH_ID, MAX_EXTERNAL_IDS
 from worker.core.lanes import LANES
 from worker.core.outcome import REASONS, STATUS_OF, Outcome, Reason, Status, encode
 from worker.core.topology import topology
+from worker.core.verdict import KNOWN
 
 RELEASED = Path(__file__).parent / "released"
 UUID = "0b6d2f0c-7f43-5d1e-9a55-1c8e4d2b7a90"
@@ -451,3 +452,25 @@ def test_compatible_changes_pass(of: Callable[[Schema, Schema], list[str]]) -> N
     _set("reference", maxLength=256 if name == "command" else 64)(new)
 
     assert of(released(name), new) == []
+
+
+# -- the gateway's facts -----------------------------------------------------------------------------------------------
+
+GATEWAY_API = SHIPPED / "gateway-api.md"
+
+
+def test_sections_that_the_code_cites_exist() -> None:
+    """Docstrings and comments cite *gateway-api* as the source of a rule, with a section: it is shipped, and has it."""
+    sections = set(re.findall(r"^## (\d)\.", GATEWAY_API.read_text(), re.MULTILINE))
+    code = "\n".join(path.read_text() for path in (SHIPPED.parent).rglob("*.py"))
+    cited = re.findall(r"gateway-api,?\s+sections?\s+(\d)", code)
+
+    assert len(cited) == code.count("gateway-api")
+    assert set(cited) <= sections
+
+
+def test_codes_of_the_gateway_s_document_are_known() -> None:
+    """Each is in the table of verdicts, and so in the metrics and in the simulator."""
+    first = GATEWAY_API.read_text().partition("## 2.")[0]
+
+    assert set(re.findall(r"^\| (\d{7}) \|", first, re.MULTILINE)) <= set(KNOWN)

@@ -23,7 +23,7 @@ from tests.fibers import running_fibers
 from tests.servers import (
     Authority,
     Peer,
-    RecordingProbe,
+    RecordingObserver,
     Server,
     SimulatedPartner,
     always,
@@ -46,13 +46,13 @@ Build = Callable[..., GatewayClient]
 
 
 @pytest.fixture
-def probe() -> RecordingProbe:
+def observer() -> RecordingObserver:
     """What the client tells."""
-    return RecordingProbe()
+    return RecordingObserver()
 
 
 @pytest.fixture
-def client_for(probe: RecordingProbe) -> Iterator[Build]:
+def client_for(observer: RecordingObserver) -> Iterator[Build]:
     """Makes clients of a base URL, and closes their connections afterwards."""
     made: list[BaseAdapter] = []
 
@@ -66,7 +66,7 @@ def client_for(probe: RecordingProbe) -> Iterator[Build]:
             made.append(kind(trust))
             return made[-1]
 
-        return GatewayClient(endpoint(base_url, **timeouts), probe, context=context, adapter=adapter)
+        return GatewayClient(endpoint(base_url, **timeouts), observer, context=context, adapter=adapter)
 
     yield build
     for adapter in made:
@@ -295,7 +295,9 @@ def test_the_token_request_is_the_documents(client_for: Build) -> None:
     } <= set(lines)
 
 
-def test_token_requests_are_told_to_the_probe(client_for: Build, probe: RecordingProbe, simulator: Simulator) -> None:
+def test_token_requests_are_told_to_the_observer(
+    client_for: Build, observer: RecordingObserver, simulator: Simulator
+) -> None:
     """Each with its code, the failed ones too."""
     simulator.replace(Script(token_faults=(Fault(code="5007300"), Fault(html=502))))
     client, partner = client_for(simulator.base_url), SimulatedPartner(simulator)
@@ -304,7 +306,7 @@ def test_token_requests_are_told_to_the_probe(client_for: Build, probe: Recordin
             partner.token(client)
     partner.token(client)
 
-    assert probe.requests == [("token", "5007300"), ("token", ""), ("token", "2007300")]
+    assert observer.requests == [("token", "5007300"), ("token", ""), ("token", "2007300")]
 
 
 # -- what every request carries, and what never comes back ------------------------------------------------------------
@@ -352,11 +354,11 @@ def echoing(form: Callable[[str], bytes], status: bytes, *headers: bytes) -> Cal
     ids=["text", "SNAP", "JSON", "HTML", "gzip"],
 )
 def test_a_page_that_repeats_our_headers_shows_no_secret(
-    probe: RecordingProbe, form: Callable[[str], bytes], status: bytes
+    observer: RecordingObserver, form: Callable[[str], bytes], status: bytes
 ) -> None:
     """Token, signature and client secret are masked before anything is judged, told or kept."""
     with serving(echoing(form, status, b"Retry-After: " + SIGNATURE.encode())) as server:
-        client = GatewayClient(endpoint(base_of(server)), probe, secrets=lambda: (SECRET,))
+        client = GatewayClient(endpoint(base_of(server)), observer, secrets=lambda: (SECRET,))
         request = signed(**{"Authorization": f"Bearer {TOKEN}", "X-SIGNATURE": SIGNATURE})
         reply = client.send(request)
         with pytest.raises(TokenUnavailable) as failure:
@@ -382,7 +384,7 @@ def test_a_page_that_repeats_our_headers_shows_no_secret(
 
 @pytest.mark.parametrize("offset", [0.0, 120.0, -45.0])
 def test_the_clocks_skew_is_read_from_date(
-    client_for: Build, probe: RecordingProbe, simulator: Simulator, offset: float
+    client_for: Build, observer: RecordingObserver, simulator: Simulator, offset: float
 ) -> None:
     """How far our clock is ahead of the gateway's, to about half a second: Date has whole ones."""
     simulator.replace(Script(clock_offset=offset))
@@ -390,22 +392,22 @@ def test_the_clocks_skew_is_read_from_date(
     client_for(simulator.base_url).send(signed())
     took = time.monotonic() - began
 
-    assert probe.skews == [pytest.approx(-offset, abs=0.6 + took)]
+    assert observer.skews == [pytest.approx(-offset, abs=0.6 + took)]
 
 
-def test_the_skew_is_read_now_and_then(client_for: Build, probe: RecordingProbe, simulator: Simulator) -> None:
+def test_the_skew_is_read_now_and_then(client_for: Build, observer: RecordingObserver, simulator: Simulator) -> None:
     """Not at every call: parsing a date costs as much as signing."""
     simulator.replace(Script())
     client = client_for(simulator.base_url)
     for _ in range(5):
         client.send(signed())
 
-    assert len(probe.skews) == 1
+    assert len(observer.skews) == 1
 
 
 @pytest.mark.parametrize("zone", ["GMT", "+0000", "-0000", ""])
 def test_a_date_means_the_same_in_every_time_zone(
-    client_for: Build, probe: RecordingProbe, monkeypatch: pytest.MonkeyPatch, zone: str
+    client_for: Build, observer: RecordingObserver, monkeypatch: pytest.MonkeyPatch, zone: str
 ) -> None:
     """Whatever TZ says, and whether or not the server names its zone."""
     monkeypatch.setenv("TZ", "Asia/Tokyo")
@@ -418,16 +420,16 @@ def test_a_date_means_the_same_in_every_time_zone(
         monkeypatch.undo()
         time.tzset()
 
-    assert probe.skews == [pytest.approx(0, abs=60)]
+    assert observer.skews == [pytest.approx(0, abs=60)]
 
 
 @pytest.mark.parametrize("date", [b"yesterday", b"", b"Sun, 99 Nov 2026 25:61:00 GMT", b"0", b"\xff\xfe"])
-def test_a_date_that_is_none_is_passed_over(client_for: Build, probe: RecordingProbe, date: bytes) -> None:
+def test_a_date_that_is_none_is_passed_over(client_for: Build, observer: RecordingObserver, date: bytes) -> None:
     """The answer counts, the skew is not told."""
     with serving(always(answer(b"{}", b"Date: " + date))) as server:
         reply = client_for(base_of(server)).send(signed())
 
-    assert (reply, probe.skews) == (Reply(200, b"{}"), [])
+    assert (reply, observer.skews) == (Reply(200, b"{}"), [])
 
 
 # -- trust and senders ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.fibers import FiberAdapter, running_fibers
 from tests.servers import (
     PATIENT,
     Authority,
-    RecordingProbe,
+    RecordingObserver,
     SimulatedPartner,
     always,
     answer,
@@ -195,9 +195,9 @@ class Caller:
     def __init__(self, simulator: Simulator, transport: Transport, *, read: float = PATIENT) -> None:
         self.simulator = simulator
         self.partner = SimulatedPartner(simulator)
-        self.client = GatewayClient(endpoint(simulator.base_url, read=read), RecordingProbe(), adapter=transport)
+        self.client = GatewayClient(endpoint(simulator.base_url, read=read), RecordingObserver(), adapter=transport)
         simulator.replace(Script())
-        patient = GatewayClient(endpoint(simulator.base_url), RecordingProbe(), adapter=transport)
+        patient = GatewayClient(endpoint(simulator.base_url), RecordingObserver(), adapter=transport)
         self.token = self.partner.token(patient).value
 
     def verdict(self, fault: Fault) -> Verdict:
@@ -326,7 +326,7 @@ def unreachable(
 ) -> Verdict:
     """On a call to where no gateway is."""
     client = GatewayClient(
-        endpoint(base_url, connect=connect), RecordingProbe(), context=lambda: context, adapter=transport
+        endpoint(base_url, connect=connect), RecordingObserver(), context=lambda: context, adapter=transport
     )
     return judge(client.send(SignedRequest("1" * 36, b"{}", {"X-EXTERNAL-ID": "1" * 36})))
 
@@ -396,7 +396,7 @@ def test_a_connection_that_breaks_before_an_answer_is_unknown(transport: Transpo
 def test_a_request_that_cannot_be_put_into_http_sent_nothing(transport: Transport) -> None:
     """A line break in a header: no byte goes out, and nothing can have taken effect."""
     with serving(always(answer())) as server:
-        client = GatewayClient(endpoint(f"http://127.0.0.1:{server.port}"), RecordingProbe(), adapter=transport)
+        client = GatewayClient(endpoint(f"http://127.0.0.1:{server.port}"), RecordingObserver(), adapter=transport)
         verdict = judge(client.send(SignedRequest("1", b"{}", {"Authorization": "Bearer a\r\nX-Evil: 1"})))
 
     assert (judgement(verdict), server.requests) == (NOT_SENT, [])

@@ -69,8 +69,8 @@ class Service:
             self.at_once -= 1
 
 
-class RecordingWatch:
-    """The store's watch."""
+class RecordingObserver:
+    """The store's `RefreshObserver`."""
 
     def __init__(self) -> None:
         self.results: list[str] = []
@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, kind: type[TokenStore] = TokenStore) -> None:
         self.clock = FakeClock()
         self.service = Service(self.clock)
-        self.watch = RecordingWatch()
+        self.watch = RecordingObserver()
         self.pauses: list[float] = []
         self.store = kind(
             self.service.fetch, self.watch, clock=self.clock, rng=random.Random(1), pause=self.pauses.append

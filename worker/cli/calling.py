@@ -89,7 +89,7 @@ class Calling:
 
         return Call(self.gateway.base_url + path, f"GATEWAY_{which}_PATH", self.skew)
 
-    # -- the client's probe -----------------------------------------------------------------------------------------
+    # -- the client's observer -----------------------------------------------------------------------------------------
 
     def request(self, operation: str, response_code: str, seconds: float) -> None:
         """Not of interest here."""

@@ -1,4 +1,4 @@
-"""SNAP signatures over the exact bytes that are sent (gateway-api: token service 73 and the transaction signature)."""
+"""SNAP signatures over the exact bytes that are sent (gateway-api, section 3)."""
 
 from __future__ import annotations
 

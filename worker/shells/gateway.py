@@ -35,7 +35,7 @@ _TOKEN_BODY: Final = b'{"grantType":"client_credentials"}'
 _SKEW_EVERY: Final = 5.0  # seconds between two readings of the Date header: parsing it costs as much as the signature
 
 
-class Probe(Protocol):
+class ExchangeObserver(Protocol):
     """What the client tells about each exchange."""
 
     def request(self, operation: str, response_code: str, seconds: float) -> None: ...
@@ -61,14 +61,14 @@ class GatewayClient:
     def __init__(
         self,
         endpoint: Endpoint,
-        probe: Probe,
+        observer: ExchangeObserver,
         *,
         context: Callable[[], ssl.SSLContext | None] = lambda: None,
         adapter: Callable[[ssl.SSLContext | None], BaseAdapter] = BoundedAdapter,
         secrets: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self._endpoint = endpoint
-        self._probe = probe
+        self._observer = observer
         self._context = context
         self._adapter = adapter
         self._secrets = secrets
@@ -90,7 +90,7 @@ class GatewayClient:
         started = time.monotonic()
         answer = self._post(self._endpoint.token_url, headers, _TOKEN_BODY)
         code = read(answer.body)[0] if isinstance(answer, Reply) else None
-        self._probe.request("token", code or "", time.monotonic() - started)
+        self._observer.request("token", code or "", time.monotonic() - started)
         grant = granted(answer, time.time()) if isinstance(answer, Reply) else None
         if not isinstance(grant, Grant):
             raise TokenUnavailable(judge_token(answer), answer=answer)
@@ -150,7 +150,7 @@ class GatewayClient:
             theirs = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         except (ValueError, TypeError, OverflowError, IndexError):
             return
-        self._probe.clock_skew(time.time() - (now - started) / 2 - (theirs + 0.5))
+        self._observer.clock_skew(time.time() - (now - started) / 2 - (theirs + 0.5))
 
 
 class _Session(requests.Session):

@@ -30,7 +30,7 @@ RENEWAL_BACKOFF: Final = 4.0
 lets each process work for a while; without it both would renew for ever and neither would get a call through."""
 
 
-class Watch(Protocol):
+class RefreshObserver(Protocol):
     """What the store tells about its refreshes."""
 
     def token_refresh(self, result: str) -> None: ...
@@ -52,7 +52,7 @@ class TokenStore:
     def __init__(
         self,
         fetch: Callable[[], Grant],
-        watch: Watch,
+        observer: RefreshObserver,
         *,
         clock: Clock,
         rng: random.Random,
@@ -60,7 +60,7 @@ class TokenStore:
         requesting: Mutex | None = None,
     ) -> None:
         self._fetch = fetch
-        self._watch = watch
+        self._observer = observer
         self._clock = clock
         self._rng = rng
         self._pause = pause
@@ -162,7 +162,7 @@ class TokenStore:
             grant = self._fetch()
         except TokenUnavailable as failure:
             self._failure = failure
-            self._watch.token_refresh("refused" if failure.verdict.kind is Kind.SYSTEMIC else "error")
+            self._observer.token_refresh("refused" if failure.verdict.kind is Kind.SYSTEMIC else "error")
             raise
         finally:
             self._requests += 1
@@ -171,8 +171,8 @@ class TokenStore:
         self._refresh_at = asked + grant.lifetime * self._rng.uniform(REFRESH_FROM, REFRESH_TO)
         self._expires_at = asked + grant.lifetime
         self._token = Token(grant.value, self._generation)
-        self._watch.token_refresh("ok")
-        self._watch.token_expiry(self._clock.epoch() + grant.lifetime)
+        self._observer.token_refresh("ok")
+        self._observer.token_expiry(self._clock.epoch() + grant.lifetime)
         return self._token
 
 

@@ -18,7 +18,7 @@ from tests.ledger import check_books
 from tests.servers import Authority, Peer, answer, serving
 from tests.waiting import wait_until
 from tests.worker_process import Outcome, WorkerProcess, working
-from worker.sandbox.simulator import Fault, Script, Simulator
+from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
 
 QUICK = {"BREAKER_COOLDOWN_SECONDS": "0.3", "BREAKER_MAX_COOLDOWN_SECONDS": "0.5", "RETRY_INITIAL_SECONDS": "0.05"}
 
@@ -66,6 +66,32 @@ def test_a_process_that_was_stopped_loses_no_answer(amqp_url: str, prefix: str, 
     assert {outcome.fields["attempts"] for outcome in books.outcomes} == {1}
     assert {outcome.fields["effectUnknown"] for outcome in books.outcomes} == {False}
     assert len([line for line in blocked if line["seconds"] > 3.5]) == 3
+
+
+def test_time_in_which_a_process_was_stopped_is_no_budget(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """The first answer of each command is an error that came while the process stood still: it is asked again."""
+
+    settings = {
+        **QUICK,
+        "RETRY_BUDGET_SECONDS": "4",
+        "RETRY_DELAYS_SECONDS": "none",
+        "WORKER_CONCURRENCY": "16",
+        "BREAKER_FAILURES": "1000",
+    }
+    errors = Pattern("", (Fault(code="5009300", latency=1.2),))
+    with (
+        Simulator(Script(patterns=(errors,))) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, **settings) as (worker, producer),
+    ):
+        producer.publish_many(bills("b", 16))
+        wait_until(lambda: gateway.report().in_flight, 30, "calls are under way")
+        stop_for(worker, 5.0)
+        producer.collect_all(60)
+        worker.stop()
+        books = check_books(producer, all_ended=True, no_duplicates=True)
+
+    assert statuses(list(books.outcomes)) == {"expired"}
+    assert {outcome.fields["attempts"] for outcome in books.outcomes} == {2}
 
 
 DEAD_TOKENS = {

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 
 from tests.brokers import PrivateBroker
@@ -259,7 +260,7 @@ def test_batch_is_not_mixed_with_other_input(desk: Desk, declared: Rabbit) -> No
         (bz2.compress(b"billnumber\n1\n"), "bills.csv: is compressed with bzip2"),
         (lzma.compress(b"billnumber\n1\n"), "bills.csv: is compressed with xz"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "bills.csv: is an Excel workbook of the old form (.xls)"),
-        (b"PK\x03\x04\n", "bills.csv: is an Excel workbook (.xlsx)"),
+        (b"PK\x03\x04\n", "bills.csv: is a damaged zip archive"),
         (b"<html><table>\n", "bills.csv: is HTML or XML"),
         (b"%PDF-1.7\n", "bills.csv: is a PDF document"),
     ],
@@ -273,7 +274,7 @@ def test_file_of_another_kind_is_one_clear_line(desk: Desk, at_once: Call, conte
 
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith(f"qris-expire: {said}")
-    assert list((desk.directory / "state").rglob("*.db*")) == []
+    assert list((desk.directory / "state").rglob("*.db")) == []
 
 
 @pytest.mark.parametrize(
@@ -429,6 +430,32 @@ def test_report_has_the_form_of_the_input(desk: Desk) -> None:
     assert first.startswith('1;"=""0010092081""";121000001;Jaya;2;"=""0010092081""";121000001;')
     assert second.startswith("2;10092082;121000001;'=1+1;3;10092082;")
     assert (desk.directory / "tab.csv").read_text(encoding="utf-8-sig").startswith("No\tBill Number\t")
+
+
+def test_workbook_goes_in_and_comes_out(desk: Desk, declared: Rabbit) -> None:
+    """As people in Excel have it: bills keep their zeros in what is sent and in the report."""
+
+    book = openpyxl.Workbook()
+    book.active.append(["No", "Bill Number", "Merchant Id"])
+    book.active.append([1, "0010092081", 121000001])
+    book.active.append([2, "10.092.082", 121000001])
+    book.save(desk.directory / "bills.xlsx")
+
+    done = desk("sweep", "bills.xlsx", "--batch-id", "b", "--skip-invalid", "--report", "out.xlsx")
+
+    assert done.returncode == 0, done.stderr
+    assert "bills.xlsx:3: billnumber '10.092.082'" in done.stderr
+    (sent,) = declared.take(desk.names.queue("sweep"), 1, timeout=30)
+    assert json.loads(sent.body) == {"billnumber": "0010092081", "additionalInfo": {"merchantId": "121000001"}}
+    rows = list(openpyxl.load_workbook(desk.directory / "out.xlsx")["report"].iter_rows(values_only=True))
+    assert rows[0][:5] == ("No", "Bill Number", "Merchant Id", "line", "billnumber")
+    assert [row[:5] for row in rows[1:]] == [
+        ("1", "0010092081", "121000001", 2, "0010092081"),
+        ("2", "10.092.082", "121000001", 3, None),
+    ]
+    assert (desk.directory / "out.xlsx").stat().st_mode & 0o777 == 0o600
+    piped = desk.fed((desk.directory / "bills.xlsx").read_bytes(), "sweep", "-", "--dry-run", "--skip-invalid")
+    assert "0010092081" in piped.stdout, piped.stderr
 
 
 def test_header_alone_is_a_day_without_bills(desk: Desk) -> None:

@@ -21,7 +21,7 @@ from worker.core.command import Command, parse
 from worker.core.delivery import COPY_ID, EFFECT_UNKNOWN
 from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
-from worker.core.rows import BadRow, InputError, Reading, Row, read
+from worker.core.rows import BadRow, InputError, Reading, Row, Rules, read
 from worker.core.sweep import (
     WINDOW,
     Batch,
@@ -50,7 +50,7 @@ BATCH = Batch("b-1", 3)
 
 
 def reading(text: str, **options: object) -> Reading:
-    return read(re.findall(r"[^\n]*\n|[^\n]+", text), **options)  # type: ignore[arg-type]
+    return read(re.findall(r"[^\n]*\n|[^\n]+", text), Rules(**options))  # type: ignore[arg-type]
 
 
 def rows(text: str, **options: object) -> list[Row | BadRow]:

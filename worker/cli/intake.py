@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from worker.core.sweep import Home
     from worker.shells.journal import Journal, Load
     from worker.shells.source import Source
+    from worker.shells.workbook import Workbook
 
 BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
 RESUMED_SECONDS: Final = 86_400.0
@@ -92,13 +93,13 @@ def take_in(given: Input, directory: Path) -> Intake:
     from worker.cli.meter import Meter
     from worker.core.rows import InputError
     from worker.shells.journal import Load, clean
-    from worker.shells.source import Source
+    from worker.shells.source import opened
 
     name = given.name
     clean(directory)
     load = Load(directory)
     try:
-        with Source(given.file) as source, Meter(name) as meter:
+        with opened(given.file) as source, Meter(name) as meter:
             reading = _Reading(given, source, meter)
             load.fill(reading.rows())
         for remark in reading.remarks():
@@ -120,26 +121,22 @@ def take_in(given: Input, directory: Path) -> Intake:
     except BaseException:
         load.discard()
         raise
-    return Intake(load, source.name, source.digest(given.merchant_id), reading.form)
+    return Intake(
+        load, source.name, source.digest(given.merchant_id, *(["as it is"] if given.as_is else [])), reading.form
+    )
 
 
 class _Reading:
     """All rows go on; bad ones are told."""
 
-    def __init__(self, given: Input, source: Source, meter: Meter) -> None:
-        from worker.core.rows import read
+    def __init__(self, given: Input, source: Source | Workbook, meter: Meter) -> None:
+        from worker.core.rows import Rules
 
         self._source = source
         self._meter = meter
         self.count = 0
         self.invalid = 0
-        self._read = read(
-            source.lines(),
-            json_lines=source.json_lines,
-            merchant=given.merchant_id,
-            merchant_needed=True,
-            as_is=given.as_is,
-        )
+        self._read = source.reading(Rules(given.merchant_id, merchant_needed=True, as_is=given.as_is))
         self.form = self._read.form
 
     def rows(self) -> Iterator[Row | BadRow]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.cli import INVALID, Trouble
+from worker.shells import workbook
 
 if TYPE_CHECKING:
     from worker.shells.journal import Journal
@@ -23,6 +25,12 @@ def check_place(report: Path, source: str | None) -> None:
         raise Trouble(f"the directory {report.parent} does not exist; correct --report", code=INVALID)
     if report.is_dir() or report.name in ("", ".", ".."):
         raise Trouble(f"--report {report} is a directory; name a file", code=INVALID)
+    if _is_workbook(report) and not workbook.available():
+        raise Trouble(
+            f"--report {report} would be an Excel workbook; install what writes them, "
+            "`pip install 'qris-expire-worker[xlsx]'`, or name a .csv",
+            code=INVALID,
+        )
     if source is not None and _same_file(source, report):
         raise Trouble(f"--report {report} is the input itself, and would replace it; name another file", code=INVALID)
 
@@ -30,6 +38,10 @@ def check_place(report: Path, source: str | None) -> None:
 def check_existing(report: Path, journal: Journal, *, force: bool) -> None:
     """That no file is replaced but a report that this batch wrote and nobody changed since, or one that ``force``
     gives up. The journal and its files are never replaced. Raises `Trouble`."""
+    if _is_workbook(report) and journal.tally().rows >= workbook.MOST_ROWS:
+        raise Trouble(
+            f"--report {report}: a sheet has no more than {workbook.MOST_ROWS:,} rows; name a .csv", code=INVALID
+        )
     if not os.path.lexists(report):
         return
     if any(_same(report, each) for each in journal.files()):
@@ -44,6 +56,11 @@ def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
     from worker.shells.journal import replacing
 
     form, lines = journal.facts.form, Report(journal.facts)
+    if _is_workbook(report):
+        with replacing(report, binary=True) as file:
+            workbook.write(file, itertools.chain([lines.header()], (lines.line(row) for row in journal.rows())))
+        journal.has_written(report)
+        return
     cell = kept_as_text if form.spreadsheet else harmless
     with replacing(report) as file:
         if form.mark:
@@ -52,6 +69,10 @@ def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
         writer.writerow(map(harmless, lines.header()))
         writer.writerows(map(cell, lines.line(row)) for row in journal.rows())
     journal.has_written(report)
+
+
+def _is_workbook(report: Path) -> bool:
+    return report.suffix.lower() == workbook.SUFFIX
 
 
 def _same_file(source: str, report: Path) -> bool:

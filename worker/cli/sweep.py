@@ -69,7 +69,9 @@ class _Wish:
 
 
 def sweep(
-    file: Annotated[str | None, Argument(help="CSV with a header, or JSON lines; - for standard input.")] = None,
+    file: Annotated[
+        str | None, Argument(help="CSV or .xlsx with a header, or JSON lines; - for standard input.")
+    ] = None,
     batch_id: Annotated[
         str | None, Option(help="Names the batch; else made from the input's content and the date.")
     ] = None,
@@ -93,7 +95,10 @@ def sweep(
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with a batch that was stopped.")] = False,
     report: Annotated[
-        Path | None, Option(metavar="OUT.csv", help="At the end, write a line for each row of the input to this file.")
+        Path | None,
+        Option(
+            metavar="OUT.csv", help="At the end, write a line for each row of the input to this file (.csv or .xlsx)."
+        ),
     ] = None,
     force: Annotated[bool, Option("--force", help="Replace the file that --report names, if it exists.")] = False,
     delimiter: Annotated[

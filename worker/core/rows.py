@@ -108,18 +108,12 @@ class Reading:
         return [remark for column in self._columns for remark in column.remarks()]
 
 
-def read(
-    lines: Iterable[str],
-    *,
-    json_lines: bool = False,
-    merchant: str = "",
-    merchant_needed: bool = False,
-    as_is: bool = False,
-) -> Reading:
-    """The rows of a text. ``json_lines`` says so of the whole input; otherwise its first character decides; for the
-    rest see `Rules`. Raises `InputError`.
+def read(lines: Iterable[str], rules: Rules, *, json_lines: bool = False) -> Reading:
+    """The rows of a text. ``json_lines`` says so of the whole input; otherwise its first character decides.
+
+    Raises `InputError`.
     """
-    numbered, rules = _Numbered(lines), Rules(merchant, merchant_needed, as_is)
+    numbered = _Numbered(lines)
     first = numbered.first()
     if first is None:
         raise InputError("is empty: not even a header; see what should have written it")
@@ -127,6 +121,11 @@ def read(
         return Reading(JSON_FORM, _json_rows(numbered, first, rules))
     header = _header(numbered, first)
     return Reading(header.form(numbered), _csv_rows(header, numbered, rules))
+
+
+def is_header(cells: Sequence[str]) -> bool:
+    """Whether it names a column of bills."""
+    return any(_COLUMNS.get(_NEEDLESS.sub("", cell).lower()) == "bill" for cell in cells)
 
 
 def read_table(table: Iterable[tuple[int, Sequence[str]]], rules: Rules) -> Reading:

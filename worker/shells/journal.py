@@ -566,12 +566,14 @@ def clean(directory: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A text file that takes ``path``'s place when all is written: whoever reads it never sees half of it."""
+def replacing(path: Path, *, binary: bool = False) -> Iterator[Any]:
+    """A file (of text in UTF-8, unless ``binary``) that takes ``path``'s place when all is written: whoever reads it
+    never sees half of it."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
-        with os.fdopen(number, "w", encoding="utf-8", newline="") as file:
+        text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "newline": ""}
+        with os.fdopen(number, "wb" if binary else "w", **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -8,11 +8,14 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final, Self
+from typing import Final, Self, cast
 
-from worker.core.rows import InputError
+from worker.core.rows import InputError, Reading, Rules, read
+from worker.shells import workbook
+from worker.shells.workbook import Workbook
 
 STDIN: Final = "-"
 MAX_LINE_BYTES: Final = 1 << 20  # what is no text at all (a disk image, an archive) has no line ends
@@ -30,16 +33,24 @@ _PACKED: Final = (
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
 )
 _OTHER: Final = (
-    (b"PK\x03\x04", f"an Excel workbook (.xlsx) or another zip archive; save it as CSV ({SAVE_AS})"),
-    (b"\xd0\xcf\x11\xe0", f"an Excel workbook of the old form (.xls); save it as CSV ({SAVE_AS})"),
+    (b"\xd0\xcf\x11\xe0", f"an Excel workbook of the old form (.xls) or with a password; save it as CSV ({SAVE_AS})"),
     (b"%PDF", "a PDF document; export the table itself as CSV"),
     (b"<", f"HTML or XML, whatever its name says; open it in a spreadsheet and save it as CSV ({SAVE_AS})"),
 )
 _JSON_SUFFIXES: Final = frozenset({".jsonl", ".ndjson"})
 
 
+def opened(name: str) -> Source | Workbook:
+    """The input of that name: a text or a workbook, by its first bytes. Raises `InputError`."""
+    source = Source(name)
+    if not source.starts_with(workbook.MAGIC):
+        return source
+    source.close()
+    return workbook.Workbook(name)
+
+
 class Source:
-    """``name`` is a path, or ``-`` for standard input. Raises `InputError` when it cannot be opened."""
+    """Lines of text. ``name`` is a path, or ``-`` for standard input. Raises `InputError` when it cannot be opened."""
 
     def __init__(self, name: str) -> None:
         self.name = "stdin" if name == STDIN else name
@@ -54,8 +65,19 @@ class Source:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Standard input stays open."""
         if self._file is not sys.stdin.buffer:
             self._file.close()
+
+    def starts_with(self, mark: bytes) -> bool:
+        """Whether these are its first bytes; nothing is read by that."""
+        try:
+            return self._file.peek(len(mark)).startswith(mark)
+        except OSError:  # told when it is read
+            return False
 
     def lines(self) -> Iterator[str]:
         """All of them, line ends included. Raises `InputError`."""
@@ -75,6 +97,10 @@ class Source:
                     f"has NUL bytes: it is UTF-16 without its mark, or no text; save it as UTF-8 ({SAVE_AS})", number
                 )
             yield text
+
+    def reading(self, rules: Rules) -> Reading:
+        """The rows, as they are read. Raises `InputError`."""
+        return read(self.lines(), rules, json_lines=self.json_lines)
 
     def digest(self, *more: str) -> str:
         """Hexadecimal, of all bytes read and of what else decides what is sent."""
@@ -118,10 +144,10 @@ def _not_utf8(line: bytes, at: int) -> str:
     )
 
 
-def _open(name: str) -> tuple[BinaryIO, int | None]:
+def _open(name: str) -> tuple[BufferedReader, int | None]:
     """The stream, and its size in bytes where that is known."""
     if name == STDIN:
-        return sys.stdin.buffer, None
+        return cast("BufferedReader", sys.stdin.buffer), None
     path = Path(name)
     try:
         status = path.stat()

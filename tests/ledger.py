@@ -44,6 +44,14 @@ class Ledger:
         return self.dead - self.ended - self.waiting
 
     @property
+    def contradictions(self) -> frozenset[str]:
+        """Commands whose outcomes do not all have the same status."""
+        statuses: dict[str, set[str]] = {}
+        for outcome in self.outcomes:
+            statuses.setdefault(outcome.command_id, set()).add(outcome.fields["status"])
+        return frozenset(command for command, said in statuses.items() if len(said) > 1)
+
+    @property
     def lost(self) -> frozenset[str]:
         """Published, and nowhere."""
         return self.published - self.ended - self.waiting - self.parked
@@ -84,6 +92,7 @@ class Ledger:
             _line("LOST", self.lost),
             _line("never published", self.unheard_of),
             _line("with several outcomes", self.duplicates),
+            _line("with different statuses", self.contradictions),
             _line("external ids twice", self.shared_external_ids),
         ]
         return "\n".join(lines)

@@ -13,7 +13,7 @@ def main() -> int:
     parser.add_argument("--commands", type=int, default=20_000)
     arguments = parser.parse_args()
     for seed in arguments.seed:
-        print(f"seed {seed}: {arguments.commands} commands, two workers", flush=True)
+        print(f"seed {seed}: {arguments.commands} commands, four workers", flush=True)
         print(run(seed, arguments.commands, say=lambda line: print(line, flush=True)).text(), flush=True)
     return 0
 

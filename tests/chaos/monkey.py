@@ -1,6 +1,8 @@
 """A seeded run of bad luck: commands flow while workers, broker and gateway are killed; then the books are checked."""
 
+import os
 import random
+import signal
 import tempfile
 import threading
 import time
@@ -16,12 +18,14 @@ import pika.exceptions
 
 from tests.brokers import PrivateBroker
 from tests.ledger import Ledger, take_stock
-from tests.rabbit import Rabbit
+from tests.proxy import FaultProxy
+from tests.rabbit import Rabbit, address, by_way_of
 from tests.worker_process import Producer, Published, WorkerProcess, command_body
 from worker.core.topology import Names, topology
 from worker.sandbox.simulator import Script, Simulator
 
 DELAYS = (1, 2, 4, 8)
+WORKERS = 4
 CONCURRENCY = 16
 SETTINGS = {
     "WORKER_CONCURRENCY": str(CONCURRENCY),
@@ -72,7 +76,8 @@ class Story:
 
 
 def run(seed: int, commands: int, say: Callable[[str], None] = print) -> Story:
-    """One run with two workers. Raises AssertionError when the books do not balance."""
+    """One run with four workers, one of them behind a network that is cut now and then. Raises AssertionError when the
+    books do not balance, or a command was told two different ends."""
     rng = random.Random(seed)
     began = time.monotonic()
     with ExitStack() as stack:
@@ -82,12 +87,14 @@ def run(seed: int, commands: int, say: Callable[[str], None] = print) -> Story:
         prefix = f"chaos.{seed}"
         with Rabbit(broker.url) as rabbit:
             rabbit.declare(topology(prefix, "quorum", DELAYS))
-        workers = [
-            stack.enter_context(WorkerProcess(broker.url, prefix, simulator, directory, **SETTINGS)) for _ in range(2)
-        ]
+        network = stack.enter_context(FaultProxy(*address(broker.url)))
+        urls = [by_way_of(network.port, broker.url), *[broker.url] * (WORKERS - 1)]
+        workers = [stack.enter_context(WorkerProcess(url, prefix, simulator, directory, **SETTINGS)) for url in urls]
         producer = Producer(broker.url, prefix)
         feed = stack.enter_context(_feeding(broker.url, prefix, commands))
-        events = _torment(rng, broker, simulator, workers, feed, say)
+        freezer = Freezer()
+        events = _torment(rng, broker, simulator, workers, network, freezer, feed, say)
+        freezer.thaw(at_once=True)
         _settle(broker, simulator, workers)
         _await_outcomes(producer, feed, workers)
         for worker in workers:
@@ -105,6 +112,7 @@ def run(seed: int, commands: int, say: Callable[[str], None] = print) -> Story:
         story = Story(seed, ledger, events, uncounted, time.monotonic() - began, seen)
         producer.rabbit.close()
     ledger.check(all_ended=True)
+    assert not ledger.contradictions, f"commands were told two different ends: {sorted(ledger.contradictions)[:5]}"
     return story
 
 
@@ -162,23 +170,64 @@ def _feed(url: str, prefix: str, feed: Feed, stop: threading.Event) -> None:
 # -- the torment ------------------------------------------------------------------------------------------------------
 
 
+class Freezer:
+    """Workers that are stopped (SIGSTOP) until a moment that was drawn for each."""
+
+    def __init__(self) -> None:
+        self._until: dict[WorkerProcess, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def holds(self, worker: WorkerProcess) -> bool:
+        return worker in self._until
+
+    def freeze(self, worker: WorkerProcess, seconds: float) -> None:
+        os.killpg(worker.pid, signal.SIGSTOP)
+        self._until[worker] = time.monotonic() + seconds
+
+    def thaw(self, *, at_once: bool = False) -> None:
+        """Lets those go whose time has come, or all."""
+        for worker, until in list(self._until.items()):
+            if at_once or time.monotonic() > until:
+                os.killpg(worker.pid, signal.SIGCONT)
+                del self._until[worker]
+
+
 def _torment(
     rng: random.Random,
     broker: PrivateBroker,
     simulator: Simulator,
     workers: list[WorkerProcess],
+    network: FaultProxy,
+    freezer: Freezer,
     feed: Feed,
     say: Callable[[str], None],
 ) -> Counter[str]:
     """Something bad every one to four seconds until all commands are published."""
 
+    def awake() -> WorkerProcess:
+        return rng.choice([worker for worker in workers if not freezer.holds(worker)])
+
     def kill_worker() -> None:
-        worker = rng.choice(workers)
+        worker = awake()
         worker.kill9()
         worker.start()
 
+    def freeze_worker() -> None:
+        """For longer than its calls may take, and at times for longer than the broker believes in it."""
+        if len(freezer) < WORKERS - 2:
+            freezer.freeze(awake(), rng.choice([5, 10, 20, 40, 70]))
+
+    def cut_network() -> None:
+        """One worker's way to the broker carries nothing for a while; then its connections are reset."""
+        network.stall()
+        time.sleep(rng.uniform(0.5, 6))
+        network.reset_all()
+        network.resume()
+
     def restart_worker() -> None:
-        worker = rng.choice(workers)
+        worker = awake()
         worker.sigterm()
         assert worker.wait(40) in (0, 1), worker.last_words()
         worker.start()
@@ -214,6 +263,8 @@ def _torment(
         (3, gateway_down),
         (2, gateway_broken),
         (2, gateway_throttles),
+        (3, freeze_worker),
+        (3, cut_network),
     ]
     weights = [weight for weight, _ in misfortunes]
     events: Counter[str] = Counter()
@@ -224,11 +275,14 @@ def _torment(
         assert feed.failure is None, f"the producer failed: {feed.failure!r}"
         assert time.monotonic() < deadline, f"only {len(feed.sent)} of {feed.total} published in {LONGEST:.0f} s"
         time.sleep(rng.uniform(1, 4))
+        freezer.thaw()
         act = plan.pop() if plan else rng.choices([act for _, act in misfortunes], weights)[0]
         say(f"  {len(feed.sent):>6} published: {act.__name__}")
         act()
         events[act.__name__] += 1
         for worker in workers:
+            if freezer.holds(worker):
+                continue
             assert worker.running, f"a worker ended by itself, with {worker.exit_code}\n{worker.last_words()}"
     return events
 

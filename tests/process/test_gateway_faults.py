@@ -446,7 +446,7 @@ def test_an_outage_longer_than_the_hold_limit_returns_commands(amqp_url: str, pr
     """What waits too long goes to its lane's end as a fresh message: no redelivery counts, its calls stay known."""
 
     settings = {"BREAKER_FAILURES": "3", "BREAKER_COOLDOWN_SECONDS": "60", "BREAKER_MAX_COOLDOWN_SECONDS": "60"}
-    impatient = altered(tmp_path, "import worker.app.dispatch as d; d.LONGEST_HOLD = 1.5")
+    impatient = altered(tmp_path, "import worker.app.dispatch as d; d.LONGEST_WAIT = 1.5")
     with (
         Simulator(always(Fault(code="5009300"))) as gateway,
         working(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="4", **settings, **impatient) as (
@@ -748,6 +748,23 @@ def test_a_broken_merchant_stops_no_cancellation(
         assert sorted(waits)[int(len(waits) * 0.95)] < 2
         assert worker.components()["breaker"] in {"ok", "sweep open", "sweep half-open"}
         assert {event["lane"] for event in worker.events("breaker.opened")} == {"sweep"}
+
+
+def test_what_a_worker_without_a_way_out_holds_goes_to_the_others(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Of two workers one cannot reach the gateway: what it has in hand is expired by the other, soon."""
+
+    nowhere = {"GATEWAY_BASE_URL": f"http://127.0.0.1:{free_port()}/v1.0", "BREAKER_FAILURES": "3"}
+    with (
+        Simulator(Script(latency=0.05)) as gateway,
+        working(amqp_url, prefix, gateway, tmp_path) as (_, producer),
+        WorkerProcess(amqp_url, prefix, gateway, tmp_path, **nowhere) as broken,
+    ):
+        broken.wait_for(lambda: broken.components().get("consumer") == "ok", 30, "it consumes")
+        producer.publish_many(bills("b", 300), sweep_every=1, of=2)
+        broken.wait_for(lambda: broken.events("breaker.opened"), 30, "its breaker opens")
+        producer.collect_all(30)
+        assert statuses(producer.outcomes) == {"expired"}
+        check_books(producer, all_ended=True)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests import builders
 from tests.builders import verdict
 from tests.fakes import FakeClock
-from worker.app.dispatch import LONGEST_HOLD, PAUSE_AFTER, SHARED_HOLD, Dispatcher, Wishes
+from worker.app.dispatch import LONGEST_WAIT, PAUSE_AFTER, SHARED_HOLD, Dispatcher, Wishes
 from worker.core.breaker import Breakers, Pacer, State, Throttle
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes
 from worker.core.ports import Draining, Held
@@ -453,11 +453,22 @@ def test_what_is_held_for_long_goes_back() -> None:
     bench = Bench()
     tasks = bench.offer(SWEEP, "s-1", "s-2")
     bench.fail(SWEEP)
-    bench.clock.sleep(LONGEST_HOLD)
+    bench.clock.sleep(LONGEST_WAIT)
     assert not set(bench.look().give_back) & set(tasks)
     bench.clock.sleep(1.0)
 
     assert [*bench.look().give_back] == [task for task in tasks if not task.probed]
+
+
+def test_what_waits_for_its_turn_for_long_goes_back() -> None:
+    """Under a rate limit so low that the broker would lose its patience, commands go back before it does."""
+
+    bench = Bench(1)
+    bench.offer(SWEEP, "s-1", "s-2")
+    bench.dispatcher.take()
+    bench.clock.sleep(LONGEST_WAIT + 1)
+
+    assert [task.delivery.command_id for task in bench.look().give_back] == ["s-2"]
 
 
 def test_what_is_held_goes_back_early_where_others_work() -> None:
@@ -482,7 +493,7 @@ def test_without_a_way_back_it_is_kept() -> None:
     bench = Bench()
     bench.offer()
     bench.fail()
-    bench.clock.sleep(LONGEST_HOLD + 1)
+    bench.clock.sleep(LONGEST_WAIT + 1)
 
     assert bench.look(ready=False) == Wishes(frozenset({SWEEP}))
 

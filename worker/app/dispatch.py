@@ -26,9 +26,10 @@ PAUSE_AFTER: Final = 1.0
 """Seconds between the opening of a lane's breaker and the end of its consumption; until then full prefetch windows end
 it as well. A quorum queue takes back what is on its way to a consumer that is cancelled, and counts that."""
 FETCH_EVERY: Final = 1.0  # seconds between two requests for a command to probe with, when the queue had none
-LONGEST_HOLD: Final = 600.0
-"""Seconds that a waiting command is kept while its lane is held; then it goes back to the end of its lane. The broker
-closes the channel of a consumer that keeps a delivery for 30 minutes, and counts that against the command."""
+LONGEST_WAIT: Final = 600.0
+"""Seconds that a command waits in hand, for the end of a hold or for its turn under a low rate limit; then it goes back
+to the end of its lane. The broker closes the channel of a consumer that keeps a delivery for 30 minutes."""
+AGE_EVERY: Final = 5.0  # seconds between two looks at how long commands have waited
 SHARED_HOLD: Final = 3.0
 """The same while other processes take commands of the lane: they work, so the trouble is ours."""
 
@@ -99,6 +100,7 @@ class Dispatcher:
         self._recovering: dict[str, int] = {}
         """How many commands of a lane may be in hand until it is held no more and has recovered."""
         self._broken_at: dict[str, float] = {}
+        self._aged_at = 0.0
         self._fetch_at = dict.fromkeys(LANES, 0.0)
         self._fetching: set[str] = set()
         self._probes: deque[Task] = deque()  # chosen, and not with a sender yet
@@ -137,8 +139,9 @@ class Dispatcher:
         self._update()
         if self.draining:
             return Wishes(frozenset(LANES), give_back=self._all_waiting())
-        if not self._broken_at and not self._failed and not self._throttle.holding(now):
+        if not self._broken_at and not self._failed and now < self._aged_at:
             return _NOTHING
+        self._aged_at = now + AGE_EVERY
         fetch = {}
         if ready and self._begun and not self._throttle.holding(now):
             for lane in LANES:
@@ -349,15 +352,13 @@ class Dispatcher:
             self._breakers.record(task.lane, task.answer, now, probe=True)
 
     def _too_long(self, now: float, shared: frozenset[str]) -> Sequence[Task]:
-        """What goes back to its lane: what has waited too long in a hold, and what failed on its own account."""
+        """What goes back to its lane: what has waited too long, and what failed on its own account."""
         back, self._failed = self._failed, []
         for lane in LANES:
-            if self._reason(lane, now) not in ("breaker", "throttled"):
-                continue
-            longest = SHARED_HOLD if lane in shared else LONGEST_HOLD
-            held_since = self._broken_at.get(lane, 0.0)
+            since = self._broken_at.get(lane, now) if lane in shared else 0.0
+            longest = SHARED_HOLD if lane in shared else LONGEST_WAIT
             for task in self._lanes.waiting(lane):
-                if now - max(task.delivery.arrived, held_since if lane in shared else 0.0) > longest:
+                if now - max(task.delivery.arrived, since) > longest:
                     self._lanes.remove(task)
                     back.append(task)
         return back

@@ -24,6 +24,7 @@ from worker.wiring import Client, engine
 DRAINED, FORCED, MISCONFIGURED, REFUSED = 0, 1, 2, 3
 FAILED: Final = 1
 LOOP_SILENT: Final = 15.0  # seconds: a broker loop that has not turned for so long hangs, and only a restart helps
+STANDSTILL: Final = 2.0  # seconds without a look at the worker, which is looked at twice a second
 SENDER_SILENT: Final = 120.0
 """Margin in seconds beyond a round's own bounds after which a sender counts as hung."""
 
@@ -110,7 +111,11 @@ def serve(settings: Settings) -> int:
 def _watch(worker: Worker) -> int:
     """Until a signal asks to stop, or until something happened that only a restart repairs."""
     ready, hangups = False, 0
+    looked = time.monotonic()
     while signals.wait(0.5) == 0:
+        stood_still, looked = time.monotonic() - looked > STANDSTILL, time.monotonic()
+        if stood_still:
+            continue  # the whole process was stopped: its other threads have had no time, either
         code = _trouble(worker)
         if code is not None:
             return code

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.altered import altered
 from tests.ledger import check_books
 from tests.servers import Authority, Peer, answer, serving
 from tests.waiting import wait_until
@@ -44,6 +45,7 @@ def test_a_process_that_was_stopped_loses_no_answer(amqp_url: str, prefix: str, 
 
     settings = {
         **QUICK,
+        **altered(tmp_path, "import worker.service as s; s.LOOP_SILENT = 1.5"),  # what a hung loop is restarted for
         "GATEWAY_READ_TIMEOUT_SECONDS": "1.5",
         "RETRY_BUDGET_SECONDS": "1.5",
         "RETRY_DELAYS_SECONDS": "none",

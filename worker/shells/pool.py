@@ -51,8 +51,9 @@ class Pool:
         self._fibers.soon(self._dispatcher.release)
 
     def longest(self) -> float:
-        """Seconds that the slowest sender has held its command. From any thread."""
-        now = time.monotonic()
+        """Seconds that the slowest sender has held its command, without those in which the process stood still. From
+        any thread."""
+        now = time.monotonic() - self._fibers.frozen
         return now - min(tuple(self._since.values()), default=now)
 
     def _run(self) -> None:
@@ -67,7 +68,7 @@ class Pool:
     def _carry(self, task: Task, probe: bool) -> None:
         """One command in one sender's hands. Not undone in a `finally`: a fiber that is lost while it waits ends there,
         and `longest` must tell of its command."""
-        self._since[task] = time.monotonic()
+        self._since[task] = self._fibers.now()
         self._watch.in_hand(task.lane, 1)
         disposition = self._attempt(task, probe)
         self._watch.in_hand(task.lane, -1)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -257,6 +258,27 @@ def test_a_process_may_have_more_than_a_thousand_files_open(adapter: Any) -> Non
         adapter.close()
 
     assert (bodies, server.connections) == ([b"ok"] * 2, 1)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_process_without_descriptors_says_so(make: Make, host: str) -> None:
+    """That no file may be opened is told apart from a server that is not reached, also where the resolver hides it."""
+    with serving(always(answer(b"{}"))) as server:
+        adapter, url = make(), f"http://{host}:{urlsplit(server.url).port}/"
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+        taken: list[int] = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, highest + 5), hard))
+            with contextlib.suppress(OSError):
+                taken.extend(iter(lambda: os.open(os.devnull, os.O_RDONLY), -1))
+            with pytest.raises(transport.Starved):
+                post(adapter, url)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for number in taken:
+                os.close(number)
+        assert post(adapter, url).status_code == 200
 
 
 def test_close_drops_the_connection_and_the_next_call_makes_another(adapter: Any) -> None:

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.ledger import check_books
 from tests.readme import ROOT
+from tests.worker_process import Producer, WorkerProcess
 from worker.processes import private_directory
+from worker.sandbox.simulator import Script, Simulator
 from worker.shells.http import ListenError
 
 SIGNALS = """
@@ -213,3 +216,28 @@ def test_waiting_ends_when_the_time_is_over() -> None:
     ).communicate(timeout=60)
 
     assert (said, error) == ("0\n", "")
+
+
+class Starving(WorkerProcess):
+    """A worker that may open few files, and cannot raise that."""
+
+    def command(self) -> list[str]:
+        return ["bash", "-c", 'ulimit -n 36 && exec "$0" "$@"', *super().command()]
+
+
+def test_a_worker_without_descriptors_loses_no_attempt(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """64 senders, and files for a few: each of 200 commands is called once and expired; the health port answers."""
+    with (
+        Simulator(Script(latency=0.1)) as gateway,
+        Starving(amqp_url, prefix, gateway, tmp_path, WORKER_CONCURRENCY="64") as worker,
+    ):
+        worker.wait_ready()
+        with Producer(amqp_url, prefix) as producer:
+            producer.publish_many([f"b-{number}" for number in range(200)])
+            worker.wait_for(lambda: worker.events("connection.no_descriptor"), 60, "descriptors to run out")
+            assert worker.get("/livez")[0] == 200
+            producer.collect_all(120)
+            worker.stop()
+            books = check_books(producer, all_ended=True, no_duplicates=True)
+    fates = {(str(each.fields["status"]), int(each.fields["attempts"])) for each in books.outcomes}
+    assert fates == {("expired", 1)}

@@ -29,7 +29,7 @@ from tests.builders import (
     throttled,
 )
 from tests.fakes import Ceiling, FakeClock, FakeGate, FakeGateway, FakeTokens, RecordingObserver
-from worker.app.expire import Expire
+from worker.app.expire import STARVED_SECONDS, Expire
 from worker.core import jakarta
 from worker.core.delivery import Delivery, Message, delayed, receive, returned
 from worker.core.lanes import CANCELLATION, SWEEP
@@ -38,7 +38,7 @@ from worker.core.ports import Draining, Held, TokenUnavailable
 from worker.core.retry import RetryPolicy, Round
 from worker.core.settlement import Delay, Disposition, Entry, GiveBack, Hold, Report, Tag, TakenBack, Task
 from worker.core.topology import Names
-from worker.core.verdict import Kind, NoReply, Reply
+from worker.core.verdict import Kind, NoReply, Reply, judge
 
 LAST_ROUND = {"qris-round": 3}
 """Headers of a command whose delayed rounds are used up."""
@@ -111,6 +111,26 @@ def next_round(message: Message) -> Delivery:
     """The delivery of a message that we published."""
     properties = Properties(message_id=message.properties["message_id"], headers=message.properties["headers"])
     return receive("cancellation", message.body, properties, redelivered=False, epoch=NOON + 30, monotonic=1_030.0)
+
+
+STARVED = NoReply(False, "Too many open files", starved=True)
+
+
+@pytest.mark.parametrize("at", ["call", "token"])
+def test_a_process_without_descriptors_costs_the_command_nothing(at: str) -> None:
+    """What could not even connect is no attempt and no failure for the breaker; the command stays at the front."""
+    failure = TokenUnavailable(judge(STARVED), answer=STARVED)
+    bench = Bench(STARVED, SUCCESS) if at == "call" else Bench(failures=[failure, None])
+    command = task()
+
+    assert isinstance(bench(command), Hold)
+    assert bench.gate.slept == [STARVED_SECONDS]
+    assert (command.delivery.progress.attempts, command.delivery.progress.external_ids) == (0, [])
+    assert (bench.gate.recorded, bench.observer.attempts) == ([], [])
+
+    outcome = bench.outcome(command)
+    assert (outcome.status, outcome.attempts, len(outcome.external_ids)) == (Status.EXPIRED, 1, 1)
+    assert not outcome.effect_unknown
 
 
 def test_success() -> None:

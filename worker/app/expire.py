@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, assert_never, cast
+from typing import Final, NoReturn, assert_never, cast
 
 from tenacity import RetryCallState, Retrying, retry_if_result
 
@@ -30,6 +30,7 @@ from worker.core.settlement import Delay, Disposition, GiveBack, Hold, Report, T
 from worker.core.signing import Sign
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 
+STARVED_SECONDS: Final = 0.1  # between two tries of a command for which there was no descriptor
 TOKEN_AT_HAND: Final = 0.1  # seconds: a token that took longer was fetched, and other senders waited for it too
 
 
@@ -159,6 +160,8 @@ class Expire:
         try:
             token = self._tokens.get()
         except TokenUnavailable as failure:
+            if _starved(failure.answer):
+                self._hold_starved(job, started)
             job.round.calls += 1
             job.shared_failure = failure.shared
             return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared, token=True)
@@ -173,6 +176,10 @@ class Expire:
         progress.sent(signed.external_id)
         started = self._clock.monotonic()
         answer = self._gateway.send(signed)
+        if _starved(answer):
+            progress.unsent()
+            job.round.calls -= 1
+            self._hold_starved(job, started)
         verdict = judge(answer)
         if verdict.kind is Kind.TOKEN:
             self._tokens.refused(token.generation)
@@ -183,6 +190,13 @@ class Expire:
         progress.effect_unknown |= verdict.effect_unknown
         progress.last_code = verdict.code
         return self._judged(job, verdict, signed, answer, started)
+
+    def _hold_starved(self, job: _Job, started: float) -> NoReturn:
+        """This process had no descriptor for a connection: that costs the command nothing, and a little later it may be
+        different."""
+        self._gate.sleep(STARVED_SECONDS)
+        job.round.waited(self._clock.monotonic() - started)
+        raise Held(outage=False)
 
     def _enter(self, job: _Job, *, paced: bool) -> None:
         """Returns when the call may begin; the wait for a slot is no part of the round's budget, even when a hold
@@ -360,6 +374,10 @@ def _final_reason(job: _Job, verdict: Verdict) -> Reason:
     if verdict.reason is Reason.NOT_FOUND and job.task.delivery.progress.effect_unknown:
         return Reason.NOT_FOUND_AFTER_UNKNOWN_EFFECT
     return verdict.reason
+
+
+def _starved(answer: Reply | NoReply | None) -> bool:
+    return isinstance(answer, NoReply) and answer.starved
 
 
 def _no_call_follows(state: RetryCallState) -> bool:

@@ -80,6 +80,11 @@ class Progress:
         self.external_ids.append(external_id)
         del self.external_ids[:-MAX_EXTERNAL_IDS]
 
+    def unsent(self) -> None:
+        """The call that was told last did not go out."""
+        self.attempts -= 1
+        self.external_ids.pop()
+
 
 class Message(NamedTuple):
     """What is to be published: persistent, mandatory, confirmed. ``properties`` are AMQP's basic properties."""

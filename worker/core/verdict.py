@@ -52,10 +52,14 @@ class Reply(NamedTuple):
 
 
 class NoReply(NamedTuple):
-    """It did not. ``sent`` says whether it may have seen the request; ``error`` is for people."""
+    """It did not. ``sent`` says whether it may have seen the request; ``error`` is for people.
+
+    ``starved``: this process had no descriptor for a connection, so there was no call at all.
+    """
 
     sent: bool
     error: str
+    starved: bool = False
 
 
 class Verdict(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 import requests
+import structlog
 from requests.adapters import BaseAdapter
 from requests.utils import should_bypass_proxies
 
@@ -23,7 +24,7 @@ from worker.core.ports import TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.urls import is_loopback
 from worker.core.verdict import NoReply, Reply, printable, read
-from worker.shells.transport import BoundedAdapter, NotSent, Proxy
+from worker.shells.transport import BoundedAdapter, NotSent, Proxy, Starved
 
 COMMON_HEADERS: Final = {
     # The default rules of AWS WAF refuse a request without one.
@@ -32,7 +33,11 @@ COMMON_HEADERS: Final = {
     "Accept-Encoding": "identity",
 }
 _TOKEN_BODY: Final = b'{"grantType":"client_credentials"}'
+STARVED_EVERY: Final = 60.0  # seconds between two log lines about missing descriptors
 _SKEW_EVERY: Final = 5.0  # seconds between two readings of the Date header: parsing it costs as much as the signature
+
+
+log = structlog.get_logger()
 
 
 class ExchangeObserver(Protocol):
@@ -74,6 +79,7 @@ class GatewayClient:
         self._secrets = secrets
         self._free: list[_Session] = []
         self._skew_read_at = float("-inf")
+        self._starved_told_at = float("-inf")
 
     def send(self, request: SignedRequest) -> Reply | NoReply:
         """One expire call."""
@@ -101,6 +107,16 @@ class GatewayClient:
         while self._free:
             self._free.pop().close()
 
+    def _tell_starved(self) -> None:
+        now = time.monotonic()
+        if now - self._starved_told_at > STARVED_EVERY:
+            self._starved_told_at = now
+            log.warning(
+                "connection.no_descriptor",
+                reason="this process may open no more files; commands wait, and no attempt is counted",
+                action="raise the limit of open files (ulimit -n, LimitNOFILE=), or lower WORKER_CONCURRENCY",
+            )
+
     def _post(self, url: str, headers: dict[str, str], body: bytes) -> Reply | NoReply:
         prepared = requests.PreparedRequest()
         prepared.method, prepared.url, prepared.body = "POST", url, body
@@ -111,6 +127,9 @@ class GatewayClient:
         try:
             # The adapter directly: `Session.send` would add hooks, cookies, redirects and a clock of its own.
             response = session.adapter.send(prepared, timeout=timeout)
+        except Starved as error:
+            self._tell_starved()
+            return NoReply(False, printable(str(error)), starved=True)
         except NotSent as error:
             return NoReply(False, printable(str(error)))
         except requests.RequestException as error:

@@ -139,6 +139,10 @@ class NotSent(exceptions.ConnectionError):
     """No connection was made, or the request cannot be put into HTTP: the server saw nothing of it."""
 
 
+class Starved(NotSent):
+    """This process may open no more files, so there was no call."""
+
+
 class Lost(exceptions.ConnectionError):
     """The request went out, at least in part, and no complete answer came back."""
 
@@ -247,7 +251,8 @@ class BoundedAdapter(BaseAdapter):
             if self._proxy is not None:
                 self._tunnel(raw, host, port, deadline)
         except (OSError, UnicodeError, NotHttp) as error:
-            raise NotSent(f"no connection to {host}:{port}{via}: {describe(error)}") from None
+            kind = Starved if isinstance(error, OSError) and _starved(error) else NotSent
+            raise kind(f"no connection to {host}:{port}{via}: {describe(error)}") from None
         try:
             return self._secured(raw, host.rstrip("."), deadline)
         except (OSError, ValueError) as error:
@@ -565,6 +570,19 @@ def dial(host: str, port: int, deadline: float, waiting: Waiting = BLOCKING) -> 
         else:
             return raw
     raise failure
+
+
+def _starved(error: OSError) -> bool:
+    """Whether descriptors are what was missing. The resolver says something else then, so one is tried."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    if not isinstance(error, socket.gaierror):
+        return False
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as another:
+        return another.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def _connect(raw: socket.socket, address: Any, deadline: float, waiting: Waiting) -> None:

@@ -12,6 +12,7 @@ import structlog
 
 from worker import __version__, signals
 from worker.core import diagnosis
+from worker.core.condition import is_fine
 from worker.core.ports import TokenUnavailable
 from worker.core.verdict import Kind, NoReply
 from worker.processes import SOCKET_VARIABLE
@@ -53,7 +54,7 @@ class Worker:
     def ready(self) -> Health:
         """Whether commands are being taken."""
         components = self.engine.status()
-        return Health(all(state == "ok" for state in components.values()), components)
+        return Health(all(map(is_fine, components.values())), components)
 
     def scrape(self) -> bytes:
         """The metrics."""

@@ -146,8 +146,12 @@ class Dispatcher:
         if ready and self._begun and not self._throttle.holding(now):
             for lane in LANES:
                 missing = self._probe(lane, now)
-                if missing and now >= self._fetch_at[lane] and lane not in self._fetching:
-                    self._fetch_at[lane] = now + FETCH_EVERY
+                if not missing or now < self._fetch_at[lane]:
+                    continue
+                self._fetch_at[lane] = now + FETCH_EVERY
+                if lane in self._fetching:  # a queue without its quorum answers nothing: what is in hand has to do
+                    self._probe(lane, now, again=True)
+                else:
                     self._fetching.add(lane)
                     fetch[lane] = missing
         paused = frozenset(lane for lane, since in self._broken_at.items() if now - since > PAUSE_AFTER)

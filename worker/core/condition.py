@@ -50,6 +50,11 @@ class Level(IntEnum):
     TROUBLE = 3  # it does not work, and somebody must act
 
 
+def is_fine(state: object) -> bool:
+    """Whether a component of `/readyz` works: "ok", or "ok, but ..." where it has something to tell."""
+    return str(state).partition(",")[0] == "ok"
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """A worker process and its components as `/readyz` has them: "ok", or what is wrong; `detail` when it is silent."""
@@ -60,7 +65,7 @@ class Process:
     def wrong(self, component: str) -> str:
         """What is wrong with this component, "" when nothing is."""
         state = self.components.get(component, "ok")
-        return "" if state == "ok" else state
+        return "" if is_fine(state) else state
 
 
 @dataclass(frozen=True, slots=True)

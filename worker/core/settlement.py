@@ -382,8 +382,10 @@ class Desk:
                 assert_never(disposition)
 
     def confirmed(self, task: Task, disposition: Disposition) -> Settled | None:
-        """One message of its orders is confirmed; None before the last."""
+        """One message of its orders is confirmed; None before the last, and when it was abandoned meanwhile."""
         assert task.entry is not None
+        if task.entry not in self._tasks:
+            return None
         tags = self._ledger.confirmed(task.entry)
         if task.entry.unconfirmed:
             return None
@@ -391,9 +393,11 @@ class Desk:
         return Settled(task, disposition, tags)
 
     def abandon(self, task: Task) -> Sequence[Tag]:
-        """We do not settle it; its deliveries (returned) are the broker's to give again."""
+        """We do not settle it; its deliveries (returned) are the broker's to give again. None when it was abandoned
+        before."""
         assert task.entry is not None
-        del self._tasks[task.entry]
+        if self._tasks.pop(task.entry, None) is None:
+            return ()
         return self._ledger.abandon(task.entry)
 
     def channel_lost(self, channel: int) -> None:

@@ -21,6 +21,11 @@ OnDelivery = Callable[[str, Tag, bool, Any, bytes], None]
 
 SHARED_EVERY: Final = 1.0  # seconds between two looks whether others consume a paused lane
 WAITING_EVERY: Final = 5.0  # seconds between two looks at how many commands wait in a lane
+SINGLE_SECONDS: Final = 1.0
+"""How long a paused lane is consumed for single commands where basic.get is refused: that has no answer for "empty"."""
+LOCKED: Final = 405
+"""The reply code for basic.get on a quorum queue with a single active consumer."""
+MISSING: Final = 404
 
 
 class _Lane:
@@ -36,15 +41,18 @@ class _Lane:
         self.consuming = False
         self.shared = False  # others consume the queue while we do not
         self.asked_at = 0.0
+        self.asking = False
         self.fetching: _Fetch | None = None
+        self.cancelled = False  # by the broker
 
 
 @dataclass(slots=True)
 class _Fetch:
-    """A request for single commands of a paused lane."""
+    """A request for single commands of a paused lane. ``tag``: of the consumer that brings them, if one does."""
 
     left: int
     done: Callable[[], None]
+    tag: str | None = None
 
 
 class Consumer:
@@ -69,6 +77,7 @@ class Consumer:
         self._lanes: dict[str, _Lane] = {}
         self._by_number: dict[int, _Lane] = {}
         self._paused: frozenset[str] = frozenset()
+        self._without_get: set[str] = set()  # lanes whose queue refuses basic.get
         self.acks = dict.fromkeys(queues, 0)
         """Deliveries acked so far, by lane."""
         self.waiting = dict.fromkeys(queues, 0)
@@ -115,14 +124,15 @@ class Consumer:
                 self._cancel(lane)
             elif lane.consumer_tag is None:
                 lane.shared = False
+                self._fetched(lane)
                 self._consume(lane)
 
     def tick(self, now: float) -> None:
         """Looks how many commands wait, and whether others consume what we do not."""
         for lane in self._lanes.values():
             every = SHARED_EVERY if lane.lane in self._paused else WAITING_EVERY
-            if lane.channel.is_open and now - lane.asked_at > every:
-                lane.asked_at = now
+            if lane.channel.is_open and not lane.asking and now - lane.asked_at > every:
+                lane.asked_at, lane.asking = now, True
                 lane.channel.queue_declare(
                     lane.queue, passive=True, callback=self._guard(lambda frame, each=lane: self._told(each, frame))
                 )
@@ -133,8 +143,11 @@ class Consumer:
         if found is None or not found.channel.is_open or found.fetching is not None:
             done()
             return
-        found.fetching = _Fetch(count, done)
-        self._get(found)
+        fetch = found.fetching = _Fetch(count, done)
+        if lane in self._without_get:
+            self._consume_single(found, fetch)
+        else:
+            self._get(found)
 
     def settle(self, tag: Tag) -> None:
         """The delivery may be acked at the next `flush`; nothing when its channel is gone."""
@@ -147,6 +160,11 @@ class Consumer:
         """Back to the queue as a failed delivery: every version of RabbitMQ counts it up to the delivery limit. (Since
         4.3 `basic.nack` does not count.)"""
         self._back(tag, lambda channel: channel.basic_reject(tag.number, requeue=True))
+
+    def park(self, tag: Tag) -> None:
+        """To the dead letters, by the broker itself. Only for lanes that have a dead-letter exchange: without one, the
+        broker drops it."""
+        self._back(tag, lambda channel: channel.basic_reject(tag.number, requeue=False))
 
     def give_back(self, tag: Tag) -> None:
         """Back to the queue unharmed: RabbitMQ does not count `basic.nack` since 4.3."""
@@ -180,26 +198,49 @@ class Consumer:
             if self._link is not None:
                 self._link.proven()
 
-        tag = lane.consumer_tag = lane.channel.basic_consume(
-            lane.queue,
-            self._guard(
-                lambda _, method, properties, body: self._on_delivery(
-                    lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body
-                )
-            ),
-            callback=self._guard(proven),
-        )
+        tag = lane.consumer_tag = self._begin(lane, self._prefetch[lane.lane], lambda: None, proven)
+
+    def _begin(self, lane: _Lane, prefetch: int, each: Callable[[], None], proven: Callable[[Any], None]) -> str:
+        """A consumer with a prefetch of its own; returns its tag. ``each`` is called after each delivery."""
+
+        def delivered(_: Any, method: Any, properties: Any, body: bytes) -> None:
+            self._on_delivery(lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body)
+            each()
+
+        lane.channel.basic_qos(prefetch_count=prefetch)
+        return str(lane.channel.basic_consume(lane.queue, self._guard(delivered), callback=self._guard(proven)))
 
     def _cancel(self, lane: _Lane) -> None:
         tag, lane.consumer_tag = lane.consumer_tag, None
         lane.consuming = False
         if tag is not None:
+            self._end(lane, tag)
+
+    def _end(self, lane: _Lane, tag: str) -> None:
+        if lane.channel.is_open:
             lane.channel.basic_cancel(tag, callback=self._guard(lambda _: None))
             # pika 1.4 would reject what comes before the broker's answer: each a redelivery that counts up to the
             # delivery limit, and a gap that acks cannot be joined over. Its mark is private; a test guards this.
             lane.channel._cancelled.discard(tag)
 
+    def _consume_single(self, lane: _Lane, fetch: _Fetch) -> None:
+        """Like `_get`, by a consumer whose prefetch is what is wanted, ended when that came or after a while."""
+
+        def end() -> None:
+            if lane.fetching is fetch:
+                self._fetched(lane)
+
+        def delivered() -> None:
+            fetch.left -= 1
+            if fetch.left <= 0:
+                end()
+
+        fetch.tag = self._begin(lane, fetch.left, delivered, lambda _: None)
+        if self._link is not None:
+            self._link.later(SINGLE_SECONDS, end)
+
     def _told(self, lane: _Lane, frame: Any) -> None:
+        lane.asking = False
         self.waiting[lane.lane] = frame.method.message_count
         lane.shared = lane.lane in self._paused and frame.method.consumer_count > 0
 
@@ -227,6 +268,8 @@ class Consumer:
     def _fetched(self, lane: _Lane) -> None:
         fetch, lane.fetching = lane.fetching, None
         if fetch is not None:
+            if fetch.tag is not None:
+                self._end(lane, fetch.tag)
             fetch.done()
 
     def _cancelled(self, lane: _Lane) -> None:
@@ -234,9 +277,32 @@ class Consumer:
         # brokers keep the consumer suspended until its channel goes: only a new connection is certain to work.
         lane.consumer_tag = None
         lane.consuming = False
+        lane.cancelled = True
+        # RabbitMQ does not say which of the two it was; where the queue is gone, it answers by closing the channel.
+        lane.channel.queue_declare(lane.queue, passive=True, callback=self._guard(lambda _: self._timed_out(lane, "")))
+
+    def _timed_out(self, lane: _Lane, said: str) -> None:
+        """The broker has taken back all that this consumer held, because it held a command for too long: with a
+        basic.cancel since 4.3, by closing the channel before."""
+        log.error(
+            "consumer.timeout",
+            lane=lane.lane,
+            queue=lane.queue,
+            reason=said or "the broker cancelled the consumer of a queue that exists: a command was held for too long",
+            action="raise the broker's consumer_timeout (30 minutes by default), or find what held the command",
+        )
         if self._link is not None:
-            self._link.bounce(f"the broker cancelled the consumer of {lane.queue}")
+            self._link.bounce(f"consumer timeout of {lane.queue}: the broker has taken back what it held for too long")
 
     def _closed(self, lane: _Lane, reason: Any) -> None:
-        if self._link is not None and self._link.up:
-            self._link.bounce(f"channel of {lane.queue} closed: {getattr(reason, 'reply_text', reason)}")
+        if self._link is None or not self._link.up:
+            return
+        code, said = getattr(reason, "reply_code", None), str(getattr(reason, "reply_text", reason))
+        if code == LOCKED and lane.fetching is not None:
+            self._without_get.add(lane.lane)
+        if lane.cancelled and code == MISSING:
+            self._link.bounce(f"the broker cancelled the consumer of {lane.queue}, which is gone: {said}")
+        elif "delivery acknowledgement" in said and "timed out" in said:
+            self._timed_out(lane, said)
+        else:
+            self._link.bounce(f"channel of {lane.queue} closed: {said}")

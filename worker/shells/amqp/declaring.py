@@ -14,7 +14,8 @@ from worker.shells.amqp.steps import declarations, lookups
 
 class Declaring:
     """One run on a channel of its own, which the broker closes at the first thing that does not fit (a 404 or 406
-    closes a channel). ``on_done(None)``, or ``on_done(what is wrong)``; exactly one call unless the connection dies.
+    closes a channel). ``on_done(None)``, or ``on_done(what is wrong)`` with the broker's reply code in `code`; exactly
+    one call unless the connection dies.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Declaring:
         on_done: Callable[[str | None], None],
         guard: Callable[..., Callable[..., None]],
     ) -> None:
+        self.code: int | None = None
         self._steps = declarations(topology) if declare else lookups(topology)
         self._on_done = on_done
         self._guard = guard
@@ -60,5 +62,5 @@ class Declaring:
             self._connection.ioloop.call_later(0, self._guard(self._all_done))
         elif not self._finished:
             self._finished = True
-            said, code = getattr(reason, "reply_text", reason), getattr(reason, "reply_code", None)
-            self._on_done(f"{self._doing}: {said}{remedy(code, str(said))}")
+            said, self.code = getattr(reason, "reply_text", reason), getattr(reason, "reply_code", None)
+            self._on_done(f"{self._doing}: {said}{remedy(self.code, str(said))}")

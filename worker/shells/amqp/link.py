@@ -74,6 +74,11 @@ class Link:
         return self._connection is not None and bool(self._connection.is_open)
 
     @property
+    def connection(self) -> Any:
+        """pika's, while it is there."""
+        return self._connection
+
+    @property
     def closed(self) -> bool:
         """Whether it was closed for good."""
         return self._closing and self._connection is None
@@ -129,6 +134,10 @@ class Link:
         self.trouble = reason
         log.warning("broker.bounce", link=self.name, reason=reason)
         self._hang_up(reason)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Calls it on the loop after so many seconds."""
+        self._loop.call_later(seconds, self._guard(callback))
 
     def close(self) -> None:
         """Closes for good, after what was written. One that is still being opened is left to the end of the process:

@@ -122,8 +122,13 @@ class Publisher(Generic[S]):
 
     @property
     def idle(self) -> bool:
-        """Whether everything is confirmed."""
-        return not len(self)
+        """Whether all that the broker takes is confirmed."""
+        return len(self) == len(self._aside)
+
+    @property
+    def refused(self) -> int:
+        """Publications set aside."""
+        return len(self._aside)
 
     @property
     def stuck(self) -> bool:
@@ -137,7 +142,7 @@ class Publisher(Generic[S]):
             return ""
         publication, reason = next(iter(self._aside.items()))
         others = f" and {len(self._aside) - 1} more" if len(self._aside) > 1 else ""
-        return f"the broker refuses {_named(publication.message)}{others} ({reason}); it is tried again"
+        return f"the broker refuses {named(publication.message)}{others} ({reason}); it is tried again"
 
     def __len__(self) -> int:
         """Publications without their confirm, sent or not."""
@@ -343,7 +348,7 @@ class Publisher(Generic[S]):
         self._aside_wait = ASIDE_FIRST if publication.tries == 1 else min(ASIDE_LONGEST, self._aside_wait * 2)
         self._aside_at = time.monotonic() + self._aside_wait
         self._aside[publication] = why
-        log.error("publish.set_aside", message=_named(publication.message), reason=why, tries=publication.tries)
+        log.error("publish.set_aside", message=named(publication.message), reason=why, tries=publication.tries)
 
     def _again(self, publication: Publication[S]) -> None:
         self._delayed -= 1
@@ -371,7 +376,7 @@ def _refusal(reason: object) -> str | None:
     return None
 
 
-def _named(message: Message) -> str:
+def named(message: Message) -> str:
     """A message as people find it."""
     to = f"{message.exchange} {message.routing_key}" if message.exchange else message.routing_key
     return f"message {text(message.properties.get('message_id', ''))[:64]!r} to {to}"

@@ -11,6 +11,7 @@ import pika
 import structlog
 
 from worker.core.settlement import Acks, Tag
+from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.link import Guard, Link
 
 log = structlog.get_logger()
@@ -25,7 +26,6 @@ SINGLE_SECONDS: Final = 1.0
 """How long a paused lane is consumed for single commands where basic.get is refused: that has no answer for "empty"."""
 LOCKED: Final = 405
 """The reply code for basic.get on a quorum queue with a single active consumer."""
-MISSING: Final = 404
 
 
 class _Lane:

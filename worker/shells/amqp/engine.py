@@ -40,7 +40,7 @@ from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.consumer import Consumer
 from worker.shells.amqp.declaring import Declaring
-from worker.shells.amqp.errors import ACCESS_REFUSED
+from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher, named
 from worker.shells.fibers import Fibers
@@ -349,10 +349,7 @@ class Engine:
             self._looking = None
             if wrong is None:
                 self._vanished = ""
-            elif look.code == ACCESS_REFUSED:  # RabbitMQ wants the right to configure for it since 4.3
-                self._look_at = float("inf")
-                self._log.warning("topology.unseen", reason=wrong)
-            else:
+            elif look.code == MISSING:
                 if wrong != self._vanished:
                     self._log.error("topology.vanished", reason=wrong)
                 self._vanished = wrong

@@ -18,6 +18,7 @@ from pika.exceptions import (
 )
 
 ACCESS_REFUSED: Final = 403
+MISSING: Final = 404
 NOT_ALLOWED: Final = 530  # also a virtual host that does not exist
 
 _QUOTED = re.compile(r"'[^']*'")

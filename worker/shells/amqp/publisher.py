@@ -21,6 +21,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionClosedBy
 
 from worker.core.delivery import Message, text
 from worker.core.settlement import Confirms
+from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.errors import reason as reason_of
 from worker.shells.amqp.link import Guard, Link
 
@@ -40,8 +41,6 @@ ASIDE_FIRST: Final = 10.0
 ASIDE_LONGEST: Final = 60.0
 """Seconds from one try of what is set aside to the next, doubling: each refusal costs a channel. One is tried at a
 time, and when that is taken, all are."""
-MISSING: Final = 404
-"""The reply code for an exchange that does not exist."""
 FORCED: Final = 320
 """The reply code with which an operator or a broker that stops closes a connection: no publication is meant."""
 

@@ -115,10 +115,10 @@ BREAKS: dict[Policy, list[tuple[str, str, Any]]] = {
     ],
     policies.scaling_respects_prefetch_and_partner: [
         (SCALED, "spec/triggers/0/metadata/value", "64"),
-        (SCALED, "spec/maxReplicaCount", 6),
         (SCALED, "spec/minReplicaCount", 0),
         (SETTINGS, "data/GATEWAY_MAX_REQUESTS_PER_SECOND", "0"),
-        (SETTINGS, "data/WORKER_PROCESSES", "2"),
+        (SETTINGS, "data/GATEWAY_MAX_REQUESTS_PER_SECOND", "101"),
+        (SETTINGS, "data/WORKER_PROCESSES", "8"),
     ],
     policies.jobs_end: [
         (CRON, f"{JOB}/template/spec/restartPolicy", "Always"),

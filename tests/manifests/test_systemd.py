@@ -7,11 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.manifests.rendering import K8S
+from tests.monitoring.metrics import FOREIGN
+from tests.scrapes import values
 from tests.worker_process import Producer, WorkerProcess
 from worker.cli import read
 from worker.processes import MARGIN_SECONDS
@@ -41,7 +44,9 @@ def analyze(directory: Path, *arguments: str, change: tuple[str, str] = ("", "")
     if tool is None:
         pytest.skip("UNITS NOT VERIFIED: no systemd-analyze here; install systemd")
     for path in UNITS.glob("qris-expire*.[st]*"):
-        text = re.sub(r"(?<=^Exec)(Start|StartPre)=\S+", r"\1=/bin/true", path.read_text(), flags=re.MULTILINE)
+        text = re.sub(
+            r"(?<=^Exec)(Start|StartPre|StopPost)=(?:\+)?\S+", r"\1=/bin/true", path.read_text(), flags=re.MULTILINE
+        )
         (directory / path.name).write_text(text.replace(*change) if change[0] else text)
     return subprocess.run([tool, *arguments], cwd=directory, capture_output=True, text=True, timeout=60, check=False)
 
@@ -60,6 +65,40 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     assert "Restartt" in verify(tmp_path, ("Restart=", "Restartt="))
     assert "exce" in verify(tmp_path, ("Type=exec", "Type=exce"))
     assert "Jakata" in verify(tmp_path, ("Asia/Jakarta", "Asia/Jakata"))
+
+
+def sweep_metrics(directory: Path, event: str, **result: str) -> dict[str, float]:
+    """What the node exporter finds after the sweep's unit has told this."""
+    environment = {"PATH": os.environ["PATH"], "TEXTFILE_DIRECTORY": str(directory), **result}
+    subprocess.run([UNITS / "qris-expire-sweep-metrics", event], env=environment, timeout=60, check=True)
+    return values((directory / "qris-expire-sweep.prom").read_text())
+
+
+def test_the_sweep_tells_its_times(tmp_path: Path) -> None:
+    """Start, end, last success and exit code are there for the node exporter; a failure keeps the last success."""
+
+    told = "qris_expire_sweep_"
+    began = int(time.time())
+    started = sweep_metrics(tmp_path, "start")
+    assert set(started) == {f"{told}last_start_timestamp_seconds"}
+    well = sweep_metrics(tmp_path, "end", SERVICE_RESULT="success", EXIT_STATUS="0")
+    assert well[f"{told}exit_code"] == 0
+    assert well[f"{told}last_success_timestamp_seconds"] == well[f"{told}last_end_timestamp_seconds"] >= began
+    assert set(well) <= FOREIGN
+    sweep_metrics(tmp_path, "start")
+    failed = sweep_metrics(tmp_path, "end", SERVICE_RESULT="exit-code", EXIT_STATUS="2")
+    assert failed[f"{told}exit_code"] == 2
+    assert failed[f"{told}last_success_timestamp_seconds"] == well[f"{told}last_success_timestamp_seconds"]
+    killed = sweep_metrics(tmp_path, "end", SERVICE_RESULT="timeout", EXIT_STATUS="TERM")
+    assert killed[f"{told}exit_code"] == 255
+
+
+def test_the_unit_of_the_sweep_tells_its_times() -> None:
+    """The unit calls what tells them, before anything else and whatever becomes of the sweep."""
+
+    sweep = unit("qris-expire-sweep.service")
+    assert sweep["ExecStartPre"][0] == "+/usr/local/libexec/qris-expire-sweep-metrics start"
+    assert sweep["ExecStopPost"] == ["+/usr/local/libexec/qris-expire-sweep-metrics end"]
 
 
 @pytest.mark.parametrize("name", SERVICES)

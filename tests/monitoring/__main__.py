@@ -1,6 +1,6 @@
 """Makes what is made from sources, and shows it.
 
-python -m tests.monitoring generate   k8s/base/prometheusrule.yaml and k8s/base/dashboard.json
+python -m tests.monitoring generate   PrometheusRule, AlertmanagerConfig and dashboard.json in k8s/base
 python -m tests.monitoring cases      the alerts' test cases, as files for `promtool test rules`
 python -m tests.monitoring pages      the status page in five situations
 python -m tests.monitoring picture    the dashboard, drawn from a load with faults on real servers
@@ -39,7 +39,8 @@ def main() -> int:
         case "generate":
             rules.MANIFEST.write_text(rules.manifest(wish.prefix, wish.runbooks, wish.dashboard))
             dashboard.write(prefix=wish.prefix, runbooks=wish.runbooks)
-            print(f"{rules.MANIFEST}\n{dashboard.MANIFEST}")
+            rules.ALERTMANAGER_MANIFEST.write_text(rules.alertmanager_manifest())
+            print(f"{rules.MANIFEST}\n{rules.ALERTMANAGER_MANIFEST}\n{dashboard.MANIFEST}")
         case "cases":
             for path in write_cases(wish.directory):
                 print(path)

@@ -152,6 +152,43 @@ def test_example_configurations() -> None:
         assert receiver in told.splitlines()
 
 
+def test_the_alertmanagerconfig_is_up_to_date() -> None:
+    """Making the AlertmanagerConfig again gives the same bytes; if not: python -m tests.monitoring generate."""
+
+    assert rules.ALERTMANAGER_MANIFEST.read_text() == rules.alertmanager_manifest()
+
+
+def test_the_alertmanagerconfig_says_what_the_example_says() -> None:
+    """Every route, matcher, inhibition and receiver of the example is there, and each webhook comes from the Secret."""
+
+    example = yaml.safe_load(rules.ALERTMANAGER.read_text())
+    spec = yaml.safe_load(rules.ALERTMANAGER_MANIFEST.read_text())["spec"]
+
+    def text(matchers: list[dict[str, str]]) -> list[str]:
+        return [f'{each["name"]}{each["matchType"]}"{each["value"]}"' for each in matchers]
+
+    def patterns(matchers: list[str]) -> list[str]:
+        return [re.sub(r'^(\w+)="', r'\1=~"', each) for each in matchers]
+
+    assert [
+        (text(rule["sourceMatch"]), text(rule["targetMatch"]), rule.get("equal")) for rule in spec["inhibitRules"]
+    ] == [
+        (patterns(rule["source_matchers"]), patterns(rule["target_matchers"]), rule.get("equal"))
+        for rule in example["inhibit_rules"]
+    ]
+    assert [(route["receiver"], text(route["matchers"])) for route in spec["route"]["routes"]] == [
+        (route["receiver"], patterns(route["matchers"])) for route in example["route"]["routes"]
+    ]
+    assert [receiver["name"] for receiver in spec["receivers"]] == [each["name"] for each in example["receivers"]]
+    keys = {each["urlSecret"]["key"] for one in spec["receivers"] for each in one.get("webhookConfigs", [])}
+    (secret,) = (
+        each
+        for each in yaml.safe_load_all((rules.ROOT / "k8s" / "secrets.example.yaml").read_text())
+        if each["metadata"]["name"] == "qris-expire-alerts"
+    )
+    assert keys == set(secret["stringData"])
+
+
 def test_inhibitions_name_alerts() -> None:
     """Whatever silences and whatever is silenced exists."""
 

@@ -839,7 +839,7 @@ def test_second_sweep_of_a_batch_waits_for_nobody(desk: Desk) -> None:
 
         assert (second.returncode, f"process {process.pid}" in second.stderr) == (1, True)
         assert (looked.returncode, "3 bills wait for an outcome" in looked.stdout) == (0, True)
-        assert f"3 commands wait in {desk.names.queue('sweep')}" in looked.stdout
+        assert f"3 commands in {desk.names.queue('sweep')}" in looked.stdout
 
 
 def test_batch_is_followed_by_one_host(desk: Desk, declared: Rabbit) -> None:

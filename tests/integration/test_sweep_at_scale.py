@@ -82,6 +82,42 @@ def test_hundred_thousand_bills_interrupted_twice(tmp_path: Path, amqp_url: str,
     assert used < MEMORY_KIB
 
 
+def test_merchant_of_a_later_batch_does_not_wait_for_the_earlier_one(
+    tmp_path: Path, amqp_url: str, prefix: str, rabbit: Rabbit
+) -> None:
+    """Its 100 bills, behind 2,000 of another merchant in the file, are done within twice the time that they take when
+    that batch is alone, though a batch of 40,000 has begun before."""
+
+    desk = Desk(tmp_path, amqp_url, prefix)
+    rows = [f"{number:08d},BIG" for number in range(50_000, 52_000)] + [f"{number:08d},FEW" for number in range(100)]
+    (tmp_path / "later.csv").write_text("\n".join(["billnumber,merchantId", *rows, ""]))
+    early = desk.file(40_000, "early.csv", first=100_000)
+
+    def seconds(batch: str) -> float:
+        """Until the merchant with few bills is done, from the start of the program."""
+        began = time.monotonic()
+        with desk.calling("sweep", "later.csv", "--wait", "--batch-id", batch) as process:
+            query = "SELECT count(*) FROM bills WHERE merchant = 'FEW' AND status IS NOT NULL"
+            wait_until(lambda: desk.fact(batch, query) == 100, 120, "100 bills")
+            took = time.monotonic() - began
+            assert process.wait(120) == 0
+        rabbit.delete_queue(inbox_name(desk.names, batch))
+        return took
+
+    with Simulator(Script.parse({"latency": 0.002})) as gateway, worker(desk, gateway, WORKER_CONCURRENCY="32") as it:
+        it.wait_ready()
+        alone = [seconds(f"alone-{turn}") for turn in range(ROUNDS)]
+        with desk.calling("sweep", early, "--wait", "--batch-id", "early") as process:
+            wait_until(lambda: desk.answered("early") > 2000, 60, "the early batch is under way")
+            beside = [seconds(f"beside-{turn}") for turn in range(ROUNDS)]
+            assert process.poll() is None
+            assert desk.answered("early") < 40_000
+    rabbit.delete_queue(inbox_name(desk.names, "early"))
+    print(f"alone {alone}, beside a batch of 40,000 {beside}")
+
+    assert sorted(beside)[ROUNDS // 2] <= 2 * sorted(alone)[ROUNDS // 2]
+
+
 def test_publishing_keeps_up_with_a_bare_publisher(tmp_path: Path, amqp_url: str, prefix: str, rabbit: Rabbit) -> None:
     """At least half as fast as pika alone, pipelined through the same window with messages made beforehand."""
 

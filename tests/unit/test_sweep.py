@@ -892,6 +892,12 @@ def test_silence_is_put_as_a_question() -> None:
     stage.look(after=30)
 
     assert stage.screen.trouble == "no outcome for 30 s; does a worker run?"
+    stage.sweep.lane(1, 0)
+    stage.look()
+    assert stage.screen.trouble == "no outcome for 31 s: no worker consumes p.sweep; none runs, or all are paused"
+    stage.sweep.lane(7, 2)
+    stage.look()
+    assert stage.screen.trouble == "no outcome for 32 s: 7 commands in p.sweep, 2 consumers"
     stage.look("the broker is away")
     assert stage.screen.trouble == "the broker is away"
 

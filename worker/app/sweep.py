@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from worker.core.delivery import Message
+from worker.core.lanes import SWEEP
 from worker.core.ports import Clock
 from worker.core.sweep import (
     WINDOW,
@@ -23,6 +24,7 @@ from worker.core.sweep import (
     read_outcome,
 )
 from worker.core.topology import Names
+from worker.core.words import plural
 
 CHUNK: Final = 1000  # bills read from the journal at once
 SAVE_EVERY: Final = 0.2  # seconds between two notes of how far it is published; what lies between is published again
@@ -101,6 +103,7 @@ class Sweep:
         self._save_at = self._heard_at = clock.monotonic()
         self._window = window
         self._pace = Pace(window, self._heard_at)
+        self._lane: tuple[int, int] | None = None
         self._unanswered = tally.waiting
         self._answered = facts.published  # the highest number that has an outcome, as far as this process knows
         self._give_up_at: float | None = None
@@ -142,6 +145,7 @@ class Sweep:
 
     def lane(self, ready: int, consumers: int) -> None:
         """The lane as it is now: messages that wait in it, of all batches, and its consumers."""
+        self._lane = (ready, consumers)
         self._pace.seen(self._clock.monotonic(), self._read - self._answered, ready, consumers)
 
     def cut(self, who: str, epoch: float) -> str:
@@ -194,5 +198,13 @@ class Sweep:
     def _silence(self, now: float) -> str:
         if self._journal.facts.stopped:
             return f"stopped by {self._journal.facts.stopped}; {self._unanswered:,} bills wait for their outcome"
-        quiet = self._follow and self._unanswered and now - self._heard_at > QUIET_SECONDS
-        return f"no outcome for {now - self._heard_at:.0f} s; does a worker run?" if quiet else ""
+        if not (self._follow and self._unanswered and now - self._heard_at > QUIET_SECONDS):
+            return ""
+        quiet, queue = f"no outcome for {now - self._heard_at:.0f} s", self._names.queue(SWEEP)
+        match self._lane:
+            case None:
+                return f"{quiet}; does a worker run?"
+            case (_, 0):
+                return f"{quiet}: no worker consumes {queue}; none runs, or all are paused"
+            case (ready, consumers):
+                return f"{quiet}: {plural(ready, 'command')} in {queue}, {plural(consumers, 'consumer')}"

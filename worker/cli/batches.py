@@ -126,10 +126,16 @@ def print_needs(journal: Journal, tally: Tally, again: str) -> None:
         if not bills:
             continue
         retry = f"; to send them again: {again}" if need.retry else ""
-        print(f"\n{need.title}: {plural(bills, 'bill')}; {need.what}{retry}")
+        paragraph(f"\n{need.title}: {plural(bills, 'bill')}; {need.what}{retry}")
         for line, bill, merchant, said in journal.examples(need.reasons, EXAMPLES):
             print(f"  line {line}: {bill}{f' of {merchant}' if merchant else ''}{f': {said}' if said else ''}")
         if bills > EXAMPLES:
             print(f"  … and {bills - EXAMPLES:,} more; the report has all of them")
     if tally.invalid:
-        print(f"\ninvalid rows: {tally.invalid:,}; nothing was sent for them; the report says why")
+        paragraph(f"\ninvalid rows: {tally.invalid:,}; nothing was sent for them; the report says why")
+
+
+def paragraph(text: str) -> None:
+    """Broken between words on a terminal, on one line in a pipe, where people search in it."""
+    console = output()
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)

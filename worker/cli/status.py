@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from worker.cli import INVALID, Trouble
 from worker.cli.batches import STATE_DIR_HELP, check_batch_id, no_batch, print_needs, print_tally, state_directory
 from worker.cli.command_line import Argument, Option
+from worker.core.words import plural
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
@@ -145,18 +146,18 @@ def _depths(amqp: AmqpSettings, batch: str) -> str:
 
     names, shown = amqp.names, []
     queues = {
-        names.queue(SWEEP): "commands",
-        names.dead: "dead letters",
-        inbox_name(names, batch): "outcomes (of all sweeps)",
+        names.queue(SWEEP): "command",
+        names.dead: "dead letter",
+        inbox_name(names, batch): "outcome",
     }
     try:
         with session(amqp, "status") as connection:
             for queue, what in queues.items():
                 try:
                     answer = connection.channel().queue_declare(queue, passive=True)
-                    shown.append(f"{answer.method.message_count:,} {what} wait in {queue}")
+                    shown.append(f"{plural(answer.method.message_count, what)} in {queue}")
                 except ChannelClosed:
                     continue
     except BrokerError as error:
         return str(error)
-    return "; ".join(shown) or f"none of the queues of {amqp.prefix} exist"
+    return f"{'; '.join(shown)} (of all batches)" if shown else f"none of the queues of {amqp.prefix} exist"

@@ -134,14 +134,17 @@ def sweep(
     ] = None,
     state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
-    """Sends a file of bills to the sweep lane, as fast as the broker confirms; with --wait follows their outcomes.
+    """Sends a file of bills to the sweep lane; with --wait, follows their outcomes until every bill has one.
 
-    Columns: billnumber (or billNumber), and if wanted merchantId, reference, notAfter; others are ignored, as are
-    the case of their names and what delimits them. A bill that stands in the input twice is sent once. One row that
-    cannot be used, and nothing is sent, unless --skip-invalid is given.
+    Columns: billnumber (or billNumber), merchantId, and if wanted reference and notAfter, in any order, case and
+    delimiter; other columns are only kept for the report. A bill that stands in the input twice is sent once. If any
+    row is invalid, nothing is sent, unless --skip-invalid is given. Bills of different merchants are sent in turns.
 
-    It can be interrupted anywhere and called again: the journal knows what is sent, and the same batch always gives
-    the same bill the same id. With --direct the journal takes the place of the broker.
+    With --wait, bills are published as outcomes come, so that sweeps that run at the same time share the workers.
+    Without it, all are published at once. With --direct the bills go straight to the gateway, without a broker.
+
+    A sweep can be interrupted anywhere and called again: its journal knows what was sent to which broker, and the same
+    batch always gives the same bill the same id.
 
     Exit code 0: published; with --wait or --direct, all expired. 1: some not. 2: bad input or settings. 130: ctrl-C.
     """

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
 
-from worker.core.words import plural, share
+from worker.core.words import plural
 
 TEXT_COLUMN: Final = (
     "format the column as Text before the numbers are typed or pasted, or import the file with Data > From Text/CSV "
@@ -111,7 +111,7 @@ class Column:
             line, text = self.first[min(length for length in self.lengths if length < usual)]
             yield (
                 f"{plural(fewer, 'value')} of {self.name} {'has' if fewer == 1 else 'have'} fewer than {usual} digits, "
-                f"which {share(count, total)} of the others have (line {line}: {text}); were leading zeros lost?"
+                f"which {count:,} of {total:,} have (line {line}: {text}); were leading zeros lost?"
             )
         if self.long >= ENOUGH and self.long == self.long_with_zeros:
             line, text = self.first[max(self.lengths)]

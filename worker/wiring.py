@@ -26,6 +26,7 @@ from worker.core.scheme import NO_TOKEN
 from worker.core.settlement import Task
 from worker.core.topology import Names, topology
 from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
+from worker.shells import tracing
 from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.engine import Engine, Plan
 from worker.shells.amqp.session import BrokerError, parameters
@@ -59,7 +60,8 @@ class Client:
         self.fibers = Fibers(new_loop())
         self.credentials = Credentials(gateway, gateway.reread)
         self.dispatcher = _dispatcher(settings, share, self.clock, self.rng, self.fibers)
-        telemetry = Telemetry(self.metrics)
+        self.tracing = tracing.from_environment(__version__)
+        telemetry = Telemetry(self.metrics, self.tracing)
         client = GatewayClient(
             endpoint(gateway),
             telemetry,
@@ -119,6 +121,7 @@ def engine(settings: Settings, client: Client) -> Engine:
         watch=client.metrics,
         clock=client.clock,
         rng=client.rng,
+        tracing=client.tracing,
     )
 
 

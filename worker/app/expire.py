@@ -257,6 +257,7 @@ class Expire:
                 verdict=verdict,
                 status=answer.status if isinstance(answer, Reply) else None,
                 seconds=seconds,
+                trace=delivery.trace,
             )
         )
         if verdict.kind is Kind.THROTTLED:

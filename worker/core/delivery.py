@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol, TypeGuard
 
-from worker.core import jakarta
+from worker.core import jakarta, trace
 from worker.core.command import command_id
 from worker.core.outcome import OUTCOME_TYPE, Outcome, encode
 from worker.core.topology import Names
+from worker.core.trace import TRACEPARENT, Trace
 
 MAX_EXTERNAL_IDS: Final = 20
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -34,14 +35,16 @@ STAMPED: Final = "timestamp_in_ms"
 """Set by RabbitMQ's `message_interceptors.incoming.set_header_timestamp` (rabbitmq.com/docs/message-interceptors)."""
 LAST_CODE: Final = "qris-last-code"
 CALLS: Final = "qris-calls"
-PROGRESS_HEADERS: Final = (ROUND, CALLS, ATTEMPTS, EXTERNAL_IDS, EFFECT_UNKNOWN, RECEIVED_AT, COPY_ID, LAST_CODE)
+TRACE: Final = "qris-trace"
+"""The span of the round before, for the next one to link to."""
+PROGRESS_HEADERS: Final = (ROUND, CALLS, ATTEMPTS, EXTERNAL_IDS, EFFECT_UNKNOWN, RECEIVED_AT, COPY_ID, LAST_CODE, TRACE)
 MAX_COUNT: Final = 1_000_000
 """The highest round, call or attempt count that is believed: producers can write our headers, too."""
 MAX_AGE: Final = 30 * 86_400.0
 """Seconds. A `qris-received-at` that is older is not believed."""
 
 BATCH_ID: Final = "batch-id"
-CARRIED_HEADERS: Final = (BATCH_ID, "traceparent")
+CARRIED_HEADERS: Final = (BATCH_ID, TRACEPARENT)
 BROKER_HEADERS: Final = ("x-death", "x-delivery-count", "x-acquired-count", "x-first-death-", "x-last-death-")
 """How the names of the headers begin that RabbitMQ writes itself, up to 4.3; a copy of ours does not carry them."""
 
@@ -73,6 +76,7 @@ class Progress:
     received_at: float = 0.0
     last_code: str | None = None
     calls: int = 0
+    trace: Trace | None = None
 
     def sent(self, external_id: str) -> None:
         """One more expire call goes out."""
@@ -110,6 +114,12 @@ class Delivery:
     progress: Progress
     published_at: float | None
     headers: Mapping[str, Any]
+    trace: Trace | None = None
+
+    @property
+    def trace_id(self) -> str | None:
+        """What finds the command's lines in the log, from its producer's traces."""
+        return self.trace.trace_id if self.trace is not None else None
 
     @property
     def key(self) -> str:
@@ -148,6 +158,7 @@ def receive(
         progress=progress,
         published_at=_published(properties.timestamp, headers.get(STAMPED), progress.received_at),
         headers=headers,
+        trace=trace.read(headers[TRACEPARENT]) if TRACEPARENT in headers else None,
     )
 
 
@@ -236,6 +247,7 @@ def _carried(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _progress_headers(progress: Progress, copy_id: str) -> dict[str, Any]:
+    traced = {TRACE: progress.trace.traceparent()} if progress.trace is not None else {}
     return {
         ROUND: progress.round,
         CALLS: progress.calls,
@@ -245,6 +257,7 @@ def _progress_headers(progress: Progress, copy_id: str) -> dict[str, Any]:
         RECEIVED_AT: round(progress.received_at * 1000),
         COPY_ID: copy_id,
         LAST_CODE: progress.last_code or "",
+        **traced,
     }
 
 
@@ -259,6 +272,7 @@ def _progress(headers: Mapping[str, Any], epoch: float) -> Progress:
         effect_unknown=headers.get(EFFECT_UNKNOWN) is True,
         received_at=received if epoch - MAX_AGE <= received <= epoch else epoch,
         last_code=text(headers.get(LAST_CODE) or "")[:7] or None,
+        trace=trace.read(headers[TRACE]) if TRACE in headers else None,
     )
 
 

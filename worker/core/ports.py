@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from worker.core.request import SignedRequest
+from worker.core.trace import Trace
 from worker.core.verdict import NoReply, Reply, Verdict
 
 
@@ -125,3 +126,4 @@ class Attempt(NamedTuple):
     verdict: Verdict
     status: int | None
     seconds: float
+    trace: Trace | None = None

@@ -81,5 +81,11 @@ class Pool:
         try:
             return self._expire(task, probe=probe)
         except Exception as error:  # a bug of ours must not take the other senders with it
-            log.error("sender.crashed", command_id=task.delivery.command_id, lane=task.lane, exc_info=error)
+            log.error(
+                "sender.crashed",
+                command_id=task.delivery.command_id,
+                trace_id=task.delivery.trace_id,
+                lane=task.lane,
+                exc_info=error,
+            )
             return Crashed()

@@ -12,6 +12,7 @@ from worker.core.ports import Attempt
 from worker.core.settlement import Crashed, Delay, Disposition, GiveBack, Hold, Report, TakenBack
 from worker.core.verdict import Kind, Verdict
 from worker.shells.metrics import Metrics
+from worker.shells.tracing import Tracing
 
 SKEW_WARNING: Final = 30.0  # seconds; some providers refuse signatures that are two minutes off
 _SKEW_EVERY: Final = 60.0
@@ -21,7 +22,12 @@ def tell_fate(log: Any, delivery: Delivery, disposition: Disposition, seconds: f
     """One line for each way out of this process that a command has: an outcome, a dead letter beside it, a delayed
     round, or back to the broker. ``seconds``: from the delivery to its ack."""
     progress = delivery.progress
-    about = {"command_id": delivery.command_id, "lane": delivery.lane, "batch_id": delivery.batch_id}
+    about = {
+        "command_id": delivery.command_id,
+        "trace_id": delivery.trace_id,
+        "lane": delivery.lane,
+        "batch_id": delivery.batch_id,
+    }
     match disposition:
         case Report(outcome):
             (log.warning if outcome.dead_lettered else log.info)(
@@ -54,14 +60,16 @@ def tell_fate(log: Any, delivery: Delivery, disposition: Disposition, seconds: f
 class Telemetry:
     """Metrics and logs of what senders see."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._metrics = metrics
+        self._tracing = tracing or Tracing()
         self._log = structlog.get_logger().bind()  # bound once: the lazy proxy would bind at every line
         self._skew_told = float("-inf")
 
     def attempted(self, attempt: Attempt) -> None:
         """See `Observer`."""
         verdict = attempt.verdict
+        self._tracing.attempted(attempt)
         if attempt.external_id is not None:
             self._metrics.request("expire", verdict.code or "", attempt.seconds)
         log = self._log.error if verdict.kind is Kind.SYSTEMIC else self._log.info
@@ -70,6 +78,7 @@ class Telemetry:
         log(
             "attempt",
             command_id=attempt.command_id,
+            trace_id=attempt.trace.trace_id if attempt.trace is not None else None,
             lane=attempt.lane,
             billnumber=attempt.billnumber,
             batch_id=attempt.batch_id,

@@ -19,7 +19,7 @@ import structlog
 
 from worker.app.dispatch import Dispatcher
 from worker.core.breaker import State
-from worker.core.delivery import COPY_ID, receive
+from worker.core.delivery import COPY_ID, Delivery, receive
 from worker.core.lanes import LANES
 from worker.core.ports import Clock
 from worker.core.settlement import (
@@ -45,6 +45,7 @@ from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher, named
 from worker.shells.fibers import Fibers
 from worker.shells.telemetry import tell_fate
+from worker.shells.tracing import Tracing
 
 TICK: Final = 0.1
 TELL_EVERY: Final = 1.0  # seconds between two looks at all that is in hand; no scrape is more frequent
@@ -106,8 +107,10 @@ class Engine:
         watch: Watch,
         clock: Clock,
         rng: random.Random,
+        tracing: Tracing,
     ) -> None:
         self._plan = plan
+        self._tracing = tracing
         self._dispatcher = dispatcher
         self._watch = watch
         self._clock = clock
@@ -405,6 +408,7 @@ class Engine:
         match arrival.take:
             case Take.WORK:
                 assert arrival.task is not None
+                self._tracing.begin(delivery)
                 if not redelivered and COPY_ID not in delivery.headers:
                     self._watch.received(lane)
                     if delivery.published_at is None:
@@ -414,9 +418,11 @@ class Engine:
                 else:
                     self._dispatcher.offer(arrival.task)
             case Take.JOINED:
-                self._log.info("delivery.joined", command_id=delivery.command_id, lane=lane)
+                self._log.info("delivery.joined", **_named(delivery))
             case Take.SETTLED:
-                self._log.info("delivery.settled_before", command_id=delivery.command_id, lane=lane)
+                self._log.info(
+                    "delivery.settled_before", command_id=delivery.command_id, trace_id=delivery.trace_id, lane=lane
+                )
                 self._consumer.settle(tag)
             case _:
                 assert_never(arrival.take)
@@ -433,7 +439,7 @@ class Engine:
             self._give_back(task)
             return
         if task.entry is not None and task.entry.orphaned:
-            tell_fate(self._log, task.delivery, TakenBack())
+            self._left(task.delivery, TakenBack())
         orders = self._desk.settle(task, disposition)
         for message in orders.publish:
             self._publisher.publish(Publication(message, (task, disposition)))
@@ -451,11 +457,14 @@ class Engine:
         elif self._dispatcher.draining:
             for tag in self._desk.abandon(task):
                 self._consumer.give_back(tag)
-            tell_fate(self._log, task.delivery, GiveBack())
+            self._left(task.delivery, GiveBack())
         else:
             self._dispatcher.offer(task)
 
     def _confirmed(self, publication: Publication[tuple[Task, Disposition]]) -> None:
+        message, delivery = publication.message, publication.settles[0].delivery
+        took = time.monotonic() - publication.published_at
+        self._tracing.published(delivery, message.exchange, message.routing_key, message.properties["message_id"], took)
         settled = self._desk.confirmed(*publication.settles)
         if settled is not None:
             for tag in settled.tags:
@@ -474,18 +483,22 @@ class Engine:
             self._consumer.park(tag)
         self._log.error(
             "command.parked",
-            command_id=task.delivery.command_id,
-            lane=task.lane,
+            **_named(task.delivery),
             reason=f"the broker refuses {named(publication.message)}: {why}",
             action="remove that reason, then redrive it: qris-expire dead redrive",
         )
         return True
 
+    def _left(self, delivery: Delivery, disposition: Disposition, seconds: float | None = None) -> None:
+        """The command has left this process."""
+        tell_fate(self._log, delivery, disposition, seconds)
+        self._tracing.end(delivery, disposition)
+
     def _count(self, settled: Settled) -> None:
         delivery, lane = settled.task.delivery, settled.task.lane
         seconds = self._clock.monotonic() - delivery.arrived
         self._watch.settled(lane, seconds)
-        tell_fate(self._log, delivery, settled.disposition, seconds)
+        self._left(delivery, settled.disposition, seconds)
         match settled.disposition:
             case Report(outcome):
                 now = self._clock.epoch()
@@ -555,6 +568,11 @@ class Engine:
         self._consumer.flush()
         self._consume_link.close()
         self._publish_link.close()
+
+
+def _named(delivery: Delivery) -> dict[str, str | None]:
+    """What finds a command in the log."""
+    return {"command_id": delivery.command_id, "trace_id": delivery.trace_id, "lane": delivery.lane}
 
 
 def _nothing() -> None:

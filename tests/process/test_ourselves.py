@@ -126,6 +126,58 @@ def test_a_stall_that_ends_lets_the_drain_finish(amqp_url: str, prefix: str, tmp
         assert gateway.report().calls_by_bill == dict.fromkeys(bills(200), 1)
 
 
+def test_a_drain_makes_no_suspect_of_what_was_never_called_for(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """Bills that are not found, and eight restarts in the middle: each is rejected, since no call for it is in doubt,
+    and the broker counts no delivery against it."""
+
+    never = Script(latency=0.05, patterns=(Pattern("", (Fault(code="4049301", message="QR not Found", repeat=True),)),))
+    with Simulator(never) as gateway, working(amqp_url, prefix, gateway, tmp_path) as (worker, producer):
+        producer.publish_many(bills(600), sweep_every=1, of=2)
+        for _ in range(8):
+            producer.collect(40, 30)
+            worker.stop()
+            worker.start().wait_ready()
+        producer.collect_all(60)
+        assert {(it.fields["status"], it.fields["effectUnknown"]) for it in producer.outcomes} == {("rejected", False)}
+        assert producer.rabbit.depth(producer.names.dead) == 0
+        producer.publish_many((f"more-{bill}" for bill in bills(300)), sweep_every=1, of=2)
+        producer.collect(40, 30)
+        worker.stop()
+        left = [message for lane in LANES for message in producer.rabbit.look(producer.names.queue(lane))]
+        assert len(left) > 100
+        assert {(it.properties.headers or {}).get("x-delivery-count", 0) for it in left} == {0}
+
+
+def test_a_worker_that_lost_a_command_says_nothing_of_it(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """A connection lost in the middle of a call: the command is another worker's, which expires it. What the first one
+    learns then (a refused signature, and no such code at the next try) is not published."""
+
+    answers = (
+        Fault(code="4019300", latency=3),
+        Fault(latency=0.01),
+        Fault(code="4049301", message="QR not Found", repeat=True),
+    )
+    with (
+        FaultProxy(*address(amqp_url)) as proxy,
+        Simulator(Script(patterns=(Pattern("^lost", answers),))) as gateway,
+        working(by_way_of(proxy.port, amqp_url), prefix, gateway, tmp_path, RETRY_DELAYS_SECONDS="1") as (first, _),
+        Producer(amqp_url, prefix) as producer,
+    ):
+        lost = producer.publish("lost")
+        wait_until(lambda: gateway.report().in_flight == 1, 30, "it is called for")
+        proxy.refuse()
+        proxy.reset_all()
+        with WorkerProcess(amqp_url, prefix, gateway, tmp_path) as second:
+            assert producer.of(lost).fields["status"] == "expired"
+            proxy.accept()
+            first.wait_ready()
+            assert producer.of(producer.publish("other")).fields["status"] == "expired"
+            for worker in (first, second):
+                worker.stop()
+        check_books(producer, all_ended=True, no_duplicates=True)
+        assert gateway.report().calls_by_bill["lost"] == 2
+
+
 def test_a_wait_for_the_rate_limit_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """SIGTERM while senders wait for their slot: exit 0 at once, and what was not called for is back in its lane."""
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests import builders
 from tests.builders import verdict
 from tests.fakes import FakeClock
-from worker.app.dispatch import LONGEST_WAIT, PAUSE_AFTER, SHARED_HOLD, Dispatcher, Wishes
+from worker.app.dispatch import LONGEST_WAIT, PAUSE_AFTER, SETTLE_FOR, SHARED_HOLD, Dispatcher, Wishes
 from worker.core.breaker import Breakers, Pacer, State, Throttle
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes
 from worker.core.ports import Draining, Held
@@ -513,7 +513,11 @@ def test_drain() -> None:
     ):
         with pytest.raises(Draining):
             attempt()
+    assert bench.look() == Wishes()
+    assert bench.dispatcher.settling
+    bench.clock.sleep(SETTLE_FOR)
     wishes = bench.look()
+    assert not bench.dispatcher.settling
     assert wishes.paused == set(LANES)
     assert set(wishes.give_back) == set(tasks)
     assert bench.look().give_back == []
@@ -529,6 +533,8 @@ def test_drain_takes_chosen_probes_back() -> None:
     bench.clock.sleep(15)
     bench.look()
     bench.dispatcher.drain()
+    bench.look()
+    bench.clock.sleep(SETTLE_FOR)
 
     assert bench.look().give_back == tasks
     assert bench.dispatcher.in_hand() == bench.dispatcher.waiting() == 0
@@ -784,6 +790,8 @@ class Dispatching(RuleBasedStateMachine):
     def teardown(self) -> None:
         """A drain ends: what is out comes back, and what waits is given back at once."""
         self.dispatcher.drain()
+        self.look()
+        self.bench.clock.sleep(SETTLE_FOR)
         self.look()
         for task, probe in self.out:
             self.bring(task, probe=probe)

@@ -25,6 +25,9 @@ from worker.core.verdict import Kind, Verdict
 PAUSE_AFTER: Final = 1.0
 """Seconds between the opening of a lane's breaker and the end of its consumption; until then full prefetch windows end
 it as well. A quorum queue takes back what is on its way to a consumer that is cancelled, and counts that."""
+SETTLE_FOR: Final = 0.25
+"""The same at the begin of a drain, in which nothing is acked: what is on its way then fills the prefetch windows, and
+nothing is any more when consumption ends."""
 FETCH_EVERY: Final = 1.0  # seconds between two requests for a command to probe with, when the queue had none
 LONGEST_WAIT: Final = 600.0
 """Seconds that a command waits in hand, for the end of a hold or for its turn under a low rate limit; then it goes back
@@ -101,6 +104,8 @@ class Dispatcher:
         """How many commands of a lane may be in hand until it is held no more and has recovered."""
         self._broken_at: dict[str, float] = {}
         self._aged_at = 0.0
+        self._pause_at: float | None = None  # in a drain
+        self._settled = False
         self._fetch_at = dict.fromkeys(LANES, 0.0)
         self._fetching: set[str] = set()
         self._probes: deque[Task] = deque()  # chosen, and not with a sender yet
@@ -124,6 +129,11 @@ class Dispatcher:
         """Whether `drain` was called."""
         return self._draining.is_set()
 
+    @property
+    def settling(self) -> bool:
+        """Whether a drain has begun and consumption still goes on: nothing is to be acked before `look` ends it."""
+        return self.draining and not self._settled
+
     def offer(self, task: Task) -> None:
         """A new command."""
         self._lanes.put(task)
@@ -138,7 +148,9 @@ class Dispatcher:
         self._ready = ready
         self._update()
         if self.draining:
-            return Wishes(frozenset(LANES), give_back=self._all_waiting())
+            self._pause_at = self._pause_at or now + SETTLE_FOR
+            self._settled = now >= self._pause_at
+            return Wishes(self._paused(now), give_back=self._all_waiting() if self._settled else ())
         if not self._broken_at and not self._failed and now < self._aged_at:
             return _NOTHING
         self._aged_at = now + AGE_EVERY
@@ -154,8 +166,7 @@ class Dispatcher:
                 else:
                     self._fetching.add(lane)
                     fetch[lane] = missing
-        paused = frozenset(lane for lane, since in self._broken_at.items() if now - since > PAUSE_AFTER)
-        return Wishes(paused, fetch, self._too_long(now, frozenset(shared)) if ready else ())
+        return Wishes(self._paused(now), fetch, self._too_long(now, frozenset(shared)) if ready else ())
 
     def fetched(self, lane: str) -> None:
         """All that the queue had for the last request was offered."""
@@ -301,6 +312,11 @@ class Dispatcher:
             self._lanes.limit[lane] = limit
             if limit > before:
                 self._wake(limit - before)
+
+    def _paused(self, now: float) -> frozenset[str]:
+        if self._settled:
+            return frozenset(LANES)
+        return frozenset(lane for lane, since in self._broken_at.items() if now - since > PAUSE_AFTER)
 
     def _closed(self, lane: str) -> None:
         """The lane's breaker is closed again. What had failed before goes to the end of the lane if the gateway worked

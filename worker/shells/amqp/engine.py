@@ -290,10 +290,11 @@ class Engine:
         """What was brought leaves together: outcomes in one write, acks in few frames."""
         if self._results and (time.monotonic() >= self._settle_at or not self._dispatcher.in_hand()):
             self._take_results()
-        self._consumer.flush()
         if self._attention:
             self._attention = False
             self._regulate()
+        if not self._dispatcher.settling:  # in a drain, after consumption has ended
+            self._consumer.flush()
 
     def _tick(self) -> None:
         self._loop.call_later(TICK, self._guard(self._tick))
@@ -562,7 +563,8 @@ class Engine:
             if closed or time.monotonic() - self._closed_at > CLOSE_SECONDS:
                 self._stop()
             return
-        if self._dispatcher.in_hand() or self._dispatcher.waiting() or self._results or not self._publisher.idle:
+        held = self._dispatcher.in_hand() or self._dispatcher.waiting() or self._results
+        if self._dispatcher.settling or held or not self._publisher.idle:
             return
         self._closed_at = time.monotonic()
         self._consumer.flush()

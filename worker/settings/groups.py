@@ -170,7 +170,7 @@ class GatewaySettings(Group, variables="GATEWAY_"):
         url = urlsplit(values.get("base_url", ""))
         if url.scheme == "http" and not values.get("allow_http", True) and not is_loopback(url.hostname or ""):
             yield "base_url", "plain http is only for loopback; use https, or set GATEWAY_ALLOW_HTTP=true"
-        if values.get("signature") == WITH_SECRET and values.get("client_secret", "wrong itself") is None:
+        if values.get("signature", WITH_SECRET) == WITH_SECRET and values.get("client_secret", "wrong itself") is None:
             yield "client_secret", "is not set; set it (or GATEWAY_CLIENT_SECRET_FILE). The secret given at onboarding"
         if {"private_key", "private_key_file"} <= values.keys():
             given = [name for name in ("private_key", "private_key_file") if values[name] is not None]

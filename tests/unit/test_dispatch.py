@@ -513,12 +513,10 @@ def test_drain() -> None:
     ):
         with pytest.raises(Draining):
             attempt()
-    assert bench.look() == Wishes()
-    assert bench.dispatcher.settling
+    assert (bench.look(), bench.dispatcher.settling) == (Wishes(), True)
     bench.clock.sleep(SETTLE_FOR)
     wishes = bench.look()
-    assert not bench.dispatcher.settling
-    assert wishes.paused == set(LANES)
+    assert (wishes.paused, bench.dispatcher.settling) == (set(LANES), False)
     assert set(wishes.give_back) == set(tasks)
     assert bench.look().give_back == []
     assert bench.taken() == []

@@ -516,7 +516,7 @@ def test_drain() -> None:
     assert (bench.look(), bench.dispatcher.settling) == (Wishes(), True)
     bench.clock.sleep(SETTLE_FOR)
     wishes = bench.look()
-    assert (wishes.paused, bench.dispatcher.settling) == (set(LANES), False)
+    assert (wishes.paused, bench.dispatcher.settling) == (frozenset(LANES), False)
     assert set(wishes.give_back) == set(tasks)
     assert bench.look().give_back == []
     assert bench.taken() == []

@@ -14,7 +14,7 @@ from tests.unit.test_settlement import Settlement
 from worker.app.dispatch import Dispatcher, Wishes
 from worker.core.settlement import Desk, Entry, GiveBack, Ledger, Orders, Tag, Task
 
-ENOUGH = settings(max_examples=400, stateful_step_count=50, database=None, phases=(Phase.generate,))
+ENOUGH = settings(max_examples=3000, stateful_step_count=50, database=None, phases=(Phase.generate,))
 
 
 def ack_at_the_first_confirm(patch: pytest.MonkeyPatch) -> None:

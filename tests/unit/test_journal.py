@@ -197,6 +197,7 @@ def test_no_cell_of_a_report_is_a_formula(text: str) -> None:
         ("10092081", "10092081"),
         ("0", "0"),
         ("M1", "M1"),
+        ("false", "false"),
         ("Toko Jaya", "Toko Jaya"),
         ('a"b', 'a"b'),
         ('="007"', '="007"'),

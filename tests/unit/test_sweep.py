@@ -19,6 +19,9 @@ from tests.fakes import FakeClock
 from worker.app.sweep import CONFIRM_SECONDS, Ended, Sweep
 from worker.core.command import Command, parse
 from worker.core.delivery import COPY_ID, EFFECT_UNKNOWN
+from worker.core.fleet.messages import Beat, Letter, Orders, Pause
+from worker.core.fleet.messages import Told as BreakerTold
+from worker.core.fleet.messages import encode as encode_letter
 from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
 from worker.core.rows import BadRow, InputError, Reading, Row, Rules, read
@@ -900,6 +903,41 @@ def test_silence_is_put_as_a_question() -> None:
     assert stage.screen.trouble == "no outcome for 32 s: 7 commands in p.sweep, 2 consumers"
     stage.look("the broker is away")
     assert stage.screen.trouble == "the broker is away"
+
+
+@pytest.mark.parametrize(
+    ("beat", "said"),
+    [
+        (
+            Beat(1, 1, 0.0, breakers={"sweep": BreakerTold(2, 60.0, 40.2)}),
+            "paused: the gateway is failing, next probe in 40 s",
+        ),
+        (
+            Beat(1, 1, 0.0, breakers={"sweep": BreakerTold(1, 60.0, 0.0)}),
+            "paused: the gateway is failing, it is being probed",
+        ),
+        (Beat(1, 1, 0.0, breakers={"cancellation": BreakerTold(2, 60.0, 40.0)}), ""),
+        (Beat(1, 1, 0.0, hold=12.0), "paused: the gateway asks for fewer calls, for 12 s more"),
+        (
+            Beat(1, 1, 0.0, orders=Orders(1, {"sweep": Pause("ana@desk", "maintenance")})),
+            "paused by ana@desk (maintenance): `qris-expire fleet resume` ends it",
+        ),
+        (Beat(1, 1, 0.0, orders=Orders(1, {"sweep": Pause("ana@desk")}), pauses={"sweep": 0.0}), ""),
+        (Beat(1, 1, 0.0), ""),
+    ],
+)
+def test_pause_of_the_fleet_is_told_at_once(beat: Beat, said: str) -> None:
+    """Why nothing goes on, and until when; what was heard long ago is not told."""
+
+    stage = Stage(1)
+    stage.send()
+    stage.sweep.fleet(b"noise")
+    stage.sweep.fleet(encode_letter(Letter("leader", "client", beat)))
+    stage.look(after=0.1)
+
+    assert stage.screen.trouble == said
+    stage.look(after=10)
+    assert stage.screen.trouble == ""
 
 
 def test_command_bodies_are_plain_json() -> None:

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from worker.core.delivery import Message
+from worker.core.fleet.messages import Beat, decode
 from worker.core.lanes import SWEEP
 from worker.core.ports import Clock
 from worker.core.sweep import (
@@ -31,6 +32,25 @@ SAVE_EVERY: Final = 0.2  # seconds between two notes of how far it is published;
 CONFIRM_SECONDS: Final = 3.0  # the longest wait, once told to stop, for the confirms of what is on its way
 QUIET_SECONDS: Final = 20.0
 """Seconds without any outcome after which people are asked whether a worker runs."""
+
+
+BEATS_SECONDS: Final = 5.0  # what the leader told last is true for so long
+
+
+def why_paused(beat: Beat, lane: str) -> str:
+    """Why the fleet makes no calls for the lane, in a sentence for people; empty if it does."""
+    wanted = beat.orders.pauses.get(lane)
+    if wanted is not None and beat.pauses.get(lane, 1.0) > 0:
+        return (
+            f"paused by {wanted.by}{f' ({wanted.reason})' if wanted.reason else ''}: `qris-expire fleet resume` ends it"
+        )
+    breaker = beat.breakers.get(lane)
+    if breaker is not None and breaker.state:
+        when = f"next probe in {breaker.left:.0f} s" if breaker.left >= 1 else "it is being probed"
+        return f"paused: the gateway is failing, {when}"
+    if beat.hold > 0:
+        return f"paused: the gateway asks for fewer calls, for {beat.hold:.0f} s more"
+    return ""
 
 
 class Ended(Enum):
@@ -104,6 +124,8 @@ class Sweep:
         self._window = window
         self._pace = Pace(window, self._heard_at)
         self._lane: tuple[int, int] | None = None
+        self._fleet: Beat | None = None
+        self._fleet_at = 0.0
         self._unanswered = tally.waiting
         self._answered = facts.published  # the highest number that has an outcome, as far as this process knows
         self._give_up_at: float | None = None
@@ -147,6 +169,12 @@ class Sweep:
         """The lane as it is now: messages that wait in it, of all batches, and its consumers."""
         self._lane = (ready, consumers)
         self._pace.seen(self._clock.monotonic(), self._read - self._answered, ready, consumers)
+
+    def fleet(self, body: bytes) -> None:
+        """What the fleet's leader tells its members, several times a second."""
+        letter = decode(body)
+        if letter is not None and isinstance(letter.message, Beat):
+            self._fleet, self._fleet_at = letter.message, self._clock.monotonic()
 
     def cut(self, who: str, epoch: float) -> str:
         """Somebody stops the batch: nothing more of it is published. The answer is where it stands, for people."""
@@ -198,6 +226,10 @@ class Sweep:
     def _silence(self, now: float) -> str:
         if self._journal.facts.stopped:
             return f"stopped by {self._journal.facts.stopped}; {self._unanswered:,} bills wait for their outcome"
+        if self._fleet is not None and now - self._fleet_at < BEATS_SECONDS:
+            paused = why_paused(self._fleet, SWEEP)
+            if paused:
+                return paused
         if not (self._follow and self._unanswered and now - self._heard_at > QUIET_SECONDS):
             return ""
         quiet, queue = f"no outcome for {now - self._heard_at:.0f} s", self._names.queue(SWEEP)

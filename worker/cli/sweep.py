@@ -360,7 +360,8 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
                 window=wish.window or WINDOW,
             )
             lane = amqp.names.queue(SWEEP)
-            route = Route(wanted, amqp.declare, own, batch, follower_name(amqp.names, batch), _who(), lane)
+            follower, fleet = follower_name(amqp.names, batch), f"{amqp.prefix}.fleet"
+            route = Route(wanted, amqp.declare, own, batch, follower, _who(), lane, fleet)
             try:
                 Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
             except Followed as error:

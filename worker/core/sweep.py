@@ -568,5 +568,5 @@ def kept_as_text(cell: object) -> object:
     if cell.isdigit():
         changed = len(cell) > _NUMBER_LENGTH or (cell.startswith("0") and cell != "0")
     else:
-        changed = mangled.cause(cell) is not None and " " not in cell
+        changed = any(map(str.isdigit, cell)) and " " not in cell and mangled.cause(cell) is not None
     return f'="{cell}"' if changed else harmless(cell)

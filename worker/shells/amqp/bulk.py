@@ -62,6 +62,9 @@ class Errand(Protocol):
     def lane(self, ready: int, consumers: int) -> None:
         """A few times a second, for a batch that is followed: what waits in its lane, and how many consume there."""
 
+    def fleet(self, body: bytes) -> None:
+        """What the workers' leader tells them, as it stands in the message."""
+
     def cut(self, who: str, epoch: float) -> str:
         """Somebody (``who``, at ``epoch``) wants nothing more to be published. The answer is for them."""
 
@@ -73,7 +76,8 @@ class Errand(Protocol):
 class Route:
     """Where to publish and what to follow. ``declare``: as AMQP_DECLARE. ``inbox``: the queue to follow, which is ours
     to declare in any case, and its batch; None to follow nothing. ``follower``: the exclusive queue that keeps others
-    from following, where those who ask are told ``who`` we are. ``lane``: the queue that the commands go to."""
+    from following, where those who ask are told ``who`` we are. ``lane``: the queue that the commands go to.
+    ``fleet``: the exchange by which its workers speak to each other, which may not exist."""
 
     topology: Topology
     declare: bool
@@ -82,6 +86,7 @@ class Route:
     follower: str = ""
     who: str = ""
     lane: str = ""
+    fleet: str = ""
 
 
 class Bulk:
@@ -254,6 +259,7 @@ class Bulk:
 
         def alone() -> None:
             self._held = True
+            self._listen(connection)
             self._declare(connection, link, inbox, True, lambda: self._consume(connection, link, inbox.queues[0].name))
 
         self._hold(connection, link, alone)
@@ -282,6 +288,27 @@ class Bulk:
             channel.queue_declare(queue, exclusive=True, callback=self._guard(lambda _: declared(channel)))
 
         connection.channel(on_open_callback=self._guard(opened))
+
+    def _listen(self, connection: Any) -> None:
+        """To the fleet, for what people should know of a pause. An older worker has none: then nothing is heard."""
+
+        def heard(_channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
+            self._errand.fleet(body)
+
+        def made(channel: Any, queue: str) -> None:
+            channel.queue_bind(queue, self._route.fleet, callback=lambda _: None)
+            channel.basic_consume(queue, self._guard(heard), auto_ack=True)
+
+        def opened(channel: Any) -> None:
+            channel.queue_declare(
+                "",
+                exclusive=True,
+                arguments={"x-max-length": 10},
+                callback=self._guard(lambda answer: made(channel, answer.method.queue)),
+            )
+
+        if self._route.fleet:
+            connection.channel(on_open_callback=self._guard(opened))
 
     def _consume(self, connection: Any, link: Link, queue: str) -> None:
         def opened(channel: Any) -> None:

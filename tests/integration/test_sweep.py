@@ -293,6 +293,7 @@ def test_file_of_another_kind_is_one_clear_line(desk: Desk, at_once: Call, conte
         ["bills.csv", "--direct", "--republish"],
         ["bills.csv", "--report", "no/where.csv"],
         ["bills.csv", "--report", "."],
+        ["bills.csv", "--report", "b.db"],
         ["bills.csv", "--delimiter", ";;"],
         ["bills.csv", "--window", "5"],
         ["bills.csv", "--wait", "--window", "0"],
@@ -379,7 +380,7 @@ def test_report_never_replaces_the_journal(desk: Desk) -> None:
 
     done = desk("sweep", "--follow", "b", "--report", str(journal), "--force", AMQP_URL=NOBODY)
 
-    assert (done.returncode, "is the journal of this batch" in done.stderr) == (2, True)
+    assert (done.returncode, "has the name of a journal" in done.stderr) == (2, True)
     assert desk.published("b") == 0
 
 

@@ -15,8 +15,9 @@ from tests.builders import NOON
 from tests.unit.test_sweep import BATCH, told
 from worker.core.delivery import Progress
 from worker.core.outcome import Reason
+from worker.core.report import REPORT_COLUMNS, Report, harmless, kept_as_text
 from worker.core.rows import JSON_FORM, BadRow, Form, Row
-from worker.core.sweep import REPORT_COLUMNS, Bill, Report, harmless, kept_as_text
+from worker.core.sweep import Bill
 from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune, replacing
 
 Make = Callable[..., Journal]
@@ -339,7 +340,7 @@ def test_second_process_is_told_who_has_the_batch(make: Make) -> None:
     with lock(path):
         refused = other()
 
-    assert f"is in the hands of process {os.getpid()}" in refused.stderr
+    assert f"is in use by process {os.getpid()}" in refused.stderr
     assert other().returncode == 0
 
 

@@ -24,15 +24,13 @@ from worker.core.fleet.messages import Told as BreakerTold
 from worker.core.fleet.messages import encode as encode_letter
 from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
+from worker.core.pace import WINDOW, Pace, Speed
 from worker.core.rows import BadRow, InputError, Reading, Row, Rules, read
 from worker.core.sweep import (
-    WINDOW,
     Batch,
     Bill,
     Facts,
-    Pace,
     Recorded,
-    Speed,
     Standing,
     Tally,
     Told,

@@ -10,12 +10,11 @@ from typing import Final, Protocol
 from worker.core.delivery import Message
 from worker.core.fleet.messages import Beat, decode
 from worker.core.lanes import SWEEP
+from worker.core.pace import WINDOW, Pace
 from worker.core.ports import Clock
 from worker.core.sweep import (
-    WINDOW,
     Bill,
     Facts,
-    Pace,
     Recorded,
     Standing,
     Tally,

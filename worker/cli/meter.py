@@ -7,7 +7,8 @@ import time
 from types import TracebackType
 from typing import Any, Final, Self
 
-from worker.core.sweep import Speed, Standing
+from worker.core.pace import Speed
+from worker.core.sweep import Standing
 
 LINE_EVERY: Final = 5.0
 DRAW_EVERY: Final = 0.2

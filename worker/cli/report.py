@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from worker.cli import INVALID, Trouble
 from worker.shells import workbook
+from worker.shells.journal import LOCK, SUFFIX
 
 if TYPE_CHECKING:
     from worker.shells.journal import Journal
@@ -25,6 +26,8 @@ def check_place(report: Path, source: str | None) -> None:
         raise Trouble(f"the directory {report.parent} does not exist; correct --report", code=INVALID)
     if report.is_dir() or report.name in ("", ".", ".."):
         raise Trouble(f"--report {report} is a directory; name a file", code=INVALID)
+    if report.suffix in (SUFFIX, LOCK):
+        raise Trouble(f"--report {report} has the name of a journal; name a .csv or .xlsx file", code=INVALID)
     if _is_workbook(report) and not workbook.available():
         raise Trouble(
             f"--report {report} would be an Excel workbook; install what writes them, "
@@ -52,7 +55,7 @@ def check_existing(report: Path, journal: Journal, *, force: bool) -> None:
 
 def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
     """One line for each row of the input, from the journal, in the form of the input; the file appears whole."""
-    from worker.core.sweep import Report, harmless, kept_as_text
+    from worker.core.report import Report, harmless, kept_as_text
     from worker.shells.journal import replacing
 
     form, lines = journal.facts.form, Report(journal.facts)

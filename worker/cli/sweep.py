@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from worker import signals
-from worker.cli import INTERRUPTED, INVALID, Trouble, report
+from worker.cli import INTERRUPTED, INVALID, Trouble, report, through_broker
 from worker.cli.batches import (
     STATE_DIR_HELP,
     broker_of,
     check_batch_id,
     existing,
     gateway_of,
-    home_at,
     print_needs,
     print_tally,
     state_directory,
@@ -31,7 +29,7 @@ from worker.cli.intake import Input, batch, take_in
 from worker.cli.screen import note
 from worker.core import jakarta
 from worker.core.needs import SUSPICIOUS_PERCENT
-from worker.core.sweep import WINDOW
+from worker.core.pace import WINDOW
 from worker.core.words import plural
 
 if TYPE_CHECKING:
@@ -180,7 +178,7 @@ def _run(wish: _Wish) -> int:
     _silence()
     with _told():
         if wish.stop is not None:
-            return _stop(wish.stop, amqp, state_directory(amqp.prefix, wish.state_dir))
+            return through_broker.stop(wish.stop, amqp, state_directory(amqp.prefix, wish.state_dir))
         if wish.dry_run:
             return _dry_run(wish, amqp.prefix, settings)
         directory = state_directory(amqp.prefix, wish.state_dir)
@@ -317,15 +315,8 @@ def _rows_in_words(bills: int, duplicates: int, invalid: int) -> str:
 
 def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
     """Publishes what is not published, and follows if that is wanted."""
-    import random
-
-    from worker.app.sweep import Ended, Sweep
-    from worker.cli.meter import Meter
-    from worker.core.lanes import SWEEP
-    from worker.core.sweep import follower_name, inbox
-    from worker.shells.amqp.bulk import Bulk, Followed, Route
-    from worker.shells.amqp.session import BrokerError, parameters, session
-    from worker.shells.clock import SystemClock
+    from worker.app.sweep import Ended
+    from worker.shells.amqp.session import BrokerError
 
     if wish.republish:
         journal.publish_again()
@@ -338,45 +329,21 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
     if follow and not before.unsent:
         print(_nothing_sent(journal, before))
     if before.unsent or (follow and before.waiting):
-        own = inbox(amqp.names, batch, amqp.queue_type) if follow else None
         try:
-            with session(amqp, "sweep") as connection:
-                _settle_in(journal, home_at(connection, amqp))
-                wanted = _prepare(connection, amqp, journal, own, before)
-            hosts = parameters(amqp, "sweep")
-        except Followed as error:
-            raise Trouble(str(error)) from None
+            ended = through_broker.send(amqp, journal, follow=follow, window=wish.window or WINDOW)
         except BrokerError as error:
             raise Trouble(str(error), *_afterwards(wish, journal, "; or send it without a broker: --direct")) from None
-        signals.install()
-        with Meter(f"sweep {batch}", publish=bool(before.unsent), follow=follow) as meter:
-            errand = Sweep(
-                journal,
-                amqp.names,
-                follow=follow,
-                stop=signals.received,
-                screen=meter,
-                clock=SystemClock(),
-                window=wish.window or WINDOW,
-            )
-            lane = amqp.names.queue(SWEEP)
-            follower, fleet = follower_name(amqp.names, batch), f"{amqp.prefix}.fleet"
-            route = Route(wanted, amqp.declare, own, batch, follower, _who(), lane, fleet)
-            try:
-                Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
-            except Followed as error:
-                raise Trouble(str(error)) from None
-        if errand.ended is Ended.STOPPED:
+        if ended is Ended.STOPPED:
             return _interrupted(wish, journal)
     elif follow:
-        _take_late(amqp, journal)
+        through_broker.take_late(amqp, journal)
     after = journal.tally()
     if wish.report is not None:
         report.write(journal, wish.report, wish.delimiter)
     if not follow:
         _say_published(amqp, journal, before, after)
         return 0
-    _close_inbox(amqp, batch, after)
+    through_broker.close_inbox(amqp, batch, after)
     code = _conclude(wish, journal, after)
     if after.unsent and journal.facts.stopped:
         print(
@@ -385,128 +352,6 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
             file=sys.stderr,
         )
     return code
-
-
-def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, tally: Tally) -> Any:
-    """What must exist before the first publish: lane, exchanges, and the inbox, or outcomes would go elsewhere."""
-    from worker.core.sweep import follower_name
-    from worker.core.topology import Topology, topology
-    from worker.shells.amqp.bulk import check_free
-    from worker.shells.amqp.session import TopologyMismatch, apply, verify
-
-    wanted = topology(amqp.prefix, amqp.queue_type, ())
-    try:
-        if amqp.declare:
-            apply(connection, wanted)
-        else:
-            missing = verify(connection, wanted)
-            if missing:
-                raise Trouble(*missing)
-        if own is not None:
-            batch = journal.facts.batch.id
-            check_free(connection, follower_name(amqp.names, batch), batch)
-            lost = bool(verify(connection, Topology((), own.queues, ())))
-            if lost and tally.waiting:
-                raise Trouble(_lost(journal, tally))
-            apply(connection, own)
-            journal.has_inbox()
-    except TopologyMismatch as mismatch:
-        raise Trouble(*mismatch.problems) from None
-    return wanted
-
-
-def _who() -> str:
-    """Who we are, for those who find that the batch is followed."""
-    import socket
-
-    from worker.core import jakarta
-    from worker.shells import operator
-
-    since = jakarta.iso(time.time(), milliseconds=False)
-    return f"{operator.user()}@{socket.gethostname()} (process {os.getpid()}, since {since})"
-
-
-def _stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
-    """Ends the publishing of a batch, from anywhere."""
-    from worker.core.sweep import inbox_name
-    from worker.shells.amqp.bulk import stop
-    from worker.shells.amqp.session import BrokerError, session
-    from worker.shells.journal import Journal, find, lock
-
-    check_batch_id(batch)
-    who, now = _who(), time.time()
-    try:
-        with session(amqp, "sweep") as connection:
-            home = home_at(connection, amqp)
-            said = stop(connection, inbox_name(amqp.names, batch), who, now)
-    except BrokerError as error:
-        raise Trouble(str(error)) from None
-    if said:
-        print(f"batch {batch}: nothing more is published; {said}")
-        return 0
-    path = find(directory, batch, home)
-    if path is not None:
-        with lock(path), closing(Journal(path)) as journal:
-            journal.stop(who)
-            unsent = journal.tally().unsent
-        print(f"batch {batch}: no process has it now; {unsent:,} bills are unsent, and stay so until --resume")
-        return 0
-    if said is None:
-        raise Trouble(f"nobody follows batch {batch} at {home.place}, so nothing of it is being published there")
-    print(f"batch {batch}: no process answered; the next one that follows it will publish nothing more")
-    return 0
-
-
-def _settle_in(journal: Journal, home: Home) -> None:
-    """What is sent from here on counts as sent there. Raises `Trouble` if it was sent elsewhere before."""
-    from worker.core.sweep import belongs
-
-    if not belongs(journal.facts, home):  # the broker did not answer at first, and then it was another one
-        raise Trouble(
-            f"batch {journal.facts.batch.id} was sent to {journal.facts.place}, not to {home.place}; call this again"
-        )
-    journal.sent_to(home)
-
-
-def _lost(journal: Journal, tally: Tally) -> str:
-    batch = journal.facts.batch.id
-    why = (
-        "its inbox is gone (unused for days, or deleted)" if journal.facts.inbox else "it was published without --wait"
-    )
-    return (
-        f"batch {batch}: {why}, so outcomes of the {tally.waiting:,} bills without one may have gone elsewhere; "
-        f"`qris-expire sweep --follow {batch} --republish` publishes those again, under the same ids, and follows them"
-    )
-
-
-def _take_late(amqp: AmqpSettings, journal: Journal) -> None:
-    """Every bill has an outcome; some may have got a better one since, by a redrive."""
-    from worker.core.sweep import follower_name, inbox_name, read_outcome
-    from worker.shells.amqp.bulk import check_free, take
-    from worker.shells.amqp.session import BrokerError, session
-
-    if not journal.facts.inbox or not journal.tally().unresolved:
-        return
-    try:
-        with session(amqp, "sweep") as connection:
-            batch = journal.facts.batch.id
-            check_free(connection, follower_name(amqp.names, batch), batch)
-            for bodies in take(connection, inbox_name(amqp.names, batch), batch):
-                journal.record([told for told in map(read_outcome, bodies) if told is not None])
-    except BrokerError as error:
-        print(f"qris-expire: later outcomes could not be looked for: {error}", file=sys.stderr)
-
-
-def _close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
-    """Deletes it when it has no more to tell; one whose bills may be redriven stays, for as long as queues of its kind
-    do."""
-    from worker.core.sweep import inbox_name
-    from worker.shells.amqp.session import BrokerError, session
-
-    if tally.unresolved or tally.unsent:
-        return
-    with suppress(BrokerError), session(amqp, "sweep") as connection:
-        connection.channel().queue_delete(inbox_name(amqp.names, batch))
 
 
 def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: Tally) -> None:

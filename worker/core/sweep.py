@@ -1,16 +1,15 @@
-"""A batch of bills: its id and its commands' ids, what outcomes say about it, and the sum that adds up to the input."""
+"""A batch of bills: its id and its commands' ids, what outcomes say about it, and the sum that equals the input."""
 
 from __future__ import annotations
 
 import json
 import re
 import uuid
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
-from worker.core import jakarta, mangled
+from worker.core import jakarta
 from worker.core.delivery import BATCH_ID, COPY_ID, EFFECT_UNKNOWN, Message, Progress
 from worker.core.lanes import SWEEP
 from worker.core.outcome import Reason, Status
@@ -21,23 +20,6 @@ BATCH_SIZE: Final = "batch-size"
 
 UNUSED_SECONDS: Final = 3 * 86_400
 """A batch's inbox takes the outcomes of all sweeps while it exists; one that nobody follows for so long goes away."""
-
-WINDOW: Final = 10_000
-"""Bills of a batch without an outcome at any time, unless people say otherwise: bills that wait for a delayed round are
-among them, so it bounds what an outage leaves at the broker."""
-
-FIRST_AHEAD: Final = 100
-QUEUED_SECONDS: Final = 0.5
-"""Work that a sweep keeps in the lane. An outcome is answered by the next bill within 0.2 s."""
-SHORT_SECONDS: Final = 0.1
-LEAST_READY: Final = 10
-MOST_READY: Final = 50
-GROWTH: Final = 1.5
-DECAY: Final = 0.9
-UNSEEN_SECONDS: Final = 3.0
-"""A worker that is just being started consumes by then."""
-
-SPEED_SECONDS: Final = 15.0  # the rate that people see is that of the latest seconds
 
 _COMMAND_NAMESPACE = uuid.UUID("b7a0c5b2-6a52-5c0e-9d0f-3f1c1b0f9316")
 _BATCH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -133,45 +115,6 @@ def command_message(names: Names, batch: Batch, bill: Bill, epoch: float) -> Mes
             "headers": {BATCH_ID: batch.id, BATCH_SIZE: batch.size, **again},
         },
     )
-
-
-class Pace:
-    """How many bills of a batch may be published ahead of its outcomes: enough that no worker waits, and few enough
-    that other sweeps need not wait behind them. The lane is first in, first out: what one sweep has in it delays every
-    other one by as much.
-
-    All sweeps of a lane see the same numbers (its depth, and the outcomes of all of them) and so get equal shares.
-    Times are monotonic seconds, passed in.
-    """
-
-    def __init__(self, window: int, now: float) -> None:
-        self._window = window
-        self._began = now
-        self._outcomes = 0
-        self._speed = Speed()
-        self._grown = 0.0
-        self._consumed = False
-
-    def heard(self, outcomes: int) -> None:
-        """So many outcomes of the lane came, of whatever batch."""
-        self._outcomes += outcomes
-
-    def seen(self, now: float, ahead: int, ready: int, consumers: int) -> None:
-        """The lane as it is now: messages that wait in it, and its consumers. ``ahead``: of our own bills."""
-        self._speed.mark(now, self._outcomes)
-        self._consumed = self._consumed or consumers > 0
-        rate = self._speed.per_second
-        if ready < max(LEAST_READY, rate * SHORT_SECONDS):
-            if ahead >= self.allowed(now):  # the workers are about to run dry, and it is for us to publish more
-                self._grown = min(float(self._window), max(self._grown, ahead) * GROWTH)
-        elif ready > max(MOST_READY, rate * QUEUED_SECONDS):
-            self._grown *= DECAY
-
-    def allowed(self, now: float) -> int:
-        """Bills ahead. As many as the window has while no worker has been seen: there is nobody to be kept waiting."""
-        if not self._consumed and now - self._began > UNSEEN_SECONDS:
-            return self._window
-        return min(self._window, round(max(FIRST_AHEAD, self._speed.per_second * QUEUED_SECONDS, self._grown)))
 
 
 class Watermark:
@@ -372,7 +315,7 @@ class Tally:
 
     @property
     def expired(self) -> int:
-        """Bills that are dead, as they should be."""
+        """Bills whose QR codes are expired."""
         return self._told(Status.EXPIRED)
 
     @property
@@ -429,144 +372,5 @@ class Standing:
 
     @property
     def expired(self) -> int:
-        """Bills that are dead, as they should be."""
+        """Bills whose QR codes are expired."""
         return sum(count for (status, _), count in self.told.items() if status == Status.EXPIRED)
-
-
-class Speed:
-    """How many a second, lately. Times are monotonic seconds, passed in."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[float, int]] = deque()
-
-    def mark(self, now: float, done: int) -> None:
-        """So many are done now."""
-        self._marks.append((now, done))
-        while len(self._marks) > 2 and now - self._marks[0][0] > SPEED_SECONDS:
-            self._marks.popleft()
-
-    @property
-    def per_second(self) -> float:
-        """0 before anything is known."""
-        if len(self._marks) < 2:
-            return 0.0
-        (then, before), (now, after) = self._marks[0], self._marks[-1]
-        return (after - before) / (now - then) if now > then else 0.0
-
-    def left(self, remaining: int) -> float | None:
-        """Seconds for so many more; None when nothing moves."""
-        rate = self.per_second
-        return remaining / rate if rate > 0 else None
-
-
-# -- the report -----------------------------------------------------------------------------------------------------
-
-REPORT_COLUMNS: Final = (
-    "line",
-    "billnumber",
-    "merchantId",
-    "reference",
-    "commandId",
-    "status",
-    "reason",
-    "responseCode",
-    "responseMessage",
-    "detail",
-    "attempts",
-    "effectUnknown",
-    "externalIds",
-    "completedAt",
-)
-_SENT: Final = {"bill": "billnumber", "merchant": "merchantId", "reference": "reference"}
-"""Columns of the input that are ours as well when they have these very names: they show what was sent."""
-
-
-class ReportRow(Protocol):
-    """A row of the input with what the journal knows of its bill."""
-
-    def __getitem__(self, column: str, /) -> Any: ...
-
-
-class Report:
-    """The lines of a batch's report, one for each row of the input: its columns as they came, then ours."""
-
-    def __init__(self, facts: Facts) -> None:
-        form = facts.form
-        self._facts = facts
-        self._width = len(form.columns)
-        self._shared = {
-            name: form.places[ours]
-            for ours, name in _SENT.items()
-            if name in form.columns and ours in form.places and form.columns[form.places[ours]] == name
-        }
-        self._own = [column for column in REPORT_COLUMNS if column not in self._shared]
-
-    def header(self) -> list[str]:
-        """The names of the columns. One of the input that has the name of one of ours is told apart."""
-        columns = [f"{name} (input)" if name in self._own else name for name in self._facts.form.columns]
-        return [*columns, *self._own]
-
-    def line(self, row: ReportRow) -> list[object]:
-        """A row of the input."""
-        cells: list[object] = list(json.loads(row["cells"]))
-        cells += [""] * (self._width - len(cells))
-        if len(cells) > self._width:  # an invalid row; nothing of it gets lost
-            cells[self._width - 1 :] = [self._facts.form.delimiter.join(map(str, cells[self._width - 1 :]))]
-        ours = self._skipped(row) or self._sent(row)
-        if row["why"] is None:
-            for name, place in self._shared.items():
-                cells[place] = ours[name] or ""
-        return cells + [ours.get(column) for column in self._own]
-
-    def _skipped(self, row: ReportRow) -> dict[str, Any] | None:
-        if row["why"] is not None:
-            return {"line": row["line"], "status": "skipped", "reason": "invalid", "detail": row["why"]}
-        if row["first"] == row["line"]:
-            return None
-        stands = f"the same bill of the same merchant as line {row['first']}, which stands for it"
-        return {**self._identity(row), "status": "skipped", "reason": "duplicate", "detail": stands}
-
-    def _identity(self, row: ReportRow) -> dict[str, Any]:
-        return {
-            "line": row["line"],
-            "billnumber": row["bill"],
-            "merchantId": row["merchant"],
-            "reference": row["reference"],
-            "commandId": command_id(self._facts.batch.id, row["bill"], row["merchant"]),
-        }
-
-    def _sent(self, row: ReportRow) -> dict[str, Any]:
-        return {
-            **self._identity(row),
-            "status": row["status"] or ("waiting" if row["number"] <= self._facts.published else "unsent"),
-            "reason": row["reason"],
-            "responseCode": row["response_code"],
-            "responseMessage": row["response_message"],
-            "detail": row["detail"],
-            "attempts": row["attempts"],
-            "effectUnknown": None if row["status"] is None else "true" if row["effect_unknown"] else "false",
-            "externalIds": row["external_ids"],
-            "completedAt": row["completed_at"] if row["status"] else None,
-        }
-
-
-_FORMULA: Final = tuple("=+-@\t\r\n＝＋－＠")
-_NUMBER_LENGTH: Final = 11  # digits from which on a spreadsheet shows a number as 1,23E+11
-
-
-def harmless(cell: object) -> object:
-    """A cell that no spreadsheet takes for a formula: text may come from a gateway, or from anybody."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
-
-
-def kept_as_text(cell: object) -> object:
-    """A cell of a CSV file whose digits a spreadsheet keeps: those that it would take for a number or a date."""
-    if not isinstance(cell, str) or mangled.unwrapped(cell) != cell:
-        return cell
-    if not cell.isascii() or '"' in cell or cell.startswith(_FORMULA):
-        return harmless(cell)
-    if cell.isdigit():
-        changed = len(cell) > _NUMBER_LENGTH or (cell.startswith("0") and cell != "0")
-    else:
-        changed = any(map(str.isdigit, cell)) and " " not in cell and mangled.cause(cell) is not None
-    return f'="{cell}"' if changed else harmless(cell)

@@ -494,7 +494,7 @@ def _locked(name: Path, batch: str) -> Iterator[int]:
         except BlockingIOError:
             holder = os.pread(number, 20, 0).decode(errors="replace").strip() or "?"
             raise JournalError(
-                f"batch {batch} is in the hands of process {holder}; let it end, or stop it with ctrl-C"
+                f"batch {batch} is in use by process {holder}; let it end, or stop it with ctrl-C"
             ) from None
         finally:
             os.close(number)

@@ -38,6 +38,7 @@ LOOK_SECONDS: Final = 0.25  # between two looks at the lane
 CLOSE_SECONDS: Final = 3.0
 _CURRENT: Final = re.compile(r"current is (?:the value )?'([^']+)'")
 STOP_SECONDS: Final = 10.0  # for a follower to answer, behind the outcomes that wait before the order
+ORDERED_AT: Final = "ordered-at"  # milliseconds since the epoch: a later resumption makes the order void
 MAX_WHO: Final = 200
 WHO_SECONDS: Final = 2.0  # for a follower to say who it is
 GONE_SECONDS: Final = 5.0  # without a delivery, of those that were there a moment ago
@@ -341,7 +342,9 @@ class Bulk:
 
     def _stopped_by(self, channel: Any, properties: Any, body: bytes) -> None:
         self._hand_over()
-        answer = self._errand.cut(body.decode(errors="replace")[:MAX_WHO], float(properties.timestamp or 0))
+        ordered = (properties.headers or {}).get(ORDERED_AT)
+        epoch = ordered / 1000 if isinstance(ordered, int) else 0.0
+        answer = self._errand.cut(body.decode(errors="replace")[:MAX_WHO], epoch)
         if properties.reply_to:
             channel.basic_publish("", properties.reply_to, answer.encode())
 
@@ -400,7 +403,7 @@ def stop(connection: Any, inbox: str, who: str, now: float) -> str | None:
     channel = connection.channel()
     channel.confirm_delivery()
     answers = channel.queue_declare("", exclusive=True).method.queue
-    order = BasicProperties(type=STOP, delivery_mode=2, timestamp=int(now), reply_to=answers)
+    order = BasicProperties(type=STOP, delivery_mode=2, reply_to=answers, headers={ORDERED_AT: round(now * 1000)})
     try:
         channel.basic_publish("", inbox, who.encode(), order, mandatory=True)
     except UnroutableError:

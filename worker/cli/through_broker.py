@@ -1,0 +1,190 @@
+"""`sweep` through the broker: what must exist there, publishing and following, and the end of it from anywhere."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker import signals
+from worker.cli import Trouble
+from worker.cli.batches import check_batch_id, home_at
+
+if TYPE_CHECKING:
+    from worker.app.sweep import Ended
+    from worker.core.sweep import Home, Tally
+    from worker.settings import AmqpSettings
+    from worker.shells.journal import Journal
+
+
+def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> Ended:
+    """Publishes what is not published, and with ``follow`` keeps the outcomes until every bill has one.
+
+    Raises `Trouble`, and `BrokerError` when the broker does not answer before anything is begun.
+    """
+    from worker.app.sweep import Sweep
+    from worker.cli.meter import Meter
+    from worker.core.lanes import SWEEP
+    from worker.core.sweep import follower_name, inbox
+    from worker.shells.amqp.bulk import Bulk, Followed, Route
+    from worker.shells.amqp.session import parameters, session
+    from worker.shells.clock import SystemClock
+
+    before, batch, names = journal.tally(), journal.facts.batch.id, amqp.names
+    own = inbox(names, batch, amqp.queue_type) if follow else None
+    try:
+        with session(amqp, "sweep") as connection:
+            _settle_in(journal, home_at(connection, amqp))
+            wanted = _prepare(connection, amqp, journal, own, before)
+        hosts = parameters(amqp, "sweep")
+        signals.install()
+        with Meter(f"sweep {batch}", publish=bool(before.unsent), follow=follow) as meter:
+            errand = Sweep(
+                journal,
+                names,
+                follow=follow,
+                stop=signals.received,
+                screen=meter,
+                clock=SystemClock(),
+                window=window,
+            )
+            route = Route(
+                wanted,
+                amqp.declare,
+                own,
+                batch,
+                follower=follower_name(names, batch),
+                who=_who(),
+                lane=names.queue(SWEEP),
+                fleet=f"{amqp.prefix}.fleet",
+            )
+            Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
+    except Followed as error:
+        raise Trouble(str(error)) from None
+    assert errand.ended is not None
+    return errand.ended
+
+
+def take_late(amqp: AmqpSettings, journal: Journal) -> None:
+    """Every bill has an outcome; some may have got a better one since, by a redrive."""
+    from worker.core.sweep import follower_name, inbox_name, read_outcome
+    from worker.shells.amqp.bulk import check_free, take
+    from worker.shells.amqp.session import BrokerError, session
+
+    if not journal.facts.inbox or not journal.tally().unresolved:
+        return
+    try:
+        with session(amqp, "sweep") as connection:
+            batch = journal.facts.batch.id
+            check_free(connection, follower_name(amqp.names, batch), batch)
+            for bodies in take(connection, inbox_name(amqp.names, batch), batch):
+                journal.record([told for told in map(read_outcome, bodies) if told is not None])
+    except BrokerError as error:
+        print(f"qris-expire: later outcomes could not be looked for: {error}", file=sys.stderr)
+
+
+def close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
+    """Deletes it when it has no more to tell; one whose bills may be redriven stays, for as long as queues of its kind
+    do."""
+    from worker.core.sweep import inbox_name
+    from worker.shells.amqp.session import BrokerError, session
+
+    if tally.unresolved or tally.unsent:
+        return
+    with suppress(BrokerError), session(amqp, "sweep") as connection:
+        connection.channel().queue_delete(inbox_name(amqp.names, batch))
+
+
+def stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
+    """Ends the publishing of a batch, from anywhere."""
+    from worker.core.sweep import inbox_name
+    from worker.shells.amqp.bulk import stop as order_stop
+    from worker.shells.amqp.session import BrokerError, session
+    from worker.shells.journal import Journal, find, lock
+
+    check_batch_id(batch)
+    who, now = _who(), time.time()
+    try:
+        with session(amqp, "sweep") as connection:
+            home = home_at(connection, amqp)
+            said = order_stop(connection, inbox_name(amqp.names, batch), who, now)
+    except BrokerError as error:
+        raise Trouble(str(error)) from None
+    if said:
+        print(f"batch {batch}: nothing more is published; {said}")
+        return 0
+    path = find(directory, batch, home)
+    if path is not None:
+        with lock(path), closing(Journal(path)) as journal:
+            journal.stop(who)
+            unsent = journal.tally().unsent
+        print(f"batch {batch}: no process has it now; {unsent:,} bills are unsent, and stay so until --resume")
+        return 0
+    if said is None:
+        raise Trouble(f"nobody follows batch {batch} at {home.place}, so nothing of it is being published there")
+    print(f"batch {batch}: no process answered; the next one that follows it will publish nothing more")
+    return 0
+
+
+def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, tally: Tally) -> Any:
+    """What must exist before the first publish: lane, exchanges, and the inbox, or outcomes would go elsewhere."""
+    from worker.core.sweep import follower_name
+    from worker.core.topology import Topology, topology
+    from worker.shells.amqp.bulk import check_free
+    from worker.shells.amqp.session import TopologyMismatch, apply, verify
+
+    wanted = topology(amqp.prefix, amqp.queue_type, ())
+    try:
+        if amqp.declare:
+            apply(connection, wanted)
+        else:
+            missing = verify(connection, wanted)
+            if missing:
+                raise Trouble(*missing)
+        if own is not None:
+            batch = journal.facts.batch.id
+            check_free(connection, follower_name(amqp.names, batch), batch)
+            lost = bool(verify(connection, Topology((), own.queues, ())))
+            if lost and tally.waiting:
+                raise Trouble(_lost(journal, tally))
+            apply(connection, own)
+            journal.has_inbox()
+    except TopologyMismatch as mismatch:
+        raise Trouble(*mismatch.problems) from None
+    return wanted
+
+
+def _who() -> str:
+    """Who we are, for those who find that the batch is followed."""
+    from worker.core import jakarta
+    from worker.shells import operator
+
+    since = jakarta.iso(time.time(), milliseconds=False)
+    return f"{operator.user()}@{socket.gethostname()} (process {os.getpid()}, since {since})"
+
+
+def _settle_in(journal: Journal, home: Home) -> None:
+    """What is sent from here on counts as sent there. Raises `Trouble` if it was sent elsewhere before."""
+    from worker.core.sweep import belongs
+
+    if not belongs(journal.facts, home):  # the broker did not answer at first, and then it was another one
+        raise Trouble(
+            f"batch {journal.facts.batch.id} was sent to {journal.facts.place}, not to {home.place}; call this again"
+        )
+    journal.sent_to(home)
+
+
+def _lost(journal: Journal, tally: Tally) -> str:
+    batch = journal.facts.batch.id
+    why = (
+        "its inbox is gone (unused for days, or deleted)" if journal.facts.inbox else "it was published without --wait"
+    )
+    return (
+        f"batch {batch}: {why}, so outcomes of the {tally.waiting:,} bills without one may have gone elsewhere; "
+        f"`qris-expire sweep --follow {batch} --republish` publishes those again, under the same ids, and follows them"
+    )

@@ -588,7 +588,7 @@ def network_lets_the_worker_work(manifests: Manifests) -> Complaints:
 def deleting_resources_loses_nothing(manifests: Manifests) -> Complaints:
     """Queues outlive their resources, and every resource names the cluster that is there."""
     clusters = {each["metadata"]["name"] for each in manifests.of("RabbitmqCluster")}
-    for each in manifests.of("Queue", "Exchange", "Binding", "User", "Permission"):
+    for each in manifests.of("Queue", "Exchange", "Binding", "User", "Permission", "Policy"):
         where = f"{each['kind']} {each['metadata']['name']}"
         if each["kind"] == "Queue" and each["spec"].get("deletionPolicy") != "retain":
             yield f"{where}: deleting it deletes its messages"

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -124,6 +124,39 @@ def test_the_worker_s_user_has_its_limits(broker: PrivateBroker) -> None:
     with Rabbit(worker_url(broker)) as rabbit, pytest.raises(Exception, match="ACCESS_REFUSED"):
         rabbit.declare_queue("orders")
     assert api("GET", "/queues/%2F/qris.expire.sweep")[0] == 401
+
+
+def test_a_producer_s_and_a_consumer_s_users(broker: PrivateBroker) -> None:
+    """A producer publishes commands and reads nothing; a consumer reads outcomes from queues of its own, no more."""
+
+    def url(name: str) -> str:
+        return broker.url.replace("guest:guest", f"{name}:{PASSWORD}")
+
+    with Rabbit(url("qris-expire-producer")) as producer:
+        producer.publish("qris.expire.commands", "sweep", b"{}")
+    with Rabbit(url("qris-expire-consumer")) as consumer, Rabbit(broker.url) as admin:
+        consumer.declare_queue("orders.outcomes")
+        consumer.bind("orders.outcomes", "qris.expire.outcomes", "#")
+        admin.publish("qris.expire.outcomes", "sweep.expired", b"{}")
+        assert consumer.take("orders.outcomes", 1, 10)[0].body == b"{}"
+        admin.delete_queue("orders.outcomes")
+        admin.purge("qris.expire.sweep")
+    refused: dict[str, list[Callable[[Rabbit], object]]] = {
+        "qris-expire-producer": [
+            lambda it: it.publish("qris.expire.outcomes", "sweep.expired", b"{}"),
+            lambda it: it.take("qris.expire.sweep", 1, 1),
+            lambda it: it.declare_queue("mine"),
+        ],
+        "qris-expire-consumer": [
+            lambda it: it.publish("qris.expire.commands", "sweep", b"{}"),
+            lambda it: it.take("qris.expire.dead", 1, 1),
+            lambda it: it.declare_queue("qris.expire.mine"),
+        ],
+    }
+    for user, attempts in refused.items():
+        for attempt in attempts:
+            with Rabbit(url(user)) as rabbit, pytest.raises(Exception, match="ACCESS_REFUSED"):
+                attempt(rabbit)
 
 
 def test_keda_sees_commands_in_hand_and_touches_nothing(broker: PrivateBroker) -> None:

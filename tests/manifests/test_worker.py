@@ -1,5 +1,6 @@
 """The manifests and the worker's own code agree: settings, topology, metrics, files."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from tests.manifests.policies import broker_url
 from tests.manifests.rendering import K8S, Manifests, pod_template
 from worker import __version__
+from worker.core.fitness import hides_commands, policy_problems, version_problem
 from worker.core.topology import Binding, Exchange, Queue, Topology, topology
 from worker.sandbox.simulator import own_key, private_pem
 from worker.settings import AmqpSettings, RetrySettings, Settings, SettingsError, load
@@ -142,6 +144,22 @@ def test_the_prefix_is_one(rendered: dict[str, Manifests]) -> None:
     )
     assert rendered["production"].settings()["AMQP_PREFIX"] == prefix
     assert all(prefix.replace(".", r"\.") + r"\." in pattern for pattern in worker["spec"]["permissions"].values())
+
+
+def test_the_broker_is_pinned_and_fit(rendered: dict[str, Manifests]) -> None:
+    """The broker's image names a release of RabbitMQ that is fit, and the policy is one that removes nothing."""
+
+    (cluster,) = rendered["broker"].of("RabbitmqCluster")
+    (policy,) = rendered["broker"].of("Policy")
+    version = cluster["spec"]["image"].rpartition(":")[2]
+
+    assert re.match(r"\d+\.\d+\.\d+", version)
+    assert version_problem(version) is None
+    for queue in topology(AmqpSettings.declared()["prefix"].default, "quorum", (30,)).queues:
+        assert list(policy_problems(queue, policy["spec"]["definition"])) == []
+        if queue.arguments["x-queue-type"] == "quorum":
+            assert re.match(policy["spec"]["pattern"], queue.name)
+    assert hides_commands(version, "quorum", policy["spec"]["definition"]) is None
 
 
 def test_the_image_is_the_image_s_user(production: Manifests) -> None:

@@ -1,15 +1,22 @@
 """A cluster of three nodes with quorum queues: nodes go and come under load, and nothing is lost."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.brokers import PrivateBroker, PrivateCluster
 from tests.load import Scene, confirm_seconds, under_load
+from tests.rabbit import delete_topology, new_prefix
+from tests.worker_process import Producer, WorkerProcess
 from worker.core.lanes import CANCELLATION
-from worker.sandbox.simulator import Script
+from worker.sandbox.simulator import Script, Simulator
 
 pytestmark = pytest.mark.timeout(280)
+
+POLICY = Path(__file__).parents[2] / "k8s" / "broker" / "policy.yaml"
 
 LONGEST_PAUSE = 30.0
 """Seconds without a call that one node may cost; one is usual, a busy machine takes more."""
@@ -46,6 +53,37 @@ def test_the_leader_killed(cluster: PrivateCluster, tmp_path: Path) -> None:
         victim.start()
         scene.more_calls(timeout=60)
         scene.settle()
+
+
+def test_what_a_dead_node_held(cluster: PrivateCluster, tmp_path: Path) -> None:
+    """kill -9 of the node that the worker consumes from: with the policy of the manifests (RabbitMQ 4.3), what the worker
+    held is given to it again within seconds, and not after a minute."""
+
+    prefix, node = new_prefix(), cluster.nodes[0]
+    with (
+        Simulator(Script(latency=1.0)) as gateway,
+        WorkerProcess(",".join(cluster.urls[1:]), prefix, gateway, tmp_path, WORKER_CONCURRENCY="4") as worker,
+    ):
+        worker.wait_ready()
+        if node.ctl("version").startswith("4.3"):
+            definition = json.dumps(yaml.safe_load(POLICY.read_text())["spec"]["definition"])
+            node.ctl("set_policy", prefix, f"^{prefix}[.]", definition, "--apply-to", "quorum_queues")
+        with Producer(cluster.urls[0], prefix) as producer:
+            producer.publish_many((f"b-{number}" for number in range(30)), sweep_every=0)
+            worker.wait_for(lambda: worker.metrics()("in_flight") == 4, 30, "it works")
+            lines = node.ctl("list_connections", "node", "client_properties").splitlines()
+            (at,) = {line.split()[0] for line in lines if "qris-expire consume" in line}
+            victim = next(each for each in cluster.nodes if each.node == at)
+            gateway.replace(Script())
+            killed = time.monotonic()
+            victim.kill()
+            producer.collect_all(55)
+            took = time.monotonic() - killed
+            victim.start()
+            worker.stop()
+            print(f"RabbitMQ {node.ctl('version').strip()}: all 30 commands {took:.1f} s after the death of their node")
+    delete_topology(cluster.urls[0], prefix)
+    assert took < 30, "60 s is what RabbitMQ 4.3 takes without the policy"
 
 
 def test_each_node_restarted_in_turn(cluster: PrivateCluster, tmp_path: Path) -> None:

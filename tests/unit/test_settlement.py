@@ -10,6 +10,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -432,6 +433,27 @@ def test_a_command_that_was_never_called_for_comes_back_without_suspicion() -> N
     assert not copy.progress.effect_unknown
     assert copy.progress.attempts == 0
     assert copy.copy_id == "copy"
+
+
+@pytest.mark.parametrize("other", ["confirmed", "refused"])
+def test_a_command_is_parked_once(other: str) -> None:
+    """Of a command with two messages one is refused for good: its deliveries are parked, whatever becomes of the other
+    message; nothing is acked, and nothing of it is kept."""
+
+    desk = new_desk()
+    task = task_of(arrived(desk))
+    report = Report(builders.outcome(Reason.RETRIES_EXHAUSTED))
+    assert len(desk.settle(task, report).publish) == 2
+
+    assert desk.park(task) == [Tag(1, 1)]
+    if other == "confirmed":
+        assert desk.confirmed(task, report) is None
+    else:
+        assert list(desk.park(task)) == []
+
+    assert len(desk) == 0
+    again = arrived(desk, 2, redelivered=True)
+    assert again.take is Take.WORK, "redriven or redelivered, it is a command like any other"
 
 
 def test_the_oldest_of_a_lane() -> None:

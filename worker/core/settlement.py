@@ -332,6 +332,8 @@ class Desk:
         self._new_id = new_id
         self._ledger = Ledger()
         self._tasks: dict[Entry, Task] = {}
+        self._parked: set[Entry] = set()
+        """Of commands that the broker parked, while messages of their orders are unconfirmed."""
         self._called: OrderedDict[str, tuple[Progress, Report | None]] = OrderedDict()
         """What is known of calls for commands that the broker took back, by `Delivery.key`."""
 
@@ -382,9 +384,10 @@ class Desk:
                 assert_never(disposition)
 
     def confirmed(self, task: Task, disposition: Disposition) -> Settled | None:
-        """One message of its orders is confirmed; None before the last, and when it was abandoned meanwhile."""
+        """One message of its orders is confirmed; None before the last, and when it was parked meanwhile."""
         assert task.entry is not None
-        if task.entry not in self._tasks:
+        if task.entry in self._parked:
+            self._end_of_parked(task.entry)
             return None
         tags = self._ledger.confirmed(task.entry)
         if task.entry.unconfirmed:
@@ -392,12 +395,23 @@ class Desk:
         del self._tasks[task.entry]
         return Settled(task, disposition, tags)
 
-    def abandon(self, task: Task) -> Sequence[Tag]:
-        """We do not settle it; its deliveries (returned) are the broker's to give again. None when it was abandoned
-        before."""
-        assert task.entry is not None
-        if self._tasks.pop(task.entry, None) is None:
+    def park(self, task: Task) -> Sequence[Tag]:
+        """The broker refuses one of the messages of its orders. Returns the deliveries that the broker is to park;
+        none when it was told so for another message."""
+        entry = task.entry
+        assert entry is not None
+        if entry in self._parked:
+            self._end_of_parked(entry)
             return ()
+        tags = self.abandon(task)
+        self._parked.add(entry)
+        self._end_of_parked(entry)
+        return tags
+
+    def abandon(self, task: Task) -> Sequence[Tag]:
+        """We do not settle it; its deliveries (returned) are the broker's to give again."""
+        assert task.entry is not None
+        del self._tasks[task.entry]
         return self._ledger.abandon(task.entry)
 
     def channel_lost(self, channel: int) -> None:
@@ -416,6 +430,12 @@ class Desk:
     def _publish(self, entry: Entry, messages: Sequence[Message]) -> Orders:
         self._ledger.publish(entry, len(messages))
         return Orders(messages)
+
+    def _end_of_parked(self, entry: Entry) -> None:
+        """One of the messages of a parked command was refused or confirmed."""
+        entry.unconfirmed -= 1
+        if not entry.unconfirmed:
+            self._parked.discard(entry)
 
     def _remember(self, task: Task, disposition: Disposition) -> None:
         self.abandon(task)

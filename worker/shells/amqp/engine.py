@@ -480,7 +480,7 @@ class Engine:
         waits = publication.tries < PARK_AFTER and self._publisher.refused < PARK_BEYOND
         if waits or not self._plan.declare:
             return False
-        for tag in self._desk.abandon(task):
+        for tag in self._desk.park(task):
             self._consumer.park(tag)
         self._log.error(
             "command.parked",

@@ -19,6 +19,12 @@ ON_REQUEST = {
     "chaos": "breaks things at random for minutes; runs with --chaos",
 }
 
+ON_EACH_BROKER = {
+    "integration": {"broker", "dead", "hostile_input", "limits", "publisher", "sweep", "worker"},
+    "process": {"broker_faults", "run"},
+}
+"""Files of tests that depend on what the broker does: CI runs them on RabbitMQ 4.3, too (`-m each_broker`)."""
+
 # A deadline or a slow draw measures the machine, and ours is shared.
 _UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", _UNHURRIED, max_examples=100, derandomize=False)
@@ -41,10 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker, why in ON_REQUEST.items():
         config.addinivalue_line("markers", f"{marker}: {why}")
+    config.addinivalue_line("markers", "each_broker: depends on what the broker does")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.stem.removeprefix("test_") in ON_EACH_BROKER.get(item.path.parent.name, ()):
+            item.add_marker("each_broker")
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
     unwanted = [marker for marker in ON_REQUEST if not config.getoption(f"--{marker}")]

@@ -25,10 +25,12 @@ COPY requirements-build.txt /src/
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --root-user-action ignore --only-binary :all: --require-hashes -r /src/requirements-build.txt
 COPY pyproject.toml README.md LICENSE /src/
 COPY worker /src/worker
+COPY .ci/sbom /src/sbom
 # --root keeps the new files apart from the dependencies, at the path where they will be.
 RUN python -m pip wheel --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir /wheels /src \
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check --no-deps --no-index --no-compile --root /project /wheels/*.whl \
  && python -m compileall -q -j 1 --invalidation-mode unchecked-hash -s /project /project \
+ && python /src/sbom /project/opt/venv/share/qris-expire-worker /opt/venv/lib/python3*/site-packages /project/opt/venv/lib/python3*/site-packages \
  && mkdir -p /project/var/lib/qris-expire
 
 # -- what runs
@@ -56,6 +58,7 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["/opt/venv/bin/qris-expire"]
 CMD ["run"]
 
+ARG PYTHON_IMAGE
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG SOURCE=unknown
@@ -64,4 +67,7 @@ LABEL org.opencontainers.image.title="qris-expire-worker" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.source="${SOURCE}"
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}" \
+      qris-expire.sbom="/opt/venv/share/qris-expire-worker/sbom.cdx.json" \
+      qris-expire.licences="/opt/venv/share/qris-expire-worker/licences.txt"

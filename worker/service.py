@@ -18,6 +18,7 @@ from worker.core.verdict import Kind, NoReply
 from worker.processes import SOCKET_VARIABLE
 from worker.settings import GatewaySettings, Settings
 from worker.shells.amqp.session import BrokerError
+from worker.shells.certificates import Expiries
 from worker.shells.credentials import CredentialsError
 from worker.shells.http import Health, HealthServer, ListenError
 from worker.wiring import Client, engine
@@ -43,6 +44,14 @@ class Worker:
         self.metrics.senders(settings.worker.concurrency)
         self.engine = engine(settings, self.client)
         self.pool = self.client.pool(self.engine.finish)
+        amqp, gateway = settings.amqp, settings.gateway
+        files = {
+            "gateway_client": gateway.cert_file,
+            "gateway_ca": gateway.ca_file,
+            "amqp_client": amqp.cert_file,
+            "amqp_ca": amqp.ca_file,
+        }
+        self.certificates = Expiries(files, self.metrics)
 
     # -- what probes read -------------------------------------------------------------------------------------------
 
@@ -125,6 +134,7 @@ def _watch(worker: Worker) -> int:
             log.info("worker.ready", **worker.address())
         asked, hangups = signals.hangups() > hangups, signals.hangups()
         worker.client.take_over_secrets(asked=asked)
+        worker.certificates.look()
     return _drain(worker)
 
 

@@ -14,7 +14,8 @@ import structlog
 
 from tests.servers import Authority
 from worker.sandbox.simulator import own_key, private_pem
-from worker.settings import GatewaySettings, load
+from worker.settings import AmqpSettings, GatewaySettings, load
+from worker.shells.amqp.session import tls_context
 from worker.shells.credentials import Credentials, CredentialsError
 
 
@@ -115,11 +116,13 @@ def test_two_files_that_are_rotated_one_after_the_other(mounted: Mounted) -> Non
 
 
 def test_the_context_trusts_no_common_name(mounted: Mounted) -> None:
-    """A certificate names its host in subjectAltName."""
+    """A certificate names its host in subjectAltName, the gateway's as well as the broker's."""
     context = mounted.credentials().context
+    broker = tls_context(load(AmqpSettings, environ={"AMQP_URL": "amqps://broker.example"}, env_file=None))
 
     assert isinstance(context, ssl.SSLContext)
     assert not context.hostname_checks_common_name
+    assert not broker.hostname_checks_common_name
 
 
 ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIB\n-----END ENCRYPTED PRIVATE KEY-----\n"

@@ -54,6 +54,14 @@ def test_short_secrets_are_masked_in_the_usual_forms(form: Callable[[str], str])
     assert masked(f"secret <{form(SHORT)}> is wrong".encode(), (SHORT,)) == b"secret <***> is wrong"
 
 
+def test_a_secret_of_several_words_is_masked_whole() -> None:
+    """Though one of its words alone gives it away."""
+    secret = 'correct horse, "batterystaple1" x'
+
+    for form in FORMS.values():
+        assert masked(f"<{form(secret)}>".encode(), (secret,)) == b"<***>"
+
+
 def test_a_code_beside_a_secret_stays_readable() -> None:
     """What is masked is the secret, and the answer is judged as before."""
     body = json.dumps({"responseCode": "4019300", "responseMessage": f"bad token {JWT}"}).encode()
@@ -90,3 +98,11 @@ def test_no_signature_survives(digest: bytes) -> None:
     text = json.dumps({"responseMessage": f"X-SIGNATURE {signature} is wrong"}).replace("/", "\\/")
 
     assert json.loads(masked(text.encode(), (signature,)))["responseMessage"] == "X-SIGNATURE *** is wrong"
+
+
+def test_a_long_page_takes_no_long_time() -> None:
+    """A hostile page is one word of 64 KiB, or holds the secret thousands of times."""
+    words = (b"x" * 32_000 + JWT.encode() + b"x" * 32_000, b"x" * 60_000 + b" " + JWT.encode(), JWT.encode() * 700)
+
+    assert [masked(word, (JWT,)) for word in words] == [b"***", b"x" * 60_000 + b" ***", b"***"]
+    assert masked(f"{JWT} ".encode() * 700, (JWT,)) == b"*** " * 700

@@ -49,6 +49,24 @@ class Answer:
     follows a success is not its body (RFC 9112, 6.3).
     """
 
+    __slots__ = (
+        "_at",
+        "_body",
+        "_buffer",
+        "_codings",
+        "_kept_alive",
+        "_left",
+        "_searched",
+        "_step",
+        "_tunnel",
+        "complete",
+        "cut",
+        "headers",
+        "reason",
+        "received",
+        "status",
+    )
+
     def __init__(self, *, tunnel: bool = False) -> None:
         self.status = 0
         self.reason = ""
@@ -58,7 +76,8 @@ class Answer:
         self.received = 0
         self._tunnel = tunnel
         self._kept_alive = False
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # all that came: no answer is larger than `MAX_ANSWER_BYTES`
+        self._at = 0  # what stands before is read
         self._searched = 0
         self._body = bytearray()
         self._left = 0
@@ -85,12 +104,12 @@ class Answer:
     @property
     def surplus(self) -> bool:
         """Line breaks after a body do no harm, and some old servers send them; anything else may be another answer."""
-        return self.complete and bool(self._buffer.strip(_LINE_ENDS))
+        return self._at < len(self._buffer) and self.complete and bool(self._buffer[self._at :].strip(_LINE_ENDS))
 
     @property
     def reusable(self) -> bool:
         """Whether the connection is in a known state: kept alive, and nothing came after the answer."""
-        return self._kept_alive and not self.cut and not self._buffer
+        return self._kept_alive and not self.cut and self._at == len(self._buffer)
 
     @property
     def body(self) -> bytes:
@@ -104,42 +123,45 @@ class Answer:
 
     def _head(self) -> bool:
         buffer = self._buffer
-        if buffer and buffer[0] in _LINE_ENDS:  # blank lines before an answer belong to whatever came before it
-            del buffer[: len(buffer) - len(buffer.lstrip(_LINE_ENDS))]
-            self._searched = 0
+        while self._at < len(buffer) and buffer[self._at] in _LINE_ENDS:
+            self._at += 1  # blank lines before an answer belong to whatever came before it
         end, after = self._blank_line()
         if end < 0:
             return False
-        lines = buffer[:end].decode("latin-1").split("\n")
-        del buffer[:after]
-        self._searched = 0
-        minor, status, reason = _status(lines[0].removesuffix("\r"))
+        lines = buffer[self._at : end].decode("latin-1").replace("\r\n", "\n").removesuffix("\r").split("\n")
+        self._at = self._searched = after
+        minor, status, reason = _status(lines[0])
         headers = _fields(lines[1:]) if len(lines) > 1 else {}
         if status < 200:
             if status == 101:
                 raise NotHttp("the answer changes the protocol")
             return True  # 100 Continue, 103 Early Hints: they have no body, and the answer is still to come
         self.status, self.reason, self.headers = status, reason, headers
-        connection = headers.get("connection", "").lower()
-        self._kept_alive = "close" not in connection and (minor > 0 or "keep-alive" in connection)
+        connection = headers.get("connection")
+        if connection is None:
+            self._kept_alive = minor > 0
+        else:
+            connection = connection.lower()
+            self._kept_alive = "close" not in connection and (minor > 0 or "keep-alive" in connection)
         self._frame(minor)
         return True
 
     def _blank_line(self) -> tuple[int, int]:
-        """Where the head ends and what follows begins; -1 while it has no end. A line may end with LF alone."""
-        start = max(self._searched - 2, 0)
-        crlf, lf = self._buffer.find(b"\n\r\n", start), self._buffer.find(b"\n\n", start)
+        """Where the head ends and what follows begins; below 0 while it has no end. A line may end with LF alone."""
+        start = max(self._searched - 2, self._at)
         self._searched = len(self._buffer)
-        if crlf >= 0 and (lf < 0 or crlf < lf):
-            return crlf, crlf + 3
-        return lf, lf + 2
+        crlf = self._buffer.find(b"\n\r\n", start)
+        lf = self._buffer.find(b"\n\n", start, self._searched if crlf < 0 else crlf + 1)
+        return (crlf, crlf + 3) if lf < 0 else (lf, lf + 2)
 
     def _frame(self, minor: int) -> None:
         """How the body ends: RFC 9112, 6.3."""
         coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
         if coding is not None and length is not None:
             raise NotHttp("it has both a Content-Length and a Transfer-Encoding")
-        self._codings = _list(self.headers.get("content-encoding", ""))
+        encoding = self.headers.get("content-encoding")
+        if encoding is not None:
+            self._codings = _list(encoding)
         if self.status in (204, 304) or (self._tunnel and 200 <= self.status < 300):
             self.complete = True
         elif coding is not None:
@@ -168,7 +190,7 @@ class Answer:
 
     def _to_the_end(self) -> bool:
         self._kept_alive = False
-        self._left = len(self._buffer)
+        self._left = len(self._buffer) - self._at
         self._take(self._left)
         return False
 
@@ -207,25 +229,24 @@ class Answer:
 
     def _line(self) -> bytes | None:
         """The next line without its end; None while it has none."""
-        end = self._buffer.find(b"\n", self._searched)
+        end = self._buffer.find(b"\n", max(self._searched, self._at))
         if end < 0:
             self._searched = len(self._buffer)
             return None
-        line = bytes(self._buffer[:end]).removesuffix(b"\r")
-        del self._buffer[: end + 1]
-        self._searched = 0
+        line = bytes(self._buffer[self._at : end]).removesuffix(b"\r")
+        self._at = self._searched = end + 1
         return line
 
     def _take(self, count: int) -> None:
         """Moves up to so many bytes into the body. A body of more than the limit is cut there, and what it says does
         not matter."""
-        piece = self._buffer[:count]
-        del self._buffer[: len(piece)]
+        piece = self._buffer[self._at : self._at + count]
+        self._at += len(piece)
         self._left -= len(piece)
         self._body += piece
         if len(self._body) > MAX_BODY_BYTES:
             del self._body[MAX_BODY_BYTES:]
-            self._buffer.clear()
+            self._at = len(self._buffer)
             self.cut = self.complete = True
 
 
@@ -240,19 +261,26 @@ def _status(line: str) -> tuple[int, int, str]:
 def _fields(lines: list[str]) -> dict[str, str]:
     headers: dict[str, str] = {}
     name = ""
-    for raw in lines:
-        line = raw.removesuffix("\r")
-        if line[:1] in (" ", "\t"):  # a folded line; before the first field it belongs to nothing (RFC 9112, 2.2, 5.2)
+    for line in lines:
+        if line[:1] in _FOLDS:  # the line before goes on; before the first field it is nothing (RFC 9112, 2.2 and 5.2)
             if name:
                 headers[name] = f"{headers[name]} {_printable(line)}".strip()
             continue
-        name, colon, value = line.partition(":")
-        name = name.rstrip(" \t").lower()
-        if not colon or not _TOKEN.fullmatch(name):
-            raise NotHttp("a header has no name")
-        value = _printable(value)
+        name, value = _field(line)
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
+
+
+_FOLDS: Final = frozenset(" \t")
+
+
+@lru_cache(maxsize=256)  # most lines of a gateway's answers are the same every time
+def _field(line: str) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    name = name.rstrip(" \t").lower()
+    if not colon or not _TOKEN.fullmatch(name):
+        raise NotHttp("a header has no name")
+    return name, _printable(value)
 
 
 def _printable(value: str) -> str:
@@ -261,6 +289,7 @@ def _printable(value: str) -> str:
     return value.strip(" ")
 
 
+@lru_cache(maxsize=64)
 def _length(value: str) -> int:
     """The same number twice is one number (RFC 9110, 8.6)."""
     texts = [text.strip() for text in value.split(",")]

@@ -16,7 +16,10 @@ _SHORTEST: Final = 4
 _ANCHOR: Final = re.compile(r"[A-Za-z0-9]{12}")
 """The first such run of a secret is in no ordinary text, and survives every escaping (JSON, HTML, URL) and a cut at the
 end: the word that holds it is masked."""
-_WORD: Final = rb"[^\s\"'<>,]*"
+_ONE_WORD: Final = re.compile(r"[A-Za-z0-9+/=_.~-]+")
+"""Tokens and signatures are. Any other secret is looked for in its usual forms, which takes longer."""
+_MARKS: Final = tuple(bytes([mark]) for mark in b" \t\r\n\x0b\x0c\"'<>,")
+"""What ends a word."""
 
 
 def masked(text: bytes, secrets: Iterable[str]) -> bytes:
@@ -25,19 +28,30 @@ def masked(text: bytes, secrets: Iterable[str]) -> bytes:
         if len(secret) < _SHORTEST or len(text) < _SHORTEST:
             continue
         anchor = _ANCHOR.search(secret)
+        if anchor is None or not _ONE_WORD.fullmatch(secret):
+            text = _forms(secret).sub(MASK, text)
         if anchor is not None and (found := anchor[0].encode()) in text:
-            text = re.sub(_WORD + re.escape(found) + _WORD, MASK, text)
-        if len(text) >= len(secret):
-            for form in _forms(secret):
-                text = text.replace(form, MASK)
+            text = _without_words(text, found)
     return text
 
 
-@lru_cache(maxsize=256)
-def _forms(secret: str) -> tuple[bytes, ...]:
+def _without_words(text: bytes, found: bytes) -> bytes:
+    """Without the words that hold this. By search and not by a pattern, which takes quadratic time on one long word."""
+    kept, start = [], 0
+    while (at := text.find(found, start)) >= 0:
+        left = max(text.rfind(mark, start, at) for mark in _MARKS) + 1
+        kept += [text[start : max(left, start)], MASK]
+        ends = [end for mark in _MARKS if (end := text.find(mark, at)) >= 0]
+        start = min(ends, default=len(text))
+    return b"".join([*kept, text[start:]])
+
+
+@lru_cache(maxsize=16)
+def _forms(secret: str) -> re.Pattern[bytes]:
     """The secret itself, and as URLs, HTML and JSON write it; some encoders of JSON escape the slash."""
     forms = [secret, quote(secret, safe=""), quote_plus(secret), escape(secret)]
     for ascii_only in (True, False):
         written = json.dumps(secret, ensure_ascii=ascii_only)[1:-1]
         forms += [written, written.replace("/", "\\/")]
-    return tuple({form.encode("utf-8", "surrogatepass"): None for form in forms})
+    longest_first = sorted({form.encode("utf-8", "surrogatepass") for form in forms}, key=len, reverse=True)
+    return re.compile(b"|".join(map(re.escape, longest_first)))

@@ -15,7 +15,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -184,7 +184,7 @@ class BoundedAdapter(BaseAdapter):
         try:
             line.send(data)
             answer = line.receive(Answer())
-            surplus = not answer.cut and (answer.surplus or line.holds_more())
+            surplus = not answer.cut and (answer.surplus or (line.may_hold_more and line.holds_more()))
         except (OSError, NotHttp) as error:
             self.close()
             if isinstance(error, ssl.SSLError) and error.reason in _HANDSHAKE_REFUSED:
@@ -345,10 +345,14 @@ def _no_pair(cert_file: Path, key_file: Path | None) -> tuple[str, str]:
 
 
 class _Line:
-    """A connected socket with one deadline for everything until the next `begin`. ``ended``: the peer has closed."""
+    """A connected socket with one deadline for everything until the next `begin`.
+
+    ``ended``: the peer has closed. ``may_hold_more``: the last read need not have brought all that had come.
+    """
 
     def __init__(self, connection: socket.socket, waiting: Waiting, deadline: float = 0.0) -> None:
         self.ended = False
+        self.may_hold_more = False
         self._socket = connection
         self._waiting = waiting
         self._tls = isinstance(connection, ssl.SSLSocket)
@@ -403,6 +407,7 @@ class _Line:
                     raise ConnectionResetError(None, said)
                 break
             answer.feed(data)
+            self.may_hold_more = self._tls or len(data) == _READ_BYTES
             reads += 1
             if reads % _READS_IN_A_TURN == 0:
                 self._waiting.give_way()
@@ -431,8 +436,10 @@ class _Line:
 
     def _wait_at_most(self) -> None:
         """Until something comes or the time is over; the socket is tried in both cases."""
-        with suppress(TimeoutError):
+        try:
             self._wait(select.POLLIN)
+        except TimeoutError:
+            return
 
 
 def _until_done(wait: Callable[[int], None], events: int, operation: Callable[..., T], *arguments: Any) -> T:
@@ -463,7 +470,7 @@ def _response(answer: Answer, request: requests.PreparedRequest) -> requests.Res
     response = _Response()
     response.status_code = answer.status
     response.reason = answer.reason
-    response.headers = _Headers({name: (name, value) for name, value in answer.headers.items()})
+    response.headers = _Headers(answer.headers)
     response._content = answer.body
     response.url = request.url or ""
     response.request = request
@@ -491,10 +498,24 @@ class _Response(requests.Response):
 
 
 class _Headers(CaseInsensitiveDict[str]):
-    """Takes over what its parent would copy entry by entry, through three frames of Python each."""
+    """Takes over the headers of an answer, whose names are in small letters already; its parent would copy them one by
+    one, through three frames of Python each."""
 
-    def __init__(self, store: dict[str, tuple[str, str]] | None = None) -> None:
-        self._store = store if store is not None else {}
+    def __init__(self, store: dict[str, str] | None = None) -> None:
+        self._store: dict[str, str] = store if store is not None else {}
+
+    def __getitem__(self, key: str) -> str:
+        return self._store[key.lower()]
+
+    def __setitem__(self, key: str, value: str) -> None:
+        self._store[key.lower()] = value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store)
+
+    def lower_items(self) -> Iterator[tuple[str, str]]:
+        """See the parent."""
+        return iter(self._store.items())
 
     def copy(self) -> CaseInsensitiveDict[str]:
         """See the parent, whose constructor is another."""

@@ -245,6 +245,7 @@ def tls_context(amqp: AmqpSettings) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=amqp.ca_file)
     except (ssl.SSLError, OSError):
         raise BrokerError("AMQP_CA_FILE holds no CA certificates; give a PEM file with at least one") from None
+    context.hostname_checks_common_name = False  # see `worker.shells.transport.trust`
     if amqp.cert_file is not None:
         try:
             # A passphrase would be asked for on the terminal, where nobody is: refuse such a key instead.

@@ -727,7 +727,8 @@ def test_a_broken_merchant_stops_no_cancellation(
     """A sweep that begins with bills that always fail: cancellations are expired as they come, and the good bills
     behind the bad ones while those go through their rounds."""
 
-    settings = {"BREAKER_COOLDOWN_SECONDS": "2", "RETRY_DELAYS_SECONDS": "1,2"} if bad < 400 else {}
+    quick = {"BREAKER_COOLDOWN_SECONDS": "2", "RETRY_DELAYS_SECONDS": "1,2"}
+    settings = quick if bad < 400 else {"WORKER_CONCURRENCY": "32", "RETRY_DELAYS_SECONDS": None}
     with (
         Simulator(Script(patterns=(BROKEN_MERCHANT,))) as gateway,
         working(amqp_url, prefix, gateway, tmp_path, **settings) as (worker, producer),

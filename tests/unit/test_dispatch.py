@@ -406,7 +406,7 @@ def test_recovery(hold: Callable[[Bench], None]) -> None:
     tasks = bench.offer(SWEEP, *(f"s-{number}" for number in range(20)))
     hold(bench)
     bench.clock.sleep(15)
-    bench.work(CANCELLATION)
+    bench.dispatcher.record(SWEEP, verdict(Kind.DONE), probe=True)
     bench.look()
     out, counts = [], []
     for _ in range(5):
@@ -417,6 +417,17 @@ def test_recovery(hold: Callable[[Bench], None]) -> None:
 
     assert counts == [1, 2, 3, 4, 5]
     assert len(tasks) == 20
+
+
+def test_without_an_outage_there_is_nothing_to_recover_from() -> None:
+    """A lane whose breaker a success elsewhere closes goes on with all its senders."""
+
+    bench = Bench(8)
+    bench.offer(SWEEP, *(f"s-{number}" for number in range(20)))
+    bench.fail(SWEEP)
+    bench.work(CANCELLATION)
+
+    assert len(bench.taken()) == 6
 
 
 def test_what_failed_on_its_own_account_goes_to_the_end() -> None:

@@ -103,6 +103,7 @@ class Dispatcher:
         self._recovering: dict[str, int] = {}
         """How many commands of a lane may be in hand until it is held no more and has recovered."""
         self._broken_at: dict[str, float] = {}
+        self._outages: dict[str, int] = {}  # that were over when the lane's breaker opened
         self._aged_at = 0.0
         self._pause_at: float | None = None  # in a drain
         self._settled = False
@@ -303,8 +304,8 @@ class Dispatcher:
             if self._breakers.state(lane) is State.CLOSED:
                 if self._broken_at.pop(lane, None) is not None:
                     self._closed(lane)
-            else:
-                self._broken_at.setdefault(lane, now)
+            elif lane not in self._broken_at:
+                self._broken_at[lane], self._outages[lane] = now, self._breakers.outages(lane)
             if reason in ("breaker", "throttled"):
                 self._recovering[lane] = 1
             before = self._lanes.limit[lane]
@@ -319,10 +320,12 @@ class Dispatcher:
         return frozenset(lane for lane, since in self._broken_at.items() if now - since > PAUSE_AFTER)
 
     def _closed(self, lane: str) -> None:
-        """The lane's breaker is closed again. What had failed before goes to the end of the lane if the gateway worked
-        all the time: it failed on its own account, and others shall have their turn."""
+        """The lane's breaker is closed again. If the gateway worked all the time, what had failed did so on its own
+        account: it goes to the end of the lane, so that others have their turn, and there is nothing to recover from."""
         self._fetching.discard(lane)
         outages = self._breakers.outages(lane)
+        if outages == self._outages[lane]:
+            self._recovering.pop(lane, None)
         for task in self._lanes.waiting(lane):
             task.probed = False
             failed = task.round is not None and task.round.calls > 0 and task.round.outages == outages

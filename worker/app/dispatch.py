@@ -321,7 +321,7 @@ class Dispatcher:
 
     def _closed(self, lane: str) -> None:
         """The lane's breaker is closed again. If the gateway worked all the time, what had failed did so on its own
-        account: it goes to the end of the lane, so that others have their turn, and there is nothing to recover from."""
+        account: it goes to the end of the lane, since others shall have their turn, and nothing has to recover."""
         self._fetching.discard(lane)
         outages = self._breakers.outages(lane)
         if outages == self._outages[lane]:

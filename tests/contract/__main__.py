@@ -9,6 +9,6 @@ from worker.sandbox import demo
 
 if __name__ == "__main__":
     if "--demo" in sys.argv[1:]:
-        print(documents.write_examples(demo.run(120, Console())))
+        print(documents.write_examples(demo.run(120, None, Console())))
     for path in documents.write():
         print(path)

@@ -598,7 +598,7 @@ def test_down_resets_all_but_the_simulator_itself(partner: Partner) -> None:
 
     WEB.post(f"{root}/_simulator/script", json={}, timeout=30).raise_for_status()
     assert partner.code() == "2009300"
-    assert partner.simulator.report().by_code["down"] == 2
+    assert partner.simulator.report().turned_away == 2
 
 
 def test_stopped_it_refuses_and_started_it_remembers(partner: Partner) -> None:
@@ -716,7 +716,12 @@ def test_the_report_adds_up() -> None:
         report = simulator.report()
 
     assert (report.expire_calls, report.token_calls) == (3, 1)
-    assert report.by_code == {"2007300": 1, "2009300": 1, "5009300": 1, "reset after": 1}
+    assert report.by_code == {"2009300": 1, "5009300": 1, "reset after": 1}
+    assert report.token_by_code == {"2007300": 1}
+    assert (sum(report.by_code.values()), sum(report.token_by_code.values())) == (
+        report.expire_calls,
+        report.token_calls,
+    )
     assert report.calls_by_bill == {"B1": 2, "B2": 1}
     assert (report.bills_called, report.bills_expired) == (2, 2)
     assert [(call.billnumber, call.answer) for call in report.calls] == [

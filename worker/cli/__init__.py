@@ -27,7 +27,7 @@ from worker.cli.command_line import (
 PROGRAM: Final = "qris-expire"
 
 COMMANDS: Final = {
-    "demo": (),
+    "demo": ("AMQP_",),
     "simulator": (),
     "publish": ("AMQP_",),
     "sweep": ("AMQP_", "GATEWAY_MERCHANT_ID"),

@@ -4,35 +4,60 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
-from worker.cli import Trouble
+from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from worker.settings import AmqpSettings
 
 
 def demo(
     commands: Annotated[int, Option(help="How many commands to send.", min=20, max=5000)] = 360,
+    direct: Annotated[
+        bool, Option("--direct", help="Without a broker: sweep a file of bills straight to the simulated gateway.")
+    ] = False,
     save: Annotated[
         Path | None, Option(metavar="FILE", help="Save every message as it was on the wire, as JSON lines.")
     ] = None,
 ) -> int:
-    """Shows the whole product on this machine, in under a minute.
+    """Shows the product on this machine, in under a minute.
 
-    Uses the RabbitMQ at AMQP_URL (or on localhost) if one answers, else starts a private node from installed binaries,
-    else installs them. Then: the simulated gateway with faults on one call in ten, one worker, a sweep with
-    cancellations beside it, a table that adds up, and a clean stop. Nothing is left running, no queue stays behind.
+    Starts a simulated gateway that fails one call in ten, and one worker; sends a sweep with cancellations beside it;
+    shows what became of each command, and ends. It leaves no process, queue or file behind, and installs nothing.
 
-    Exit code 0: every command got its outcome.
+    The broker: if AMQP_URL is set, the one there, which must answer. Otherwise the RabbitMQ of this machine if one
+    answers, or a private node started from installed binaries. If there is none, the demo runs as with --direct.
+
+    Exit code 0: every command got its outcome. 1: not. 2: settings are wrong.
+
+    Examples:
+
+        qris-expire demo
+        qris-expire demo --direct --commands 1000
     """
     from rich.console import Console
 
     from worker.sandbox import broker
     from worker.sandbox import demo as show
 
+    console = Console(soft_wrap=True)
+    if direct and save is not None:
+        raise Trouble("--direct sends no messages that could be saved; leave out --save", code=INVALID)
     try:
+        if direct:
+            _direct(commands, console)
+            return 0
         with _opened(save) as file:
-            for message in show.run(commands, Console(soft_wrap=True)):
+            for message in show.run(commands, _given(), console):
                 file.write(f"{message.line()}\n")
+    except show.NoBroker:
+        if save is not None:
+            raise Trouble("there is no broker; start RabbitMQ, or set AMQP_URL, or leave out --save") from None
+        return demo(commands, direct=True)
     except (show.DemoError, broker.BrokerUnavailable) as error:
         raise Trouble(str(error)) from None
     except OSError as error:
@@ -40,6 +65,21 @@ def demo(
             raise
         raise Trouble(f"{save}: cannot be written ({error.strerror}); give another --save") from None
     return 0
+
+
+def _given() -> AmqpSettings | None:
+    """The broker that somebody chose: a setting is an order, and the demo looks for no other broker then."""
+    from worker.settings import AmqpSettings, load
+
+    amqp = load(AmqpSettings)
+    named = any(os.environ.get(name) for name in ("AMQP_URL", "AMQP_URL_FILE"))
+    return amqp if named or amqp.url != AmqpSettings.declared()["url"].default else None
+
+
+def _direct(commands: int, console: Console) -> None:
+    from worker.sandbox import direct_demo
+
+    direct_demo.run(commands, console)
 
 
 def _opened(path: Path | None) -> TextIO:

@@ -163,24 +163,31 @@ def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:
 
 
 def _print_report(report: Report) -> None:
-    from rich.console import Console
+    """Each section adds up: the calls, then what they were answered."""
     from rich.table import Table
 
-    table = Table("seen", "", title="simulator", title_justify="left")
+    from worker.cli.screen import output
+
+    table = Table("what the simulator saw", "count", title="simulator", title_justify="left")
     table.columns[1].justify = "right"
+    for calls, count, answers in (
+        ("expire calls", report.expire_calls, report.by_code),
+        ("token calls", report.token_calls, report.token_by_code),
+    ):
+        table.add_row(calls, f"{count:,}")
+        for code, number in answers.items():
+            table.add_row(f"  answered {code}", f"{number:,}")
+        table.add_section()
     facts = {
-        "expire calls": report.expire_calls,
-        "token calls": report.token_calls,
         "bills called": report.bills_called,
         "bills expired": report.bills_expired,
         "duplicate external ids": report.duplicates,
         "wrong signatures": report.signature_failures,
-        "throttled": report.throttled,
-        "most at once": report.max_concurrency,
-        "most in one second": report.peak_per_second,
+        "calls above the rate": report.throttled,
+        "most calls at once": report.max_concurrency,
+        "most calls in one second": report.peak_per_second,
+        "connections turned away (down)": report.turned_away,
     }
     for name, number in facts.items():
         table.add_row(name, f"{number:,}")
-    for code, number in report.by_code.items():
-        table.add_row(f"answered {code}", f"{number:,}")
-    Console().print(table)
+    output().print(table)

@@ -14,7 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +26,10 @@ from rich.table import Table
 
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import Names, Topology, topology
-from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port, install
+from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port
 from worker.sandbox.simulator import Script, Simulator
 from worker.settings import AmqpSettings, Secret
-from worker.shells.amqp.session import apply, connect
+from worker.shells.amqp.session import BrokerError, apply, connect
 
 HOME: Final = Path(__file__).parents[2]
 DELAYS: Final = (1,)
@@ -64,6 +64,10 @@ SETTINGS: Final = {
     "LOG_FORMAT": "json",
 }
 FOREIGN: Final = ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_")
+
+
+class NoBroker(Exception):
+    """None was given, none answers on this machine, and no binaries are here to start one."""
 
 
 class DemoError(Exception):
@@ -137,13 +141,15 @@ def batch(size: int) -> list[Order]:
     return orders
 
 
-def run(size: int, console: Console) -> list[Seen]:
-    """The whole demo, and every message of it. Raises `DemoError`; leaves no process, queue or file behind, whatever
-    happens."""
+def run(size: int, given: AmqpSettings | None, console: Console) -> list[Seen]:
+    """The whole demo, and every message of it, at the broker that was ``given`` or at one of its own.
+
+    Raises `DemoError`, and `NoBroker` before anything is shown; leaves no process, queue or file behind, whatever
+    happens.
+    """
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qris-expire-demo-")))
-        url = _broker(stack, console)
-        amqp = AmqpSettings(url=Secret(url), prefix=f"demo.{secrets.token_hex(4)}")
+        amqp = replace(_broker(stack, given, console), prefix=f"demo.{secrets.token_hex(4)}")
         simulator = stack.enter_context(Simulator(Script.parse(FAULTS)))
         console.print(f"gateway    simulated at {simulator.base_url}, with faults on one call in ten")
         channel, inbox = stack.enter_context(_prepared(amqp))
@@ -152,8 +158,7 @@ def run(size: int, console: Console) -> list[Seen]:
             **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
             **SETTINGS,
             **simulator.environment(directory / "client-key.pem"),
-            "AMQP_URL": url,
-            "AMQP_PREFIX": amqp.prefix,
+            **_variables(amqp),
             "METRICS_PORT": str(port),
             # From a checkout that is not installed, the worker's process would not find its own package.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
@@ -178,22 +183,36 @@ def run(size: int, console: Console) -> list[Seen]:
 # -- the parts ------------------------------------------------------------------------------------------------------
 
 
-def _broker(stack: ExitStack, console: Console) -> str:
-    """The URL of a broker: the one at AMQP_URL, else a private node, installed first where we may."""
-    url = (os.environ.get("AMQP_URL") or "amqp://guest:guest@127.0.0.1:5672/%2F").partition(",")[0]
-    answer = answers(url, 3)
-    if answer is Answer.READY:
-        console.print("broker     the RabbitMQ that is already here (AMQP_URL)")
-        return url
-    if os.environ.get("AMQP_URL") and answer is Answer.REFUSED_LOGIN:
-        raise DemoError("the broker at AMQP_URL refuses our login; correct it, or unset it to get a private broker")
+def _broker(stack: ExitStack, given: AmqpSettings | None, console: Console) -> AmqpSettings:
+    """The broker that was ``given``, which must answer; else the one of this machine, else a private node."""
+    if given is not None:
+        try:
+            connect(given, "demo").close()
+        except BrokerError as error:
+            raise DemoError(f"AMQP_URL: {error}; without AMQP_URL, the demo brings its own broker or none") from None
+        console.print("broker     the RabbitMQ at AMQP_URL")
+        return given
+    here = AmqpSettings()
+    if answers(here.urls()[0], 3) is Answer.READY:
+        console.print("broker     the RabbitMQ of this machine")
+        return here
     if find_server() is None:
-        console.print("broker     RabbitMQ is not installed; installing it with apt …")
-        install()
+        raise NoBroker
     console.print("broker     starting a private RabbitMQ node …")
     private = stack.enter_context(PrivateBroker())
     console.print(f"broker     private node at 127.0.0.1:{private.port}, gone when the demo ends")
-    return private.url
+    return AmqpSettings(url=Secret(private.url))
+
+
+def _variables(amqp: AmqpSettings) -> dict[str, str]:
+    """The settings of the broker as a child process gets them."""
+    values = {
+        "AMQP_URL": amqp.url.get_secret_value(),
+        "AMQP_PREFIX": amqp.prefix,
+        "AMQP_QUEUE_TYPE": amqp.queue_type,
+        **{f"AMQP_{name.upper()}": getattr(amqp, name) for name in ("ca_file", "cert_file", "key_file")},
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}
 
 
 @contextmanager
@@ -379,25 +398,29 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
     table.add_section()
     table.add_row("total", f"of {tally.expected} commands published", str(counts.total()))
     console.print(table)
-    seen = simulator.report(bills=False)
-    answered = ", ".join(f"{code} ×{count}" for code, count in sorted(seen.by_code.items()))
-    calls = f"{seen.expire_calls} expire calls, {seen.token_calls} token calls"
-    console.print(f"gateway    {calls}: {answered}")
+    console.print(seen_by_gateway(simulator))
     cancelled = sorted(tally.seconds[CANCELLATION])
     console.print(
-        f"speed      {took:.1f} s in all; half of the cancellations were dead within "
+        f"speed      {took:.1f} s in all; half of the cancellations had their outcome within "
         f"{cancelled[len(cancelled) // 2]:.2f} s, while the sweep was queued"
     )
-    console.print(f"dead       {dead} dead letters wait for people: what is unresolved or invalid, with its reason")
+    console.print(f"dead       {dead} dead letters, each with its reason: the commands that are unresolved or invalid")
     retried = next((o for o in tally.outcomes.values() if o["attempts"] > 1 and o["status"] == "expired"), None)
     if retried is not None:
-        console.print("an outcome, as your pipeline receives it:")
+        console.print("an outcome, as a consumer receives it:")
         console.print(json.dumps(retried))
     console.print("some of its metrics:")
     for line in metrics.splitlines():
         if line.startswith(("qris_expire_outcomes_total", "qris_expire_retries_total")) and not line.endswith(" 0.0"):
             console.print(f"  {line}", highlight=False, markup=False)
     console.print(f"the worker drained and ended with 0: {tally.expected} commands, {counts.total()} outcomes.")
+
+
+def seen_by_gateway(simulator: Simulator) -> str:
+    """The calls that it got and what it answered, in one line that adds up."""
+    seen = simulator.report(bills=False)
+    answered = ", ".join(f"{code} ×{count}" for code, count in seen.by_code.items())
+    return f"gateway    {seen.expire_calls} expire calls: {answered}; {seen.token_calls} token calls"
 
 
 def _body(bill: str, **more: str) -> bytes:

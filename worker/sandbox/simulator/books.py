@@ -35,7 +35,9 @@ class Report:
 
     expire_calls: int  # refused ones included
     token_calls: int
-    by_code: dict[str, int]  # answers by response code, or "hang", "reset after", "http 502", "down"
+    by_code: dict[str, int]  # expire answers by response code, or "hang", "reset after", "http 502"; their sum is all
+    token_by_code: dict[str, int]  # the same of the token service
+    turned_away: int  # connections that were reset because the gateway was down; no calls
     bills_expired: int  # different bills
     bills_called: int  # different bills
     calls_by_bill: dict[str, int]  # calls that named the bill, refused ones included; empty unless asked for
@@ -91,6 +93,8 @@ class Books:
         self._duplicates = self._signature_failures = self._throttled = 0
         self._in_flight = self._max_in_flight = self._peak = 0
         self._by_code: Counter[str] = Counter()
+        self._token_by_code: Counter[str] = Counter()
+        self._turned_away = 0
         self._first: float | None = None
         self._last: float | None = None
         self._recent = _Window(1.0)
@@ -135,13 +139,13 @@ class Books:
             self._token_calls += 1
             self._signature_failures += refusal is BAD_TOKEN_SIGNATURE
             fault = refusal or self._next_token_fault()
-            self._by_code[fault.label or "2007300"] += 1
+            self._token_by_code[fault.label or "2007300"] += 1
             return fault, self._issued() if fault.takes_effect else b""
 
     def turned_away(self) -> None:
         """A connection was reset because the gateway is down."""
         with self._lock:
-            self._by_code["down"] += 1
+            self._turned_away += 1
 
     def report(self, *, bills: bool) -> Report:
         with self._lock:
@@ -150,6 +154,8 @@ class Books:
                 expire_calls=self._expire_calls,
                 token_calls=self._token_calls,
                 by_code=dict(sorted(self._by_code.items())),
+                token_by_code=dict(sorted(self._token_by_code.items())),
+                turned_away=self._turned_away,
                 bills_expired=self._bills_expired,
                 bills_called=len(self._bills),
                 calls_by_bill={},

@@ -20,6 +20,7 @@ from tests.waiting import wait_until
 from tests.worker_process import WorkerProcess
 from worker.core.command import Command, parse
 from worker.core.topology import Names, topology
+from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Simulator
 
 SNIPPETS = Path(__file__).parents[1] / "snippets"
@@ -120,25 +121,43 @@ class Program:
     def _command(self, name: str, *arguments: str) -> list[str]:
         return [part.format(name=name, Name=name.title()) for part in self._language.command] + list(arguments)
 
-    def publish(self, bill: str, order: str) -> subprocess.CompletedProcess[str]:
+    def publish(self, bill: str, order: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """One command published, or not."""
+        return self._run(self._command("publish", bill, "M1", order), environ)
+
+    def consume(self, target: str) -> subprocess.CompletedProcess[str]:
+        """A consumer that is expected to end by itself."""
+        return self._run(self._command("consume", target), {})
+
+    def _run(self, command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self._command("publish", bill, "M1", order),
+            command,
             cwd=self._project,
-            env=self._environment,
+            env=self._environment | environ,
             capture_output=True,
             text=True,
             timeout=SECONDS,
             check=False,
         )
 
+    def publishing(self, bill: str, order: str) -> subprocess.Popen[str]:
+        """The publisher, started."""
+        return subprocess.Popen(
+            self._command("publish", bill, "M1", order),
+            cwd=self._project,
+            env=self._environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
     @contextmanager
     def consuming(self, target: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The consumer runs meanwhile."""
+        """The consumer runs meanwhile, started again when it ends, as a service manager does."""
         log = self._project / "consume.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                self._command("consume", target),
+                ["bash", "-c", 'while true; do "$@"; sleep 0.5; done', "_", *self._command("consume", target)],
                 cwd=self._project,
                 env=self._environment,
                 stdout=output,
@@ -188,18 +207,58 @@ def test_a_command_is_published_safely(program: Program, fresh: PrivateBroker) -
     assert parse(message.body) == Command("10092081", "M1", "ORD-77", None)
 
 
-def test_a_command_that_no_queue_takes_is_an_error(program: Program, fresh: PrivateBroker) -> None:
-    """Without the lane's queue, and without the exchange, the program ends with an error: nothing vanishes."""
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a program ended with, beside what `go run` and Java's logging library add."""
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("exit status", "SLF4J:"))]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
 
-    assert program.publish("10092081", "ORD-77").returncode != 0
+
+def test_a_command_that_no_queue_takes_is_an_error(program: Program, fresh: PrivateBroker) -> None:
+    """Without the lane's queue, without the exchange and without a broker: one line, and an exit code that is not 0."""
+
+    complaint(program.publish("10092081", "ORD-77"))
     with Rabbit(fresh.url) as rabbit:
         rabbit.declare(topology(NAMES.prefix, "quorum", ()))
         rabbit.delete_queue(NAMES.queue("cancellation"))
-    assert program.publish("10092081", "ORD-77").returncode != 0
+    assert "no queue took the command" in complaint(program.publish("10092081", "ORD-77"))
+    complaint(program.publish("10092081", "ORD-77", AMQP_URL=f"amqp://guest:guest@127.0.0.1:{free_port()}/%2F"))
+
+
+def test_a_connection_that_is_lost_before_the_confirm_is_an_error(program: Program, fresh: PrivateBroker) -> None:
+    """A broker under its memory alarm takes nothing; the connection is closed while the program waits."""
+    with Rabbit(fresh.url) as rabbit:
+        rabbit.declare(topology(NAMES.prefix, "quorum", ()))
+    fresh.ctl("set_vm_memory_high_watermark", "0.0000001")
+    try:
+        process = program.publishing("10092081", "ORD-77")
+        wait_until(lambda: "block" in fresh.ctl("list_connections", "state"), SECONDS, "the connection to be blocked")
+        fresh.ctl("close_all_connections", "maintenance")
+        _, said = process.communicate(timeout=SECONDS)
+    finally:
+        fresh.ctl("set_vm_memory_high_watermark", "0.8")
+    complaint(subprocess.CompletedProcess([], process.returncode, stderr=said))
+
+
+def test_the_prefix_comes_from_the_environment(program: Program, fresh: PrivateBroker) -> None:
+    """AMQP_PREFIX chooses the topology, for producers as for the worker."""
+    other = Names("shop.expire")
+    with Rabbit(fresh.url) as rabbit:
+        rabbit.declare(topology(other.prefix, "quorum", ()))
+        done = program.publish("10092081", "ORD-77", AMQP_PREFIX=other.prefix)
+        assert done.returncode == 0, done.stderr
+        assert rabbit.consume(other.queue("cancellation"), 1, 30)
+
+
+def test_a_consumer_without_the_exchange_says_so(program: Program, tmp_path: Path) -> None:
+    """One line, and an exit code that is not 0."""
+    assert "exchange" in complaint(program.consume(str(tmp_path / "kept")))
 
 
 def test_outcomes_come_once(program: Program, fresh: PrivateBroker, tmp_path: Path) -> None:
-    """A command that is published twice has two outcomes with one id, and the consumer keeps one."""
+    """A command that is published twice has two outcomes with one id, and the consumer keeps one; it gets the next one
+    although its connection was lost in between."""
 
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -208,7 +267,6 @@ def test_outcomes_come_once(program: Program, fresh: PrivateBroker, tmp_path: Pa
     with (
         Simulator() as gateway,
         WorkerProcess(fresh.url, NAMES.prefix, gateway, tmp_path) as worker,
-        Rabbit(fresh.url) as rabbit,
     ):
         worker.wait_ready()
         with program.consuming(target) as consumer:
@@ -216,12 +274,17 @@ def test_outcomes_come_once(program: Program, fresh: PrivateBroker, tmp_path: Pa
             def listens() -> bool:
                 assert consumer.poll() is None, program.said()
                 # Not before it consumes: a queue that is not bound yet misses outcomes.
-                return rabbit.has_queue(INBOX) and bool(
-                    rabbit.channel.queue_declare(INBOX, passive=True).method.consumer_count
-                )
+                with Rabbit(fresh.url) as rabbit:
+                    return rabbit.has_queue(INBOX) and bool(
+                        rabbit.channel.queue_declare(INBOX, passive=True).method.consumer_count
+                    )
 
             wait_until(listens, SECONDS, "the consumer listens")
             for order in ("ORD-1", "ORD-1", "ORD-2"):
+                if order == "ORD-2":
+                    fresh.ctl("close_all_connections", "maintenance")
+                    wait_until(listens, SECONDS, "the consumer listens again")
+                    worker.wait_ready()
                 done = program.publish(f"bill-{order}", order)
                 assert done.returncode == 0, done.stderr
             # In order: when the last one is there, both of the first were handled.

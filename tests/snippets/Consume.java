@@ -8,11 +8,11 @@ import java.util.Map;
 
 class Consume {
     // snippet
-    /** Handles outcomes of cancellations, each once, however often it is delivered. */
-    static void consume(Channel channel, Path directory) throws IOException {
+    /** Keeps each outcome once, however often it is delivered. This client connects again by itself. */
+    static void consume(Channel channel, String prefix, Path directory) throws IOException {
         Map<String, Object> quorum = Map.of("x-queue-type", "quorum");
         channel.queueDeclare("orders.outcomes", true, false, false, quorum); // true: durable
-        channel.queueBind("orders.outcomes", "qris.expire.outcomes", "cancellation.*");
+        channel.queueBind("orders.outcomes", prefix + ".outcomes", "cancellation.*");
         channel.basicQos(100);
         channel.basicConsume("orders.outcomes", false, (tag, delivery) -> {
             // Written under its id, so twice is once. In a database: INSERT … ON CONFLICT DO NOTHING, before the ack.
@@ -25,6 +25,12 @@ class Consume {
     public static void main(String[] arguments) throws Exception {
         var factory = new ConnectionFactory();
         factory.setUri(System.getenv("AMQP_URL"));
-        consume(factory.newConnection().createChannel(), Path.of(arguments[0]));
+        var prefix = System.getenv().getOrDefault("AMQP_PREFIX", "qris.expire");
+        try {
+            consume(factory.newConnection().createChannel(), prefix, Path.of(arguments[0]));
+        } catch (Exception error) {
+            System.err.println("cannot consume: " + (error.getCause() == null ? error : error.getCause()));
+            System.exit(1);
+        }
     }
 }

@@ -10,8 +10,8 @@ import java.util.concurrent.atomic.AtomicBoolean;
 
 class Publish {
     // snippet
-    /** Returns once the broker has the command safely; after any exception, again with the same order. */
-    static void publish(Channel channel, String bill, String merchant, String order) throws Exception {
+    /** Returns once the broker has the command. After any exception, call it again with the same order. */
+    static void publish(Channel channel, String prefix, String bill, String merchant, String order) throws Exception {
         var returned = new AtomicBoolean(); // mandatory: set before the confirm if the queue is missing
         channel.addReturnListener(message -> returned.set(true));
         channel.confirmSelect();
@@ -21,10 +21,10 @@ class Publish {
         var properties = new AMQP.BasicProperties.Builder().messageId("cancel-" + order).deliveryMode(2)
             .contentType("application/json").timestamp(new Date()).build();
         byte[] bytes = body.getBytes(StandardCharsets.UTF_8);
-        channel.basicPublish("qris.expire.commands", "cancellation", true, properties, bytes); // true: mandatory
+        channel.basicPublish(prefix + ".commands", "cancellation", true, properties, bytes); // true: mandatory
         channel.waitForConfirmsOrDie(10_000);
         if (returned.get()) {
-            throw new IOException("no queue took it; is the topology declared?");
+            throw new IOException("no queue took the command; is the topology declared?");
         }
     }
     // end
@@ -33,7 +33,11 @@ class Publish {
         var factory = new ConnectionFactory();
         factory.setUri(System.getenv("AMQP_URL"));
         try (Connection connection = factory.newConnection(); Channel channel = connection.createChannel()) {
-            publish(channel, arguments[0], arguments[1], arguments[2]);
+            var prefix = System.getenv().getOrDefault("AMQP_PREFIX", "qris.expire");
+            publish(channel, prefix, arguments[0], arguments[1], arguments[2]);
+        } catch (Exception error) { // also a missing exchange and a lost connection
+            System.err.println("not confirmed: " + error);
+            System.exit(1);
         }
     }
 }

@@ -10,7 +10,8 @@ import (
 )
 
 // snippet
-// consume handles the outcomes of a queue, each once, however often it is delivered; it returns when it cannot go on.
+// consume keeps each outcome of a queue once, however often it is delivered. It returns when the connection is lost:
+// connect and call it again; what was not acknowledged comes again.
 func consume(channel *amqp.Channel, directory string) error {
 	deliveries, err := channel.Consume("orders.outcomes", "", false, false, false, false, nil)
 	if err != nil {
@@ -31,12 +32,12 @@ func consume(channel *amqp.Channel, directory string) error {
 // end
 
 // bind makes the queue, durable and replicated, and asks for the outcomes of cancellations.
-func bind(channel *amqp.Channel) error {
+func bind(channel *amqp.Channel, prefix string) error {
 	quorum := amqp.Table{"x-queue-type": "quorum"}
 	if _, err := channel.QueueDeclare("orders.outcomes", true, false, false, false, quorum); err != nil {
 		return err
 	}
-	if err := channel.QueueBind("orders.outcomes", "cancellation.*", "qris.expire.outcomes", false, nil); err != nil {
+	if err := channel.QueueBind("orders.outcomes", "cancellation.*", prefix+".outcomes", false, nil); err != nil {
 		return err
 	}
 	return channel.Qos(100, 0, false)
@@ -50,7 +51,11 @@ func main() {
 	defer connection.Close()
 	channel, err := connection.Channel()
 	if err == nil {
-		err = bind(channel)
+		prefix := os.Getenv("AMQP_PREFIX")
+		if prefix == "" {
+			prefix = "qris.expire"
+		}
+		err = bind(channel, prefix)
 	}
 	if err == nil {
 		err = consume(channel, os.Args[1])

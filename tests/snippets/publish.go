@@ -13,23 +13,23 @@ import (
 )
 
 // snippet
-// publish returns nil once the broker has the command safely; after any error, again with the same order.
-func publish(ctx context.Context, channel *amqp.Channel, bill, merchant, order string) error {
+// publish returns nil once the broker has the command. After any error, call it again with the same order.
+func publish(ctx context.Context, channel *amqp.Channel, prefix, bill, merchant, order string) error {
 	body, _ := json.Marshal(map[string]any{
 		"billnumber": bill, "additionalInfo": map[string]string{"merchantId": merchant}, "reference": order})
 	returned := channel.NotifyReturn(make(chan amqp.Return, 1)) // filled before the confirm if the queue is missing
 	confirmed, err := channel.PublishWithDeferredConfirmWithContext(
-		ctx, "qris.expire.commands", "cancellation", true, false, // true: mandatory
+		ctx, prefix+".commands", "cancellation", true, false, // true: mandatory
 		amqp.Publishing{MessageId: "cancel-" + order, DeliveryMode: amqp.Persistent,
 			ContentType: "application/json", Timestamp: time.Now(), Body: body})
 	if err != nil {
 		return err
 	}
 	if !confirmed.Wait() { // the channel is in confirm mode: channel.Confirm(false)
-		return errors.New("the broker refused it")
+		return errors.New("the broker did not confirm it: refused, no such exchange, or the connection was lost")
 	}
 	if len(returned) > 0 {
-		return errors.New("no queue took it; is the topology declared?")
+		return errors.New("no queue took the command; is the topology declared?")
 	}
 	return nil
 }
@@ -47,7 +47,11 @@ func main() {
 		err = channel.Confirm(false)
 	}
 	if err == nil {
-		err = publish(context.Background(), channel, os.Args[1], os.Args[2], os.Args[3])
+		prefix := os.Getenv("AMQP_PREFIX")
+		if prefix == "" {
+			prefix = "qris.expire"
+		}
+		err = publish(context.Background(), channel, prefix, os.Args[1], os.Args[2], os.Args[3])
 	}
 	if err != nil {
 		log.Fatal(err)

@@ -7,6 +7,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from tests.builders import NOON
+from worker.app.fleet import Fleet
+from worker.core.breaker import Breakers
+from worker.core.fleet.member import Member, Rules
+from worker.core.lanes import LANES
 from worker.core.ports import Attempt, Draining, Held, Token, TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, NoReply, Reply, Verdict
@@ -18,6 +22,7 @@ class FakeClock:
     def __init__(self, epoch: float = NOON, monotonic: float = 1_000.0) -> None:
         self._epoch = epoch
         self._monotonic = monotonic
+        self._timers: list[tuple[float, Callable[[], None]]] = []
 
     def epoch(self) -> float:
         return self._epoch
@@ -26,9 +31,65 @@ class FakeClock:
         return self._monotonic
 
     def sleep(self, seconds: float) -> None:
-        """Time passes."""
+        """Time passes, and timers ring at their moments."""
+        end = self._monotonic + seconds
+        while self._timers and min(at for at, _ in self._timers) <= end:
+            at, ring = timer = min(self._timers, key=lambda each: each[0])
+            self._timers.remove(timer)
+            self._pass(max(0.0, at - self._monotonic))
+            ring()
+        self._pass(max(0.0, end - self._monotonic))
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> tuple[float, Callable[[], None]]:
+        """A timer, as a loop has them."""
+        timer = (self._monotonic + delay, callback)
+        self._timers.append(timer)
+        return timer
+
+    def remove_timeout(self, timer: tuple[float, Callable[[], None]]) -> None:
+        """It does not ring."""
+        if timer in self._timers:
+            self._timers.remove(timer)
+
+    def _pass(self, seconds: float) -> None:
         self._epoch += seconds
         self._monotonic += seconds
+
+
+class Stepping:
+    """An event on a fake clock: waiting for it moves the clock step by step until it is set; ``meanwhile`` is called as
+    soon as somebody waits."""
+
+    def __init__(self, clock: FakeClock, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self._clock = clock
+        self._meanwhile = meanwhile
+        self._set = False
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+
+    def wait(self, timeout: float) -> bool:
+        end = self._clock.monotonic() + timeout
+        self._meanwhile()
+        while not self._set and self._clock.monotonic() < end:
+            self._clock.sleep(0.001)
+        return self._set
+
+
+def lone_fleet(clock: FakeClock, rate: float = 0.0) -> Fleet:
+    """A process that is its whole fleet: its breakers open after three failures, for 15 s at first and 60 at most."""
+    member = Member(
+        "me",
+        "client",
+        Rules(rate, 3, 15.0, 30.0),
+        Breakers(3, 15.0, 60.0, LANES),
+        random.Random(1),
+        alone=True,
+    )
+    return Fleet(member, clock, clock)
 
 
 class FakeGateway:

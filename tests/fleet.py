@@ -139,7 +139,7 @@ class Node:
             self.world.at(self.world.now + 0.05, lambda: self.do(lambda: member.tested(good=good, now=self.clock)))
         for lane in LANES:
             member.candidates(lane, self.commands(lane), self.clock)
-        probing = {lane: min(member.probes(lane), self.commands(lane)) for lane in LANES}
+        probing = {lane: min(member.probes(lane, self.clock), self.commands(lane)) for lane in LANES}
         if self.world.limit:
             for lane in LANES:
                 free = self.world.senders - self.out

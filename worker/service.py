@@ -42,7 +42,8 @@ class Worker:
         self.metrics = self.client.metrics
         self.metrics.started(self.client.clock.epoch())
         self.metrics.senders(settings.worker.concurrency)
-        self.engine = engine(settings, self.client)
+        self.fleet = self.client.join(settings.amqp)
+        self.engine = engine(settings, self.client, self.fleet)
         self.pool = self.client.pool(self.engine.finish)
         amqp, gateway = settings.amqp, settings.gateway
         files = {
@@ -62,7 +63,7 @@ class Worker:
 
     def ready(self) -> Health:
         """Whether commands are being taken."""
-        components = self.engine.status()
+        components = self.engine.status() | self.fleet.status()
         return Health(all(map(is_fine, components.values())), components)
 
     def scrape(self) -> bytes:
@@ -108,6 +109,7 @@ def serve(settings: Settings) -> int:
     try:
         worker.pool.start()
         worker.engine.start()
+        worker.fleet.start()
         code = _check_credentials(worker)
         if code is None:
             if not signals.received():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
+import re
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import structlog
@@ -17,7 +21,10 @@ from requests.adapters import BaseAdapter
 from worker import __version__
 from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
-from worker.core.breaker import Breakers, Pacer, Throttle
+from worker.app.fleet import Fleet
+from worker.app.shared_tokens import SharedTokens
+from worker.core.breaker import Breakers, Throttle
+from worker.core.fleet.member import Member, Rules
 from worker.core.grant import Grant
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
 from worker.core.request import NODE_DIGITS, Partner, external_id
@@ -29,6 +36,7 @@ from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsErr
 from worker.shells import tracing
 from worker.shells.amqp.connection import new_loop
 from worker.shells.amqp.engine import Engine, Plan
+from worker.shells.amqp.fleet import FleetLink
 from worker.shells.amqp.session import BrokerError, parameters
 from worker.shells.clock import LoopClock, SystemClock
 from worker.shells.credentials import KEPT, Credentials, CredentialsError
@@ -36,6 +44,7 @@ from worker.shells.fibers import Event, Fibers, Lock
 from worker.shells.gateway import Endpoint, GatewayClient, proxy_for, timestamp
 from worker.shells.metrics import Metrics
 from worker.shells.pool import Finish, Pool
+from worker.shells.sealing import Sealing
 from worker.shells.telemetry import Telemetry
 from worker.shells.tokens import NoTokens, TokenStore
 from worker.shells.transport import BLOCKING, BoundedAdapter
@@ -59,7 +68,9 @@ class Client:
         self.metrics = Metrics(__version__)
         self.fibers = Fibers(new_loop())
         self.credentials = Credentials(gateway, gateway.reread)
-        self.dispatcher = _dispatcher(settings, share, self.clock, self.rng, self.fibers)
+        self.fleet = _fleet(settings, self.clock, self.rng, self.fibers)
+        self.dispatcher = _dispatcher(settings, share, self.fleet, self.clock, self.rng, self.fibers)
+        self.dispatcher.on_wait = self.metrics.rate_waited
         self.tracing = tracing.from_environment(__version__)
         telemetry = Telemetry(self.metrics, self.tracing)
         client = GatewayClient(
@@ -69,18 +80,10 @@ class Client:
             adapter=transport(gateway, os.environ, self.fibers),
             secrets=lambda: self.credentials.secrets,
         )
-        self.tokens = (
-            NoTokens()
-            if gateway.signature == NO_TOKEN
-            else TokenStore(
-                fetcher(client, self.credentials, gateway, self.clock),
-                telemetry,
-                clock=self.clock,
-                rng=self.rng,
-                pause=self.dispatcher.sleep,
-                requesting=Lock(self.fibers),
-            )
-        )
+        self.tokens: NoTokens | SharedTokens = NoTokens()
+        if gateway.signature != NO_TOKEN:
+            self.tokens = self._shared_tokens(settings, client, telemetry)
+            self.dispatcher.on_test = self._test
         self._expire = Expire(
             gateway=client,
             tokens=self.tokens,
@@ -97,6 +100,51 @@ class Client:
         self._senders = settings.worker.concurrency
         self._secrets_at = time.monotonic() + SECRETS_EVERY
 
+    def _shared_tokens(self, settings: Settings, client: GatewayClient, telemetry: Telemetry) -> SharedTokens:
+        gateway = settings.gateway
+        tokens = SharedTokens(
+            self.fleet,
+            fetcher(client, self.credentials, gateway, self.clock),
+            Sealing(lambda: self.credentials.shared, (gateway.base_url, settings.amqp.prefix, gateway.client_id)),
+            clock=self.clock,
+            event=lambda: Event(self.fibers),
+            spawn=self.fibers.spawn,
+            patience=2 * call_seconds(gateway),
+        )
+        tokens.store = TokenStore(
+            tokens.fetch,
+            telemetry,
+            clock=self.clock,
+            rng=self.rng,
+            pause=self.dispatcher.sleep,
+            requesting=Lock(self.fibers),
+        )
+        return tokens
+
+    def _test(self) -> None:
+        """Being sick without a command to test the gateway with: a token request does."""
+        tokens = self.tokens
+        assert isinstance(tokens, SharedTokens)
+        self.fibers.spawn(lambda: self.fleet.tested(tokens.test()))
+
+    def join(self, amqp: AmqpSettings) -> FleetLink:
+        """The connection to the other processes of the fleet; not started yet. Raises `BrokerError` for settings that
+        can never work."""
+        member = self.fleet.member
+        member.alone = False
+        return FleetLink(
+            self.fleet,
+            Names(amqp.prefix),
+            _broker_parameters(amqp, "fleet"),
+            declare=amqp.declare,
+            fibers=self.fibers,
+            rng=self.rng,
+            describe=lambda card: replace(
+                card, host=socket.gethostname(), process=os.getpid(), version=__version__, client=member.client
+            ),
+            watch=self.metrics,
+        )
+
     def pool(self, finish: Finish) -> Pool:
         """The senders; ``finish`` is told of every command that they are done with."""
         return Pool(self.dispatcher, self._expire, finish, self.fibers, self.metrics, senders=self._senders)
@@ -111,7 +159,7 @@ class Client:
             self.tokens.renew()
 
 
-def engine(settings: Settings, client: Client) -> Engine:
+def engine(settings: Settings, client: Client, fleet: FleetLink) -> Engine:
     """The broker's side of a worker. Raises `BrokerError` for settings that can never work."""
     return Engine(
         _plan(settings),
@@ -122,20 +170,51 @@ def engine(settings: Settings, client: Client) -> Engine:
         clock=client.clock,
         rng=client.rng,
         tracing=client.tracing,
+        fleet=fleet,
     )
 
 
-def _dispatcher(settings: Settings, share: float, clock: SystemClock, rng: random.Random, fibers: Fibers) -> Dispatcher:
-    breaker, retry = settings.breaker, settings.retry
+def _fleet(settings: Settings, clock: SystemClock, rng: random.Random, fibers: Fibers) -> Fleet:
+    """Our member: alone, until it joins."""
+    gateway, breaker = settings.gateway, settings.breaker
+    member = Member(
+        f"{_host()}-{os.getpid()}-{secrets.token_hex(3)}",
+        hashlib.sha256(gateway.client_id.encode()).hexdigest()[:12],
+        Rules(
+            gateway.max_requests_per_second,
+            breaker.failures,
+            min(breaker.cooldown_seconds, breaker.max_cooldown_seconds),
+            3 * call_seconds(gateway),
+        ),
+        Breakers(breaker.failures, breaker.cooldown_seconds, breaker.max_cooldown_seconds, LANES),
+        rng,
+        alone=True,
+    )
+    return Fleet(member, clock, fibers.loop)
+
+
+def _host() -> str:
+    """This machine's name, as far as it can stand in the name of a queue."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
+
+
+def call_seconds(gateway: GatewaySettings) -> float:
+    """The longest that one call may take."""
+    return gateway.connect_timeout_seconds + gateway.read_timeout_seconds
+
+
+def _dispatcher(
+    settings: Settings, share: float, fleet: Fleet, clock: SystemClock, rng: random.Random, fibers: Fibers
+) -> Dispatcher:
     lanes: Lanes[Task] = Lanes(settings.worker.concurrency, share)
     return Dispatcher(
         lanes,
-        Breakers(breaker.failures, breaker.cooldown_seconds, breaker.max_cooldown_seconds, LANES),
-        Throttle(retry.initial_seconds, retry.max_seconds),
-        Pacer(settings.gateway.max_requests_per_second),
+        fleet,
+        Throttle(settings.retry.initial_seconds, settings.retry.max_seconds),
         clock=clock,
         rng=rng,
         draining=Event(fibers),
+        event=lambda: Event(fibers),
     )
 
 
@@ -211,14 +290,14 @@ def fetcher(
     return fetch
 
 
-def _broker_parameters(amqp: AmqpSettings) -> Callable[[], Sequence[Any]]:
+def _broker_parameters(amqp: AmqpSettings, role: str = "run") -> Callable[[], Sequence[Any]]:
     """Asked before every connection: a password that was rotated in its mounted file is used by the next one."""
-    good = parameters(amqp, "run")  # raises BrokerError at start for what can never work
+    good = parameters(amqp, role)  # raises BrokerError at start for what can never work
 
     def now() -> Sequence[Any]:
         nonlocal good
         try:
-            good = parameters(amqp.reread(), "run")
+            good = parameters(amqp.reread(), role)
         except (SettingsError, BrokerError) as error:
             log.error("credentials.kept", reason=str(error), action=KEPT)
         return good

@@ -13,13 +13,13 @@ import pytest
 
 from tests import builders
 from tests.builders import verdict
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, lone_fleet
 from tests.fibers import Turnstile, running_fibers
 from tests.waiting import wait_until
 from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
-from worker.core.breaker import Breakers, Pacer, Throttle
-from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes
+from worker.core.breaker import Throttle
+from worker.core.lanes import CANCELLATION, SWEEP, Lanes
 from worker.core.settlement import Crashed, Disposition, GiveBack, Hold, Task
 from worker.core.verdict import Kind
 from worker.shells.fibers import Event, Fibers
@@ -46,12 +46,12 @@ class Bench:
         lanes: Lanes[Task] = Lanes(concurrency, share)
         self.dispatcher = Dispatcher(
             lanes,
-            Breakers(3, 15.0, 60.0, LANES),
+            lone_fleet(clock := FakeClock()),
             Throttle(0.5, 8.0),
-            Pacer(0.0),
-            clock=FakeClock(),
+            clock=clock,
             rng=random.Random(1),
             draining=Event(fibers),
+            event=lambda: Event(fibers),
         )
         self.watch = InHand()
         self.pool = Pool(

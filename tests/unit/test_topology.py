@@ -37,11 +37,12 @@ def test_exchanges() -> None:
         "p.outcomes",
         "p.outcomes.unrouted",
         "p.dead",
+        "p.fleet",
     }
     made = {exchange.name: exchange for exchange in topology("p", "quorum", ()).exchanges}
     assert made["p.commands"] == Exchange("p.commands", "direct")
     assert made["p.outcomes"] == Exchange("p.outcomes", "topic", {"alternate-exchange": "p.outcomes.unrouted"})
-    assert made["p.outcomes.unrouted"].type == made["p.dead"].type == "fanout"
+    assert made["p.outcomes.unrouted"].type == made["p.dead"].type == made["p.fleet"].type == "fanout"
 
 
 def test_bindings() -> None:
@@ -69,7 +70,9 @@ def test_quorum_queues() -> None:
         "p.sweep.retry.300",
         "p.outcomes.unrouted",
         "p.dead",
+        "p.fleet.orders",
     }
+    assert made["p.fleet.orders"] == {"x-queue-type": "classic", "x-max-length": 1}
     assert made["p.sweep"] == {
         "x-queue-type": "quorum",
         "x-delivery-limit": 50,

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from worker.core.breaker import Breakers, Pacer, State, Throttle
+from worker.app.fleet import Fleet
+from worker.core.breaker import State, Throttle
 from worker.core.command import Command, parse
-from worker.core.lanes import LANES, Lanes
+from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes
 from worker.core.ports import Clock, Draining, Held
 from worker.core.retry import retry_after
 from worker.core.settlement import Disposition, Hold, Task
@@ -33,8 +34,12 @@ LONGEST_WAIT: Final = 600.0
 """Seconds that a command waits in hand, for the end of a hold or for its turn under a low rate limit; then it goes back
 to the end of its lane. The broker closes the channel of a consumer that keeps a delivery for 30 minutes."""
 AGE_EVERY: Final = 5.0  # seconds between two looks at how long commands have waited
+CANDIDATES: Final = 3  # commands for probes that the fleet is told of; no breaker needs more
 SHARED_HOLD: Final = 3.0
 """The same while other processes take commands of the lane: they work, so the trouble is ours."""
+
+
+PATIENCE: Final = 1.0  # seconds that a sender waits for a permit before it looks again
 
 
 class Event(Protocol):
@@ -56,6 +61,10 @@ class Holds:
     """When the next probe of an open breaker goes out, in monotonic seconds."""
     throttled: bool
     until: float | None
+    paused: frozenset[str] = frozenset()
+    """Lanes that an operator has paused."""
+    sick: bool = False
+    """We fail where others succeed."""
 
     @property
     def breaker(self) -> State:
@@ -73,6 +82,15 @@ class Wishes:
     give_back: Sequence[Task] = ()
 
 
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A sender that waits for a permit, with a command of ``lane`` in its hand, or (None) before it takes one."""
+
+    lane: str | None
+    event: Event
+    until: float | None = None
+
+
 class Dispatcher:
     """The commands in hand, and which of them may go.
 
@@ -83,18 +101,18 @@ class Dispatcher:
     def __init__(
         self,
         lanes: Lanes[Task],
-        breakers: Breakers,
+        fleet: Fleet,
         throttle: Throttle,
-        pacer: Pacer,
         *,
         clock: Clock,
         rng: random.Random,
         draining: Event,
+        event: Callable[[], Event],
     ) -> None:
         self._lanes = lanes
-        self._breakers = breakers
+        self._fleet = fleet
+        self._breakers = fleet.member.breakers
         self._throttle = throttle
-        self._pacer = pacer
         self._clock = clock
         self._rng = rng
         self._draining = draining
@@ -110,9 +128,18 @@ class Dispatcher:
         self._fetch_at = dict.fromkeys(LANES, 0.0)
         self._fetching: set[str] = set()
         self._probes: deque[Task] = deque()  # chosen, and not with a sender yet
-        self._choosing = 0  # senders that wait for the rate limit's slot before they take
+        self._event = event
+        self._waiters: dict[str | None, deque[_Waiter]] = {lane: deque() for lane in (*LANES, None)}
+        self._permit = 0.0  # until when the latest permit is good
+        self._test_at = 0.0
+        self.on_test: Callable[[], None] = lambda: None
+        """We are sick, and there is no command to test the gateway with: ask the token service (`Fleet.tested`)."""
+        self.on_wait: Callable[[float], None] = lambda _seconds: None
+        """A sender has waited so long for a permit."""
         self._parked: deque[Callable[[], None]] = deque()
         self._failed: list[Task] = []  # failed on their own account while their lane was held: others go first
+        fleet.on_change = self._fleet_changed
+        fleet.on_permit = self._permitted
         self._update()
 
     # -- the intake --------------------------------------------------------------------------------------------------
@@ -149,10 +176,14 @@ class Dispatcher:
         self._ready = ready
         self._update()
         if self.draining:
+            self._fleet.leave()
+            self._look_again()
             self._pause_at = self._pause_at or now + SETTLE_FOR
             self._settled = now >= self._pause_at
             return Wishes(self._paused(now), give_back=self._all_waiting() if self._settled else ())
-        if not self._broken_at and not self._failed and now < self._aged_at:
+        if self._fleet.sick:
+            return self._sick(now) if ready and self._begun else Wishes(frozenset(LANES))
+        if not self._broken_at and not self._failed and now < self._aged_at and not self._by_operator():
             return _NOTHING
         self._aged_at = now + AGE_EVERY
         fetch = {}
@@ -167,7 +198,9 @@ class Dispatcher:
                 else:
                     self._fetching.add(lane)
                     fetch[lane] = missing
-        return Wishes(self._paused(now), fetch, self._too_long(now, frozenset(shared)) if ready else ())
+        return Wishes(
+            self._paused(now) | self._by_operator(), fetch, self._too_long(now, frozenset(shared)) if ready else ()
+        )
 
     def fetched(self, lane: str) -> None:
         """All that the queue had for the last request was offered."""
@@ -199,6 +232,8 @@ class Dispatcher:
             {lane: at for lane, at in probes.items() if breakers[lane] is State.OPEN},
             throttled,
             max(now, until[0]) if until else None,
+            self._by_operator(),
+            self._fleet.sick,
         )
 
     # -- senders -----------------------------------------------------------------------------------------------------
@@ -206,20 +241,26 @@ class Dispatcher:
     def take(self) -> tuple[Task, bool] | None:
         """The next command for a free sender and whether it is a probe; None when there is none for it, and then it
         parks. Waits for the rate limit's slot before it chooses, so that the slot goes to the most urgent command."""
-        if self._pacer.rate:
-            if self._lanes.takable() + len(self._probes) <= self._choosing:
+        started = None
+        while self._fleet.limited:
+            if self._takable() <= len(self._waiters[None]):
                 return None
-            self._choosing += 1
+            started = started or self._clock.monotonic()
             try:
-                self._pace()
+                if self._pace(None):
+                    self.on_wait(self._clock.monotonic() - started)
+                    break
             except Draining:
                 return None
-            finally:
-                self._choosing -= 1
-        if self._probes:
-            return self._probes.popleft(), True
-        task = self._lanes.take()
-        return None if task is None else (task, False)
+        while self._probes:
+            task = self._probes.popleft()
+            if self._fleet.sick or self._fleet.take_probe(task.lane):
+                return task, True
+            self._lanes.done(task)  # it was given by a leader that leads no more
+            self._lanes.put_back(task)
+            task.probed = False
+        task_ = self._lanes.take()
+        return None if task_ is None else (task_, False)
 
     def park(self, resume: Callable[[], None]) -> None:
         """A sender that found nothing stands still; ``resume`` is called once, when it has to look again."""
@@ -249,20 +290,24 @@ class Dispatcher:
     def enter(self, lane: str, *, probe: bool, paced: bool) -> float:
         """See `Gate`. A hold is looked for before the wait for a slot and after it: one may begin meanwhile."""
         self._check(lane, probe)
-        if paced or not self._pacer.rate:
+        if not self._fleet.limited or (paced and self._fleet.in_time(self._permit)):
             return 0.0
         started = self._clock.monotonic()
-        self._pace()
+        while self._fleet.limited and not self._pace(lane):
+            self._check(lane, probe)
         self._check(lane, probe)
-        return self._clock.monotonic() - started
+        waited = self._clock.monotonic() - started
+        self.on_wait(waited)
+        return waited
 
     def record(self, lane: str, verdict: Verdict, *, probe: bool, token: bool = False) -> None:
         """See `Gate`."""
         kind, now = verdict.kind, self._clock.monotonic()
         if not probe or kind.final:  # a probe that fails is judged when it is back: a stale token is replaced first
-            self._breakers.record(None if token else lane, kind, now, probe=probe)
+            self._fleet.attempted(None if token else lane, kind, probe=probe, reached=_reached(verdict))
         if kind is Kind.THROTTLED:
-            self._throttle.record(retry_after(verdict.retry_after, self._clock.epoch()), now, self._rng)
+            asked = retry_after(verdict.retry_after, self._clock.epoch())
+            self._fleet.throttled(self._throttle.record(asked, now, self._rng))
         elif kind.final:
             self._throttle.good()
         if not kind.final or self._broken_at:
@@ -292,9 +337,15 @@ class Dispatcher:
             return "starting"
         if not self._ready:
             return "broker"
+        if not self._fleet.ready:
+            return "fleet"
+        if self._fleet.sick:
+            return "sick"
         if self._breakers.state(lane) is not State.CLOSED:
             return "breaker"
-        return "throttled" if self._throttle.holding(now) else None
+        if self._throttle.holding(now):
+            return "throttled"
+        return "operator" if self._fleet.paused(lane) else None
 
     def _update(self) -> None:
         """Makes the lanes' limits follow the reasons to hold."""
@@ -304,9 +355,11 @@ class Dispatcher:
             if self._breakers.state(lane) is State.CLOSED:
                 if self._broken_at.pop(lane, None) is not None:
                     self._closed(lane)
-            elif lane not in self._broken_at:
-                self._broken_at[lane], self._outages[lane] = now, self._breakers.outages(lane)
-            if reason in ("breaker", "throttled"):
+            else:
+                if lane not in self._broken_at:
+                    self._broken_at[lane], self._outages[lane] = now, self._breakers.outages(lane)
+                self._fleet.candidates(lane, min(CANDIDATES, len(self._lanes.waiting(lane))))
+            if reason in ("breaker", "throttled", "sick"):
                 self._recovering[lane] = 1
             before = self._lanes.limit[lane]
             limit = 0 if reason else self._recovering.get(lane, self._lanes.concurrency)
@@ -337,21 +390,96 @@ class Dispatcher:
     def _check(self, lane: str, probe: bool) -> None:
         if self._draining.is_set():
             raise Draining
-        if not probe and self._breakers.state(lane) is not State.CLOSED:
+        if not probe and (self._fleet.sick or self._breakers.state(lane) is not State.CLOSED):
             raise Held(outage=True)
+        if self._fleet.paused(lane):
+            raise Held(outage=False)
         if self._throttle.until > 0.0 and self._throttle.holding(self._clock.monotonic()):
             raise Held(outage=False)
 
-    def _pace(self) -> None:
-        """Waits for this process's next slot under the rate limit. Raises `Draining`."""
-        self.sleep(self._pacer.reserve(self._clock.monotonic()))
-        self.sleep(self._pacer.depart(self._clock.monotonic()))
+    # -- the fleet ---------------------------------------------------------------------------------------------------
+
+    def _fleet_changed(self) -> None:
+        self._throttle.until = max(self._throttle.until, self._fleet.held_until)
+        self._update()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Who waits for a permit may be held now, or need none any more."""
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.event.set()
+
+    def _by_operator(self) -> frozenset[str]:
+        """The lanes that an operator has paused."""
+        return frozenset(lane for lane in LANES if self._fleet.paused(lane))
+
+    def _takable(self) -> int:
+        return self._lanes.takable() + len(self._probes)
+
+    def _pace(self, lane: str | None) -> bool:
+        """Waits for a permit. Whether it is one; else the sender has to look at everything again. Raises `Draining`."""
+        waiter = _Waiter(lane, self._event())
+        self._waiters[lane].append(waiter)
+        self._tell_waiting()
+        waiter.event.wait(PATIENCE)
+        if waiter in self._waiters[lane]:
+            self._waiters[lane].remove(waiter)
+        self._tell_waiting()
+        if self.draining:
+            raise Draining
+        if waiter.until is None or not self._fleet.in_time(waiter.until):
+            return False
+        self._permit = waiter.until
+        return True
+
+    def _permitted(self, lane: str, until: float) -> None:
+        """One call may begin: a cancellation's where one waits, whatever lane it was given for."""
+        choosing = self._waiters[None] if self._takable() else ()
+        cancels = choosing if self._cancels() else ()
+        for waiters in (self._waiters[CANCELLATION], cancels, self._waiters[SWEEP], choosing):
+            if waiters:
+                waiter = waiters.popleft()
+                waiter.until = until
+                waiter.event.set()
+                return
+
+    def _cancels(self) -> int:
+        """Cancellations that senders without a command would take."""
+        waiting = len(self._lanes.waiting(CANCELLATION)) if self._lanes.limit[CANCELLATION] else 0
+        return waiting + sum(1 for task in self._probes if task.lane == CANCELLATION)
+
+    def _tell_waiting(self) -> None:
+        choosing = min(len(self._waiters[None]), self._takable())
+        cancels = min(choosing, self._cancels())
+        self._fleet.waiting(CANCELLATION, len(self._waiters[CANCELLATION]) + cancels)
+        self._fleet.waiting(SWEEP, len(self._waiters[SWEEP]) + choosing - cancels)
+
+    def _sick(self, now: float) -> Wishes:
+        """We hand out nothing, and give back what waits; once in a while one command tests the gateway for us."""
+        if not self._fleet.test_due():
+            return Wishes(frozenset(LANES), give_back=self._all_waiting())
+        found = next((task for lane in LANES for task in self._lanes.waiting(lane) if not task.orphaned), None)
+        if found is not None:
+            self._fleet.take_test()
+            self._choose_probe(found)
+            return Wishes(frozenset(LANES), give_back=self._all_waiting(probes=False))
+        if now >= self._test_at:
+            self._test_at = now + FETCH_EVERY
+            self._fetching.update(LANES)
+            return Wishes(frozenset(LANES), dict.fromkeys(LANES, 1))
+        if not self._fetching:  # there is no command in the queues
+            self._fleet.take_test()
+            self.on_test()
+        return Wishes(frozenset(LANES))
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _probe(self, lane: str, now: float, *, again: bool = False) -> int:
         """Chooses the probes that are due: commands that were none in this outage, of different merchants where there
         are several; ``again``: others, too. Returns how many are missing."""
-        due = self._breakers.probes_due(lane, now)
-        if not due:
+        due = self._fleet.probes(lane) - sum(1 for task in self._probes if task.lane == lane)
+        if due <= 0:
             return 0
         # What the broker took back may be in other hands by now, and probing with it would test nothing.
         ours = [task for task in self._lanes.waiting(lane) if not task.orphaned]
@@ -359,20 +487,20 @@ class Dispatcher:
         if again and not chosen:
             chosen = ours[:1]
         for task in chosen:
-            self._lanes.take_this(task)
-            task.probed, task.answer = True, None
-            self._probes.append(task)
-        if chosen:
-            self._breakers.probing(lane, len(chosen))
-            self._wake(len(chosen))
+            self._choose_probe(task)
         return due - len(chosen)
 
+    def _choose_probe(self, task: Task) -> None:
+        self._lanes.take_this(task)
+        task.probed, task.answer = True, None
+        self._probes.append(task)
+        self._wake(1)
+
     def _probe_back(self, task: Task) -> None:
-        now = self._clock.monotonic()
         if task.answer is None:
-            self._breakers.probe_lost(task.lane, now)
+            self._fleet.probe_lost(task.lane)
         elif not task.answer.final:
-            self._breakers.record(task.lane, task.answer, now, probe=True)
+            self._fleet.attempted(task.lane, task.answer, probe=True)
 
     def _too_long(self, now: float, shared: frozenset[str]) -> Sequence[Task]:
         """What goes back to its lane: what has waited too long, and what failed on its own account."""
@@ -386,12 +514,12 @@ class Dispatcher:
                     back.append(task)
         return back
 
-    def _all_waiting(self) -> Sequence[Task]:
+    def _all_waiting(self, *, probes: bool = True) -> Sequence[Task]:
         back, self._failed = self._failed, []
-        while self._probes:
+        while probes and self._probes:
             task = self._probes.popleft()
             self._lanes.done(task)
-            self._breakers.probe_lost(task.lane, self._clock.monotonic())
+            self._fleet.probe_lost(task.lane)
             back.append(task)
         for lane in LANES:
             for task in self._lanes.waiting(lane):
@@ -406,6 +534,11 @@ class Dispatcher:
 
 
 _NOTHING: Final = Wishes()
+
+
+def _reached(verdict: Verdict) -> bool:
+    """Whether the gateway may have seen the call: all but what could not even be sent."""
+    return verdict.kind is not Kind.TRANSIENT or verdict.effect_unknown or verdict.code is not None
 
 
 def _of_different_merchants(tasks: Sequence[Task], count: int) -> list[Task]:

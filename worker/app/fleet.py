@@ -59,6 +59,8 @@ class Fleet:
         self._timer: Any = None
         self._wakes_at = float("inf")
         self._carrying = False
+        self.limited = member.limit(clock.monotonic()) > 0
+        """Whether each call needs a permit, probes too."""
 
     def start(self) -> None:
         """Time begins to pass."""
@@ -72,9 +74,23 @@ class Fleet:
         return self.member.ready
 
     @property
-    def limited(self) -> bool:
-        """Whether each call needs a permit, probes too."""
-        return self.member.limit(self._clock.monotonic()) > 0
+    def me(self) -> str:
+        """Our name in the fleet."""
+        return self.member.me
+
+    @property
+    def leader(self) -> str | None:
+        """Who leads, as far as we know."""
+        return self.member.terms.leader
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no fleet."""
+        return self.member.alone
+
+    def in_time(self, until: float) -> bool:
+        """Whether a permit is still good."""
+        return self._clock.monotonic() <= until
 
     @property
     def held_until(self) -> float:
@@ -96,7 +112,7 @@ class Fleet:
 
     def probes(self, lane: str) -> int:
         """Probes of the lane that we may send now."""
-        return self.member.probes(lane)
+        return self.member.probes(lane, self._clock.monotonic())
 
     def test_due(self) -> bool:
         """Whether we, being sick, may test ourselves now."""
@@ -238,6 +254,10 @@ class Fleet:
 
     def _wind(self) -> None:
         now = self._clock.monotonic()
+        limited = self.member.limit(now) > 0
+        if limited is not self.limited:
+            self.limited = limited
+            self.on_change()
         moment = self.member.next(now)
         if moment < self._wakes_at - SLACK:
             if self._timer is not None:

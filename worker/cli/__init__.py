@@ -37,6 +37,7 @@ COMMANDS: Final = {
     "check": ("AMQP_", "GATEWAY_", "RETRY_"),
     "sign": ("GATEWAY_",),
     "topology": ("AMQP_", "RETRY_DELAYS_SECONDS"),
+    "fleet": ("AMQP_",),
     "run": ("AMQP_", "GATEWAY_", "RETRY_", "BREAKER_", "WORKER_", "METRICS_", "LOG_"),
 }
 """Every command, in the order of the help, and what the names of the settings that it reads begin with."""
@@ -49,7 +50,8 @@ Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo
 machine, and simulator plays the gateway. Producers of commands try one with publish, and send whole files with
 sweep; status tells where those stand; contract has the messages' schemas. Operators prepare the
 broker with topology, look at everything with check (sign shows what is signed, where a gateway refuses it), and
-start the worker with run; dead shows and moves what it had to park.
+start the worker with run; fleet shows, pauses and bounds all workers together, and dead shows and moves what
+they had to park.
 """
 
 INVALID: Final = 2

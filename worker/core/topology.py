@@ -49,6 +49,24 @@ class Names:
         """Exchange of the sweeps that nothing is published to: its argument tells this broker from every other."""
         return f"{self.prefix}.identity"
 
+    @property
+    def fleet(self) -> str:
+        """Fanout exchange by which the processes of the fleet speak to each other."""
+        return f"{self.prefix}.fleet"
+
+    @property
+    def orders(self) -> str:
+        """The queue where an operator's pause or limit rests: one message, the latest."""
+        return f"{self.prefix}.fleet.orders"
+
+    def member(self, name: str) -> str:
+        """The exclusive queue of one process on the fleet's exchange."""
+        return f"{self.prefix}.fleet.member.{name}"
+
+    def leader(self, client: str, term: int) -> str:
+        """The exclusive queue that makes its owner the leader of a fleet for a term."""
+        return f"{self.prefix}.fleet.leader.{client}.{term}"
+
     def queue(self, lane: str) -> str:
         """The queue of a lane."""
         return f"{self.prefix}.{lane}"
@@ -99,6 +117,12 @@ def topology(prefix: str, queue_type: QueueType, delays: Iterable[int]) -> Topol
     return Topology(_exchanges(names), tuple(_queues(names, queue_type, delays)), _bindings(names))
 
 
+def fleet_topology(prefix: str) -> Topology:
+    """The part of it that the fleet's connection needs."""
+    names = Names(prefix)
+    return Topology((Exchange(names.fleet, "fanout"),), (_orders(names),), ())
+
+
 def definitions(topology: Topology, vhost: str) -> dict[str, list[dict[str, Any]]]:
     """The same in the form of RabbitMQ's ``definitions.json``: exchanges, queues and bindings, no users."""
     return {
@@ -144,16 +168,23 @@ def _exchanges(names: Names) -> tuple[Exchange, ...]:
         Exchange(names.unrouted, "fanout"),
         Exchange(names.outcomes, "topic", {"alternate-exchange": names.unrouted}),
         Exchange(names.commands, "direct"),
+        Exchange(names.fleet, "fanout"),
     )
 
 
 def _queues(names: Names, queue_type: QueueType, delays: tuple[int, ...]) -> Iterable[Queue]:
     yield Queue(names.dead, _parked(queue_type))
     yield Queue(names.unrouted, _parked(queue_type))
+    yield _orders(names)
     for lane in LANES:
         yield Queue(names.queue(lane), _lane(queue_type, names))
         for seconds in delays:
             yield Queue(names.retry(lane, seconds), _retry(queue_type, names, lane, seconds))
+
+
+def _orders(names: Names) -> Queue:
+    # Classic whatever AMQP_QUEUE_TYPE is: a quorum queue of one message keeps the old one while somebody looks at it.
+    return Queue(names.orders, {"x-queue-type": "classic", "x-max-length": 1})
 
 
 def _bindings(names: Names) -> tuple[Binding, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from worker.core.signing import KeyUnusable, Sign, load_private_key, signer, token_signature
 from worker.shells.transport import Unusable, trust
@@ -36,6 +37,7 @@ class _Loaded:
     sign: Sign
     context: ssl.SSLContext | None
     secrets: tuple[str, ...]
+    shared: bytes
 
 
 class Credentials:
@@ -64,6 +66,11 @@ class Credentials:
     def secrets(self) -> tuple[str, ...]:
         """What must not stand in any text, whoever sends it to us."""
         return self._loaded.secrets
+
+    @property
+    def shared(self) -> bytes:
+        """What all processes with our credentials have and nobody else: the client secret, without one the key."""
+        return self._loaded.shared
 
     @property
     def key_bits(self) -> int:
@@ -135,7 +142,11 @@ def _load(settings: GatewaySettings) -> _Loaded:
         except Unusable as error:
             raise CredentialsError(f"{settings.variable(error.setting)}: {error}") from None
     secrets = tuple(filter(None, (secret, passphrase)))
-    return _Loaded(key, signer(settings.signature, secret, key), context, secrets)
+    return _Loaded(key, signer(settings.signature, secret, key), context, secrets, secret.encode() or _der(key))
+
+
+def _der(key: RSAPrivateKey) -> bytes:
+    return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _key(settings: GatewaySettings, passphrase: str | None) -> RSAPrivateKey:

@@ -92,12 +92,12 @@ class TokenStore:
         if self._refused:
             self._refused = 0
 
-    def refused(self, generation: int) -> None:
-        """See `Tokens`."""
+    def refused(self, generation: int) -> bool:
+        """See `Tokens`. Whether the token was thrown away."""
         with self._lock:
             token = self._token
             if token is None or token.generation != generation:
-                return
+                return False
             self._refused += 1
             now = self._clock.monotonic()
             earned = (now - self._allowance_at) / REFUSALS_EVERY
@@ -108,22 +108,29 @@ class TokenStore:
             elif self._refused >= REFUSED_IN_A_ROW:
                 self._backs_off = True
             else:
-                return
+                return False
             self._refused = 0
             self._token = None
+            return True
 
-    def doubted(self, generation: int) -> None:
-        """See `Tokens`. The token still serves whoever asks meanwhile: the doubt may be unfounded."""
+    def doubted(self, generation: int) -> bool:
+        """See `Tokens`. The token still serves whoever asks meanwhile: the doubt may be unfounded. Whether it is to be
+        renewed."""
         with self._lock:
             token, now = self._token, self._clock.monotonic()
             if token is None or token.generation != generation or now < self._doubted_until:
-                return
+                return False
             self._doubted_until = now + DOUBTS_EVERY
             self._refresh_at = now
+            return True
 
     def renew(self) -> None:
         """Credentials were rotated: the next `get` asks for a token with the new ones."""
         self._token = None
+
+    def adopt(self, grant: Grant) -> None:
+        """A token that somebody else has asked for: it is the one to use."""
+        self._hold(grant, self._clock.monotonic())
 
     def _refresh_early(self, token: Token) -> Token:
         """One sender fetches the successor; the others go on with the token they have."""
@@ -166,14 +173,18 @@ class TokenStore:
             raise
         finally:
             self._requests += 1
+        self._observer.token_refresh("ok")
+        return self._hold(grant, asked)
+
+    def _hold(self, grant: Grant, asked: float) -> Token:
+        """``asked``: when its life began at the latest."""
         self._failure = None
         self._generation += 1
         self._refresh_at = asked + grant.lifetime * self._rng.uniform(REFRESH_FROM, REFRESH_TO)
         self._expires_at = asked + grant.lifetime
-        self._token = Token(grant.value, self._generation)
-        self._observer.token_refresh("ok")
+        token = self._token = Token(grant.value, self._generation)
         self._observer.token_expiry(self._clock.epoch() + grant.lifetime)
-        return self._token
+        return token
 
 
 class NoTokens:

@@ -55,6 +55,7 @@ UNTAKEN: Final = 2.0
 """Seconds after which a probe that finds no command goes to another member."""
 LOOK_AGAIN: Final = 1.0
 """Seconds until the next probe after one that found no command."""
+REST: Final = 60.0  # seconds between two looks of a member without a fleet that waits for nothing
 DISTRUST: Final = 1.0
 """Seconds in which a member that has just recovered does not believe that it is sick: the news crosses its own."""
 
@@ -226,8 +227,10 @@ class Member:
         """Seconds left of the pauses that end by themselves."""
         return {lane: max(0.0, end - now) for lane, end in self._ends.items()}
 
-    def probes(self, lane: str) -> int:
+    def probes(self, lane: str, now: float) -> int:
         """Probes of the lane that we may send now."""
+        if self.terms.role is Role.APART:
+            return self.breakers.probes_due(lane, now)
         return len(self._granted[lane])
 
     def test_due(self, now: float) -> bool:
@@ -236,7 +239,8 @@ class Member:
 
     def next(self, now: float) -> float:
         """When `tick` has something to do, at the latest."""
-        moments = [now + BEAT / 2]
+        idle = self.terms.role is Role.APART
+        moments = [now + (REST if idle else BEAT / 2), *self._ends.values()]
         slot = self._purse.next()
         if slot is not None:
             moments.append(slot)
@@ -283,6 +287,9 @@ class Member:
             self._good[lane or LANES[0]] = now
             if self._uneasy or probe or self.sick:
                 self._had_good(lane, kind, now, probe=probe)
+            return
+        if probe and self._testing:
+            self._testing, self._test_at = False, now + self.rules.cooldown
         elif kind.bad:
             self._had_bad(lane, kind, now, probe=probe, reached=reached)
         elif probe and lane is not None:
@@ -316,7 +323,10 @@ class Member:
                 self._soon(now, WANT)
 
     def take_probe(self, lane: str, now: float) -> bool:
-        """One of our probes goes out."""
+        """One of our probes goes out. False when there is none any more: the leader that gave it leads no more."""
+        if self.terms.role is Role.APART and self.breakers.probes_due(lane, now):
+            self.breakers.probing(lane)
+            self._grant_probes(lane, [self.me], now)
         if not self._granted[lane]:
             return False
         number, _ = self._granted[lane].pop(0)
@@ -461,10 +471,10 @@ class Member:
                 self._expire(now)
                 self._beat(now)
         elif self._follows:
-            self._return_untaken(now)
             missed = now - self.terms.heard > 1.25 * BEAT and now - self._reported > BEAT
             if now >= self._report_at or (missed and any(self._wanted.values())):
                 self._report(now)
+        self._return_untaken(now)
         self._probe(now)
         if self._leads or self.alone:
             self._want(now)
@@ -637,9 +647,6 @@ class Member:
         for name in lanes:
             self._streaks[name] += 1
             self._since.setdefault(name, now)
-        if self._testing and probe:
-            self._testing, self._test_at = False, now + self.rules.cooldown
-            return
         if probe and lane is not None:
             self._answered_probe(lane, kind, now)
         elif self._decides:
@@ -699,6 +706,8 @@ class Member:
         for lane, count in failures.items():
             if lane not in LANES or count <= 0:
                 continue
+            if self._suspects.get(lane, who) != who:
+                self._unsuspect(lane, now)
             before = self.breakers.state(lane)
             first = lane not in self._failing
             self._failing.setdefault(lane, now)
@@ -777,7 +786,7 @@ class Member:
 
     def _probe(self, now: float) -> None:
         """Gives out the probes that are due. While nobody leads, nobody probes: the next leader is a second away."""
-        if not (self.terms.leads(now) or self.terms.role is Role.APART):
+        if not self.terms.leads(now):
             return
         for lane in LANES:
             if self.breakers.state(lane) is State.CLOSED or now < self._look.get(lane, 0.0):
@@ -789,11 +798,6 @@ class Member:
             else:
                 due = self.breakers.probes_due(lane, now)
             if not due:
-                continue
-            if not self._leads:
-                if not self.sick:
-                    self.breakers.probing(lane, due)
-                    self._grant_probes(lane, [self.me] * due, now)
                 continue
             chosen = self._probers(lane, due, {suspect} if suspect else set())
             if chosen:

@@ -94,7 +94,6 @@ class Beat:
     sick: tuple[str, ...] = ()
     orders: Orders = field(default_factory=Orders)
     pauses: Seconds = field(default_factory=dict)
-    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +214,11 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class TokenWanted:
-    """To the leader: I need a token; that of generation ``refused`` (0: none) was refused."""
+    """To the leader: I need a token; that of generation ``refused`` (0: none) was refused, or may be dead
+    (``doubted``)."""
 
     refused: int = 0
+    doubted: int = 0
     number: int = 0
 
 

@@ -142,6 +142,12 @@ class Books:
             self._token_by_code[fault.label or "2007300"] += 1
             return fault, self._issued() if fault.takes_effect else b""
 
+    def tokens(self) -> tuple[str, ...]:
+        """The tokens that live."""
+        with self._lock:
+            now = time.monotonic()
+            return tuple(token for token, until in self._tokens.items() if until > now)
+
     def turned_away(self) -> None:
         """A connection was reset because the gateway is down."""
         with self._lock:

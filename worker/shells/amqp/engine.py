@@ -41,6 +41,7 @@ from worker.shells.amqp import codec
 from worker.shells.amqp.consumer import Consumer
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.errors import MISSING
+from worker.shells.amqp.fleet import FleetLink
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher, named
 from worker.shells.fibers import Fibers
@@ -108,9 +109,11 @@ class Engine:
         clock: Clock,
         rng: random.Random,
         tracing: Tracing,
+        fleet: FleetLink,
     ) -> None:
         self._plan = plan
         self._tracing = tracing
+        self._fleet = fleet
         self._dispatcher = dispatcher
         self._watch = watch
         self._clock = clock
@@ -558,7 +561,7 @@ class Engine:
 
     def _drain(self) -> None:
         if self._closed_at is not None:
-            closed = self._publish_link.closed and self._consume_link.closed
+            closed = self._publish_link.closed and self._consume_link.closed and self._fleet.closed
             # Everything is confirmed and every ack written: a broker that does not answer the close is not waited for.
             if closed or time.monotonic() - self._closed_at > CLOSE_SECONDS:
                 self._stop()
@@ -570,6 +573,7 @@ class Engine:
         self._consumer.flush()
         self._consume_link.close()
         self._publish_link.close()
+        self._fleet.close()
 
 
 def _named(delivery: Delivery) -> dict[str, str | None]:

@@ -1,0 +1,457 @@
+"""Several workers are one client: one rate, one hold, one breaker, one token, and a sick one that steps aside."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import pika
+import pytest
+
+from tests.brokers import PrivateBroker
+from tests.proxy import FaultProxy
+from tests.rabbit import Rabbit, address, by_way_of
+from tests.waiting import wait_until
+from tests.worker_process import Producer, WorkerProcess, command_body
+from worker.core.lanes import CANCELLATION, SWEEP
+from worker.core.topology import Names
+from worker.sandbox.simulator import Fault, Rate, Script, Simulator
+
+SLACK = 10.0
+"""Seconds by which a loaded machine may be late with something."""
+
+LIMIT = 100
+BUSY = {"GATEWAY_MAX_REQUESTS_PER_SECOND": str(LIMIT), "WORKER_CONCURRENCY": "16"}
+
+
+@contextmanager
+def fleet(
+    url: str, prefix: str, gateway: Simulator, directory: Path, count: int, **settings: str
+) -> Iterator[list[WorkerProcess]]:
+    """So many workers that are ready and know of each other."""
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(WorkerProcess(url, prefix, gateway, directory, **settings)) for _ in range(count)
+        ]
+        for worker in workers:
+            worker.wait_ready()
+        wait_until(lambda: members(workers[0]) == count, 20, "all members")
+        yield workers
+
+
+def members(worker: WorkerProcess) -> float:
+    return worker.metrics()("fleet_members")
+
+
+def leader(workers: Sequence[WorkerProcess]) -> WorkerProcess:
+    def found() -> WorkerProcess | None:
+        return next((each for each in workers if each.running and each.metrics()("fleet_leader")), None)
+
+    wait_until(lambda: found() is not None, 20, "a leader")
+    worker = found()
+    assert worker is not None
+    return worker
+
+
+def backlog(url: str, prefix: str, count: int, name: str = "s") -> None:
+    """So many sweep commands wait."""
+    names = Names(prefix)
+    with Rabbit(url) as rabbit:
+        rabbit.publish_many(names.commands, ((SWEEP, command_body(f"{name}-{number}"), {}) for number in range(count)))
+
+
+def most_in_a_second(gateway: Simulator, since: float = 0.0) -> int:
+    """The most calls that the gateway's edge has seen in any second."""
+    at = [call.at for call in gateway.report().calls if call.at >= since]
+    return max((bisect_left(at, moment + 1.0) - index for index, moment in enumerate(at)), default=0)
+
+
+def rate(gateway: Simulator, since: float, until: float) -> float:
+    """Calls per second between two moments (Unix seconds)."""
+    return sum(since <= call.at < until for call in gateway.report().calls) / (until - since)
+
+
+class Cancellations(threading.Thread):
+    """Ten cancellations a second, and how long each took to its outcome."""
+
+    def __init__(self, url: str, prefix: str, every: float = 0.1) -> None:
+        super().__init__(daemon=True)
+        self._names = Names(prefix)
+        self._every = every
+        self._over = threading.Event()
+        self._sent: dict[str, float] = {}
+        self.took: list[float] = []
+        self._connection = pika.BlockingConnection(pika.URLParameters(url))
+        self._channel = self._connection.channel()
+        inbox = self._channel.queue_declare("", exclusive=True).method.queue
+        self._channel.queue_bind(inbox, self._names.outcomes, f"{CANCELLATION}.#")
+        self._channel.basic_consume(inbox, self._came, auto_ack=True)
+
+    def _came(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
+        sent = self._sent.pop(str(properties.correlation_id), None)
+        if sent is not None:
+            self.took.append(time.monotonic() - sent)
+
+    def run(self) -> None:
+        number, due = 0, time.monotonic()
+        while not self._over.is_set():
+            number, due = number + 1, due + self._every
+            name = f"c-{number}"
+            self._sent[name] = time.monotonic()
+            properties = pika.BasicProperties(message_id=name, delivery_mode=2)
+            self._channel.basic_publish(self._names.commands, CANCELLATION, command_body(name), properties)
+            while time.monotonic() < due:
+                self._connection.process_data_events(max(0.0, due - time.monotonic()))
+        deadline = time.monotonic() + 30
+        while self._sent and time.monotonic() < deadline:
+            self._connection.process_data_events(0.1)
+        self._connection.close()
+
+    def finish(self) -> float:
+        """Waits for what is out; the 95th percentile in seconds."""
+        self._over.set()
+        self.join(40)
+        assert not self._sent, f"{len(self._sent)} cancellations have no outcome"
+        return quantiles(self.took, n=20)[-1]
+
+
+def killed(workers: list[WorkerProcess], _broker: PrivateBroker) -> None:
+    leader(workers).kill9()
+
+
+def frozen(workers: list[WorkerProcess], _broker: PrivateBroker) -> None:
+    pid = leader(workers).pid
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(8.0)
+    os.kill(pid, signal.SIGCONT)
+
+
+def drained(workers: list[WorkerProcess], _broker: PrivateBroker) -> None:
+    assert leader(workers).stop() < SLACK + 5
+
+
+def started_again(workers: list[WorkerProcess], _broker: PrivateBroker) -> None:
+    workers[-1].kill9()
+    time.sleep(2.0)
+    workers[-1].start().wait_ready()
+
+
+def restarted(workers: list[WorkerProcess], broker: PrivateBroker) -> None:
+    broker.restart()
+    for worker in workers:
+        worker.wait_ready()
+
+
+def nothing(_workers: list[WorkerProcess], _broker: PrivateBroker) -> None:
+    """All is well."""
+
+
+class Lag(threading.Thread):
+    """The longest time that this process, and so the gateway in it, did not run when it should have: calls of that time
+    are counted all at its end."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._over = threading.Event()
+        self.longest = 0.0
+
+    def __enter__(self) -> "Lag":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            before = time.monotonic()
+            time.sleep(0.005)
+            self.longest = max(self.longest, time.monotonic() - before - 0.005)
+
+
+@pytest.mark.parametrize("happens", [nothing, killed, frozen, drained, started_again])
+def test_one_rate(
+    happens: Callable[[list[WorkerProcess], PrivateBroker], None],
+    fresh: PrivateBroker,
+    prefix: str,
+    tmp_path: Path,
+) -> None:
+    """Four processes never call more often than the limit in any second, use it, and cancellations do not wait for the
+    sweep; whatever happens to one of them."""
+
+    with (
+        Simulator(Script(latency=0.05), keep_calls=100_000) as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 4, **BUSY) as workers,
+        Lag() as lag,
+    ):
+        backlog(fresh.url, prefix, 6_000)
+        cancellations = Cancellations(fresh.url, prefix)
+        wait_until(lambda: gateway.report().expire_calls > 100, 20, "calls")
+        cancellations.start()
+        began = time.time()
+        time.sleep(4.0)
+        happens(workers, fresh)
+        time.sleep(max(10.0, began + 20.0 - time.time()))
+        until = time.time()
+        slow = cancellations.finish()
+
+    assert most_in_a_second(gateway) <= LIMIT * (1 + lag.longest)
+    assert rate(gateway, began, until) >= 0.6 * LIMIT
+    assert slow < (8.0 if happens is frozen else 1.0) + SLACK
+
+
+def test_one_token(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """Where a new token kills the old one, all processes use the same: there are as many requests as lives, and one."""
+
+    life = 8.0
+    with (
+        Simulator(Script(single_token=True, token_lifetime=life, expires_in="int")) as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 3) as workers,
+    ):
+        cancellations = Cancellations(fresh.url, prefix)
+        began = time.monotonic()
+        cancellations.start()
+        time.sleep(3 * life)
+        cancellations.finish()
+        lives = (time.monotonic() - began) / (0.8 * life) + 1
+        report = gateway.report()
+        assert all(worker.metrics()("outcomes_total", status="expired") > 0 for worker in workers)
+
+    assert report.token_calls <= lives + 1
+    assert report.by_code.get("4019301", 0) <= 4 * lives
+
+
+def test_one_breaker(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """An outage costs the whole fleet its threshold for each lane, probes, and what was out; its end is told to all."""
+
+    settings = {"BREAKER_FAILURES": "10", "BREAKER_COOLDOWN_SECONDS": "2", "BREAKER_MAX_COOLDOWN_SECONDS": "2"}
+    down = Script(rates=(Rate(1.0, Fault(code="5009300")),))
+    with (
+        Simulator(keep_calls=10_000) as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 3, WORKER_CONCURRENCY="4", **settings) as workers,
+        Producer(fresh.url, prefix) as producer,
+    ):
+        gateway.replace(down)
+        producer.publish_many((f"b-{number}" for number in range(200)), sweep_every=1, of=2)
+        wait_until(lambda: all(broken(worker) == 2 for worker in workers), 20, "all open")
+        began = time.monotonic()
+        time.sleep(9.0)
+        rounds = (time.monotonic() - began) / 2 + 2
+        assert gateway.report().expire_calls <= 2 * 10 + 3 * 4 + 2 * 3 * rounds
+
+        gateway.replace(Script())
+        wait_until(lambda: gateway.report().bills_expired > 0, 10, "a good answer")
+        wait_until(lambda: all(broken(worker) == 0 for worker in workers), 1 + SLACK, "all closed")
+        producer.collect_all(60)
+
+
+def broken(worker: WorkerProcess) -> float:
+    """The worse of its breakers."""
+    metrics = worker.metrics()
+    return max(min(2.0, 2 * metrics("breaker_state", lane=lane)) for lane in (CANCELLATION, SWEEP))
+
+
+def test_one_hold(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """A throttled answer to one process holds all of them."""
+
+    throttled = Fault(code="4299300", retry_after="5")
+    with (
+        Simulator(keep_calls=10_000) as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 3, WORKER_CONCURRENCY="2") as workers,
+        Producer(fresh.url, prefix) as producer,
+    ):
+        gateway.replace(Script(rates=(Rate(1.0, throttled),)))
+        producer.publish("one")
+        wait_until(
+            lambda: all(worker.metrics()("consumption_paused", reason="throttled") for worker in workers), 4, "all held"
+        )
+        gateway.replace(Script())
+        before = gateway.report().expire_calls
+        producer.publish_many(f"t-{number}" for number in range(20))
+        time.sleep(2.0)
+        assert gateway.report().expire_calls == before
+        producer.collect_all(30)
+
+
+def test_a_sick_member(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """A process whose way out is broken gives its commands to the others, says so, and works again when it can."""
+
+    settings = {"BREAKER_FAILURES": "5", "BREAKER_COOLDOWN_SECONDS": "2", "GATEWAY_CONNECT_TIMEOUT_SECONDS": "1"}
+    with (
+        Simulator(keep_calls=10_000) as gateway,
+        FaultProxy("127.0.0.1", gateway.port) as way_out,
+        ExitStack() as stack,
+    ):
+        around = {**gateway.environment(tmp_path / "key.pem"), **settings}
+        around_url = around["GATEWAY_BASE_URL"].replace(str(gateway.port), str(way_out.port))
+        through = {**around, "GATEWAY_BASE_URL": around_url}
+        good = [stack.enter_context(WorkerProcess(fresh.url, prefix, around, tmp_path)) for _ in range(2)]
+        sick = stack.enter_context(WorkerProcess(fresh.url, prefix, through, tmp_path))
+        for worker in (*good, sick):
+            worker.wait_ready()
+        wait_until(lambda: members(sick) == 3, 20, "all members")
+        producer = stack.enter_context(Producer(fresh.url, prefix))
+        way_out.refuse()
+        way_out.reset_all()
+        number = 0
+
+        def turned_sick() -> bool:
+            nonlocal number
+            number += 1
+            producer.publish(f"before-{number}")
+            return bool(sick.metrics()("member_sick"))
+
+        wait_until(turned_sick, 40, "sick")
+        assert sick.get("/readyz")[0] == 503
+        assert "fail" in sick.components()["sick"]
+        began = time.monotonic()
+        producer.publish_many(f"after-{number}" for number in range(30))
+        producer.collect_all(10 + SLACK)
+        assert time.monotonic() - began < 10 + SLACK
+        assert [worker.metrics()("member_sick") for worker in good] == [0, 0]
+
+        way_out.accept()
+        sick.wait_ready(2 * 2 + SLACK)
+
+
+class Recorder:
+    """A way to the broker that keeps every byte."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.seen = bytearray()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._target)
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                self.seen += data
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for each in (source, sink):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+                each.close()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_no_secret_on_the_wire(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """All that two processes and the broker say to each other holds neither the token nor the client secret."""
+
+    recorder = Recorder(*address(fresh.url))
+    url = by_way_of(recorder.port, fresh.url)
+    with (
+        Simulator(Script(token_lifetime=4.0, expires_in="int")) as gateway,
+        fleet(url, prefix, gateway, tmp_path, 2) as workers,
+        Producer(fresh.url, prefix) as producer,
+    ):
+        secret = workers[0].environment()["GATEWAY_CLIENT_SECRET"].encode()
+        tokens = set(gateway.books.tokens())
+        for number in range(40):
+            producer.publish(f"w-{number}")
+            tokens |= set(gateway.books.tokens())
+            time.sleep(0.2)
+        producer.collect_all(30)
+        seen = bytes(recorder.seen)
+        said = seen.count(b"tokengiven")
+    recorder.close()
+
+    assert gateway.report().token_calls <= 6
+    assert said >= 2
+    assert len(tokens) >= 2
+    assert secret not in seen
+    assert not [token for token in tokens if token.encode() in seen]
+
+
+def qris(url: str, prefix: str, *words: str) -> str:
+    """What a command prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "worker", *words],
+        env={**os.environ, "AMQP_URL": url, "AMQP_PREFIX": prefix},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def told(worker: WorkerProcess) -> bool:
+    """Whether it says that an operator has paused it."""
+    return "paused" in worker.components()["operator"]
+
+
+def test_an_operator_pauses_and_resumes(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """A pause holds every process, also after a restart of broker and workers, says who and why, and leaves them
+    ready."""
+
+    with (
+        Simulator() as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 2) as workers,
+    ):
+        said = qris(fresh.url, prefix, "fleet", "pause", "--reason", "window of the partner")
+        assert "2 processes obeyed" in said
+        shown = qris(fresh.url, prefix, "fleet")
+        assert "window of the partner" in shown
+        assert "2 members" in shown
+        with Producer(fresh.url, prefix) as producer:
+            producer.publish("held")
+        fresh.restart()
+        workers[0].stop()
+        workers[0].start()
+        for worker in workers:
+            worker.wait_ready()
+            wait_until(partial(told, worker), 20, "told")
+            assert worker.metrics()("consumption_paused", reason="operator") == 1
+        time.sleep(1.0)
+        assert gateway.report().expire_calls == 0
+
+        wait_until(lambda: members(workers[0]) == 2, 20, "both")
+        assert "obeyed" in qris(fresh.url, prefix, "fleet", "resume")
+        wait_until(lambda: gateway.report().bills_expired == 1, 2 + SLACK, "the held command")
+
+
+def test_an_operators_limit(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """A limit of an operator holds for all processes at once, and `default` ends it."""
+
+    with (
+        Simulator(keep_calls=10_000) as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 2, WORKER_CONCURRENCY="4") as workers,
+    ):
+        assert "obeyed" in qris(fresh.url, prefix, "fleet", "limit", "10")
+        backlog(fresh.url, prefix, 60)
+        wait_until(lambda: gateway.report().expire_calls >= 20, 20, "calls")
+        assert most_in_a_second(gateway) <= 11
+        assert all(worker.metrics()("rate_limit") == 10 for worker in workers)
+        assert "own limit" in qris(fresh.url, prefix, "fleet", "limit", "default")
+        wait_until(lambda: gateway.report().bills_expired == 60, SLACK, "the rest")

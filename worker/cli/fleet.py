@@ -1,0 +1,255 @@
+"""`qris-expire fleet`: the processes that are one client of the gateway, and what operators want of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+
+from worker.cli import INVALID, Trouble
+from worker.cli.command_line import Argument, Group, Option
+from worker.cli.screen import output
+from worker.core import jakarta
+from worker.core.fleet.messages import Card, Limit, Orders, Pause
+from worker.core.lanes import CANCELLATION, LANES, SWEEP
+from worker.core.words import plural
+
+if TYPE_CHECKING:
+    from worker.shells.amqp.fleet_tool import FleetTool
+
+T = TypeVar("T")
+
+ACTS_WITHIN: Final = 2.0  # seconds in which every member obeys
+UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+LONGEST: Final = 366 * 86_400.0
+STATES: Final = ("closed", "half-open", "open")
+
+
+class Lane(StrEnum):
+    """A lane of commands."""
+
+    CANCELLATION = CANCELLATION
+    SWEEP = SWEEP
+
+
+def show(
+    as_json: Annotated[bool, Option("--json", help="Print what each member says, one JSON object per line.")] = False,
+) -> int:
+    """Shows the fleet: its members and leader, the rate used and allowed, holds, breakers, and what operators want.
+
+    Changes nothing. Exit code 0: members answered. 1: nobody answered.
+    """
+    cards = _with(lambda tool: tool.cards())
+    if as_json:
+        for card in cards:
+            print(json.dumps(asdict(card)))
+    else:
+        _show(cards)
+    return 0 if cards else 1
+
+
+fleet = Group("Shows the processes that are one client of the gateway; pauses them, and bounds their rate.", show)
+
+Reason = Annotated[str, Option("--reason", help="Why; everybody who looks at the fleet sees it.", metavar="TEXT")]
+LanesOption = Annotated[list[Lane] | None, Option("--lane", help="Only this lane; both without it.")]
+
+
+@fleet.command()
+def pause(
+    lane: LanesOption = None,
+    for_: Annotated[
+        str | None, Option("--for", help="End it after so long, as 90s, 30m, 1h or 2d.", metavar="TIME")
+    ] = None,
+    reason: Reason = "",
+) -> int:
+    """Pauses the fleet, or one lane of it, until `fleet resume` or for a time.
+
+    Commands wait in their queues; calls that are out are finished. It holds for processes that start later, and after a
+    restart of workers and broker. Readiness stays good, so that a rollout goes on.
+    """
+    seconds = None if for_ is None else _seconds(for_)
+    wanted = Pause(_who(), reason, time.time(), seconds)
+    return _order(lambda orders: replace(orders, pauses={**orders.pauses, **dict.fromkeys(_lanes(lane), wanted)}))
+
+
+@fleet.command()
+def resume(lane: LanesOption = None) -> int:
+    """Ends a pause."""
+    ended = _lanes(lane)
+    return _order(
+        lambda orders: replace(orders, pauses={name: each for name, each in orders.pauses.items() if name not in ended})
+    )
+
+
+@fleet.command()
+def limit(
+    calls: Annotated[str, Argument(help="Calls in any second over the whole fleet, or default: the workers' own.")],
+    reason: Reason = "",
+) -> int:
+    """Bounds the calls of the whole fleet, in place of GATEWAY_MAX_REQUESTS_PER_SECOND of its members.
+
+    It holds for processes that start later, and after a restart of workers and broker, until `fleet limit default`.
+    """
+    if calls == "default":
+        return _order(lambda orders: replace(orders, limit=None))
+    try:
+        rate = float(calls)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= 100_000:
+        raise Trouble(
+            f"limit: {calls!r} is neither default nor a number of calls per second above 0 and up to 100000; "
+            "`fleet pause` stops all calls",
+            code=INVALID,
+        )
+    return _order(lambda orders: replace(orders, limit=Limit(rate, _who(), reason, time.time())))
+
+
+@fleet.command()
+def probe() -> int:
+    """Makes the fleet test the gateway at once, instead of after the breakers' cooldown."""
+    _with(lambda tool: tool.probe())
+    print("the fleet probes the gateway; `qris-expire fleet` shows what the breakers say then")
+    return 0
+
+
+# -- carrying it out --------------------------------------------------------------------------------------------------
+
+
+def _with(talk: Callable[[FleetTool], T]) -> T:
+    from worker.settings import AmqpSettings, load
+    from worker.shells.amqp.fleet_tool import fleet_tool
+    from worker.shells.amqp.session import BrokerError, TopologyMismatch
+
+    amqp = load(AmqpSettings)
+    try:
+        with fleet_tool(amqp) as tool:
+            return talk(tool)
+    except TopologyMismatch as mismatch:
+        raise Trouble(*mismatch.problems) from None
+    except BrokerError as error:
+        raise Trouble(str(error)) from None
+
+
+def _order(change: Callable[[Orders], Orders]) -> int:
+    """Changes what operators want, and waits until all that answer obey."""
+
+    def carry_out(tool: FleetTool) -> tuple[Orders, list[Card]]:
+        cards = tool.cards()
+        # What rests at the broker counts; a member may know of something later that could not be laid down.
+        before = max([tool.orders(), *(card.orders for card in cards)], key=lambda orders: orders.revision)
+        now = time.time()
+        pauses = {lane: each for lane, each in before.pauses.items() if _left(each, now) != 0}
+        orders = replace(change(replace(before, pauses=pauses)), revision=before.revision + 1)
+        left = {lane: seconds for lane, each in orders.pauses.items() if (seconds := _left(each, now)) is not None}
+        tool.order(orders, left)
+        deadline = time.monotonic() + ACTS_WITHIN
+        while any(card.orders.revision < orders.revision for card in cards) and time.monotonic() < deadline:
+            cards = tool.cards()
+        return orders, cards
+
+    orders, cards = _with(carry_out)
+    late = [f"{card.host} process {card.process}" for card in cards if card.orders.revision < orders.revision]
+    for line in _wishes(orders) or ["nothing is paused, and the workers' own limit holds"]:
+        print(line)
+    if not cards:
+        print("no worker answered; those that start later obey")
+    elif late:
+        raise Trouble(f"{', '.join(late)} did not obey within {ACTS_WITHIN:g} s; look at it there")
+    else:
+        print(f"{plural(len(cards), 'process')} obeyed")
+    return 0
+
+
+def _left(pause: Pause, now: float) -> float | None:
+    """Seconds left of a pause that ends by itself."""
+    return None if pause.seconds is None else max(0.0, min(pause.seconds, pause.since + pause.seconds - now))
+
+
+def _lanes(lanes: Sequence[Lane] | None) -> list[str]:
+    return [str(lane) for lane in lanes] if lanes else list(LANES)
+
+
+def _who() -> str:
+    from worker.shells import operator
+
+    return f"{operator.user()}@{socket.gethostname()}"
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if not 0 < seconds <= LONGEST:
+        raise Trouble(f"--for: {text!r} is no time such as 90s, 30m, 1h or 2d (at most 366d)", code=INVALID)
+    return seconds
+
+
+# -- showing it -------------------------------------------------------------------------------------------------------
+
+
+def _show(cards: Sequence[Card]) -> None:
+    if not cards:
+        print("no worker answered within a second; see whether one runs with this AMQP_URL and AMQP_PREFIX")
+        return
+    for client in dict.fromkeys(card.client for card in cards):
+        _show_one([card for card in cards if card.client == client])
+
+
+def _show_one(cards: Sequence[Card]) -> None:
+    from rich.table import Table
+
+    leader = next((card for card in cards if card.role == "leads"), None)
+    best = leader or cards[0]
+    print(f"{plural(best.members, 'member')}, {'led by ' + _name(leader) if leader else 'without a leader for now'}")
+    print(f"rate: {best.used:.1f} calls/s used" + (f" of {best.limit:g} allowed" if best.limit else ", no limit"))
+    for lane, told in sorted(best.breakers.items()):
+        state = STATES[told.state] if 0 <= told.state < len(STATES) else str(told.state)
+        more = f", next probes in {told.left:.0f} s" if told.state == STATES.index("open") else ""
+        print(f"breaker of {lane}: {state}{more}")
+    if best.hold:
+        print(f"throttled: no call for {best.hold:.0f} s more")
+    for line in _wishes(best.orders):
+        print(line)
+    table = Table("member", "version", "role", "state", "own limit", "calls", "waiting for a permit")
+    for card in cards:
+        table.add_row(
+            _name(card),
+            card.version,
+            card.role,
+            "sick" if card.sick else "ok",
+            f"{card.own_limit:g}/s" if card.own_limit else "none",
+            f"{card.calls:,}",
+            ", ".join(f"{count} {lane}" for lane, count in sorted(card.waiting.items()) if count) or "-",
+        )
+    output().print(table)
+
+
+def _name(card: Card) -> str:
+    return f"{card.host} process {card.process}"
+
+
+def _wishes(orders: Orders) -> list[str]:
+    """What operators want: who, when and why."""
+    now, lines = time.time(), []
+    for lane, each in sorted(orders.pauses.items()):
+        left = _left(each, now)
+        if left != 0:
+            until = "until resumed" if left is None else f"for {left:.0f} s more"
+            lines.append(f"{lane} is paused {until}, by {each.by} since {_when(each.since)}{_why(each.reason)}")
+    if orders.limit is not None:
+        each_ = orders.limit
+        lines.append(f"limit of {each_.rate:g} calls/s, by {each_.by} since {_when(each_.since)}{_why(each_.reason)}")
+    return lines
+
+
+def _when(moment: float) -> str:
+    return jakarta.iso(moment, milliseconds=False)
+
+
+def _why(reason: str) -> str:
+    return f": {reason}" if reason else ""

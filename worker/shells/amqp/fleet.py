@@ -1,0 +1,332 @@
+"""The fleet's wire: a connection of its own, on which a member hears and speaks, and on which its leadership hangs.
+
+Its own, because acks and outcomes of the other two may be held up for a while, and a leader must not be. What is said
+is transient; an exclusive queue for each member ends with its connection.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Protocol
+
+import pika
+import structlog
+from pika.exceptions import ChannelClosed
+
+from worker.app.fleet import Fleet
+from worker.core import jakarta
+from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, decode_orders, encode
+from worker.core.topology import Names, fleet_topology
+from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.link import Link, Parameters
+from worker.shells.fibers import Fibers
+
+INBOX: Final = 1_000
+"""Messages that may wait for a member that stands still; the oldest are dropped, and the next beat tells everything."""
+LOOK_AGAIN: Final = 0.05  # seconds until the next look for orders that somebody else is looking at
+LOOKS: Final = 5
+TICK: Final = 1.0
+SICK: Final = "our calls fail while those of others succeed: look at the way from here to the gateway"
+LOCKED: Final = 405  # the broker's code for a queue that another connection has
+
+log = structlog.get_logger()
+
+
+class Watch(Protocol):
+    """What the fleet tells (metrics)."""
+
+    def fleet_members(self, number: int) -> None: ...
+    def fleet_leader(self, is_leader: bool) -> None: ...
+    def member_sick(self, is_sick: bool) -> None: ...
+    def rate_limit(self, per_second: float) -> None: ...
+    def paused(self, reason: str, is_paused: bool) -> None: ...
+
+
+class FleetLink:
+    """The `Wire` of a `Fleet` over the broker. All methods belong to the loop's thread, but `start` and what only
+    reads."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        names: Names,
+        parameters: Parameters,
+        *,
+        declare: bool,
+        fibers: Fibers,
+        rng: random.Random,
+        describe: Callable[[Card], Card],
+        watch: Watch,
+    ) -> None:
+        self._fleet = fleet
+        self._names = names
+        self._declare = declare
+        self._fibers = fibers
+        self._describe = describe
+        self._watch = watch
+        self._connection: Any = None
+        self._channel: Any = None
+        self._joined = False
+        self._link = Link(
+            "fleet",
+            fibers.loop,
+            parameters,
+            on_up=self._up,
+            on_down=self._down,
+            on_refused=lambda _: None,
+            on_blocked=lambda _: None,
+            guard=self._guard,
+            rng=rng,
+        )
+        fleet.wire = self
+
+    # -- from any thread ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connects, and comes back whenever it is thrown out."""
+        self._fibers.soon(self._start)
+
+    def close(self) -> None:
+        """Leaves the fleet for good. On the loop's thread."""
+        self._fleet.leave()
+        self._link.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is closed for good."""
+        return self._link.closed
+
+    @property
+    def trouble(self) -> str:
+        """Why the fleet cannot be reached; empty when it can."""
+        if self._link.blocked:
+            return "blocked by the broker (memory or disk alarm)"
+        return "" if self._joined else self._link.trouble or "joining"
+
+    def status(self) -> dict[str, str]:
+        """Components of the fleet as people and probes read them: "ok", what is told beside it, or what is wrong.
+        Without a limit a process works without the fleet as well."""
+        card = self._fleet.card()
+        trouble = self.trouble
+        if not self._fleet.ready:
+            fleet = trouble or "joining"
+        elif trouble:
+            fleet = f"no permits without it: {trouble}" if card.limit else f"ok, but we are not in it: {trouble}"
+        else:
+            fleet = "ok"
+        return {"fleet": fleet, "sick": SICK if card.sick else "ok", "operator": _paused(card)}
+
+    # -- the wire -----------------------------------------------------------------------------------------------------
+
+    def say(self, to: str | None, letter: Letter) -> None:
+        """See `Wire`. What cannot be said now is not said later: it would be old."""
+        if not self._joined or self._link.blocked or not self._channel.is_open:
+            return
+        exchange, key = (self._names.fleet, "") if to is None else ("", self._names.member(to))
+        self._publish(exchange, key, letter, mandatory=to is not None)
+
+    def lock(self, term: int) -> None:
+        """See `Wire`. On a channel of its own, which the broker closes when somebody else has the queue."""
+        connection, queue = self._connection, self._names.leader(self._fleet.member.client, term)
+        told: list[bool] = []
+
+        def answer(took: bool) -> None:
+            if not told and connection is self._connection:
+                told.append(took)
+                (self._fleet.took if took else self._fleet.taken)(term)
+
+        def declared(channel: Any, _frame: Any) -> None:
+            answer(True)
+            if channel.is_open:
+                channel.close()
+
+        def opened(channel: Any) -> None:
+            if not channel.is_open:
+                return  # the connection is being closed, and this was on its way
+            channel.add_on_close_callback(self._guard(lambda *_: answer(False)))
+            callback = self._guard(partial(declared, channel))
+            channel.queue_declare(queue, exclusive=True, auto_delete=False, callback=callback)
+
+        if connection is not None and connection.is_open:
+            connection.channel(on_open_callback=self._guard(opened))
+
+    def unlock(self, term: int) -> None:
+        """See `Wire`."""
+        if self._joined and self._channel.is_open:
+            self._channel.queue_delete(self._names.leader(self._fleet.member.client, term), callback=_nothing)
+
+    def read_orders(self) -> None:
+        """See `Wire`. The message goes back to its queue; whoever comes meanwhile finds none, and looks again."""
+        connection = self._connection
+
+        def found(channel: Any, method: Any, _properties: Any, body: bytes) -> None:
+            if channel.is_open:
+                channel.basic_nack(method.delivery_tag, requeue=True)
+                channel.close()
+            told(decode_orders(body))
+
+        def told(orders: Orders | None) -> None:
+            if connection is self._connection:
+                self._fleet.rested(orders)
+
+        def look(channel: Any, left: int) -> None:
+            channel.basic_get(self._names.orders, callback=self._guard(found))
+            empty[:] = [partial(again, channel, left - 1)]
+
+        def again(channel: Any, left: int) -> None:
+            if left:
+                self._fibers.loop.call_later(LOOK_AGAIN, self._guard(partial(look_if_open, channel, left)))
+            else:
+                if channel.is_open:
+                    channel.close()
+                told(None)
+
+        def look_if_open(channel: Any, left: int) -> None:
+            if channel.is_open:
+                look(channel, left)
+
+        def opened(channel: Any) -> None:
+            if not channel.is_open:
+                return
+            channel.add_callback(self._guard(lambda _: empty[0]()), [pika.spec.Basic.GetEmpty], one_shot=False)
+            channel.add_on_close_callback(self._guard(closed))
+            look(channel, LOOKS)
+
+        def closed(_channel: Any, reason: Any) -> None:
+            if isinstance(reason, ChannelClosed):  # there is no such queue, so nobody has ordered anything
+                told(None)
+
+        empty: list[Callable[[], None]] = []
+        if connection is not None and connection.is_open:
+            connection.channel(on_open_callback=self._guard(opened))
+
+    # -- the connection -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._fleet.start()
+        self._link.connect()
+        self._tick()
+
+    def _tick(self) -> None:
+        self._fibers.loop.call_later(TICK, self._guard(self._tick))
+        self._link.expect(self._joined, time.monotonic())
+        card = self._fleet.card()
+        self._watch.fleet_members(card.members)
+        self._watch.fleet_leader(card.leader == self._fleet.me)
+        self._watch.rate_limit(card.limit)
+        self._watch.member_sick(card.sick)
+        self._watch.paused("sick", card.sick)
+        self._watch.paused("operator", any(self._fleet.paused(lane) for lane in card.orders.pauses))
+
+    def _up(self, connection: Any) -> None:
+        self._connection = connection
+
+        def declared(wrong: str | None) -> None:
+            if connection is not self._connection:
+                return
+            if wrong is None and connection.is_open:
+                connection.channel(on_open_callback=self._guard(self._opened))
+            elif wrong is None:
+                pass  # it is being closed
+            else:
+                self._link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
+
+        Declaring(
+            connection,
+            fleet_topology(self._names.prefix),
+            declare=self._declare,
+            on_done=declared,
+            guard=self._guard,
+        )
+
+    def _opened(self, channel: Any) -> None:
+        if not channel.is_open:
+            return
+        inbox = self._names.member(self._fleet.member.me)
+        channel.add_on_close_callback(self._guard(self._closed))
+        channel.add_on_return_callback(self._guard(self._returned))
+
+        def declared(_: Any) -> None:
+            if channel.is_open:
+                channel.queue_bind(inbox, self._names.fleet, callback=self._guard(bound))
+
+        def bound(_: Any) -> None:
+            if channel.is_open:
+                came, on = self._guard(self._came), self._guard(consumes)
+                channel.basic_consume(inbox, came, auto_ack=True, exclusive=True, callback=on)
+
+        def consumes(_: Any) -> None:
+            if not channel.is_open:
+                return
+            self._channel, self._joined = channel, True
+            self._link.proven()
+            self._fleet.joined()
+
+        channel.queue_declare(
+            inbox,
+            exclusive=True,
+            arguments={"x-max-length": INBOX, "x-queue-type": "classic"},
+            callback=self._guard(declared),
+        )
+
+    def _down(self, _reason: str) -> None:
+        self._connection = self._channel = None
+        if self._joined:
+            self._joined = False
+            self._fleet.lost()
+
+    def _closed(self, channel: Any, reason: Any) -> None:
+        if channel is self._channel or self._channel is None:
+            self._link.bounce(f"the fleet's channel was closed: {getattr(reason, 'reply_text', reason)}")
+
+    def _came(self, _channel: Any, _method: Any, properties: Any, body: bytes) -> None:
+        letter = decode(body)
+        if letter is None:
+            return
+        if isinstance(letter.message, Who):
+            if properties.reply_to and self._channel is not None and self._channel.is_open:
+                member = self._fleet.member
+                card = Letter(member.me, member.client, self._describe(self._fleet.card()))
+                self._publish("", str(properties.reply_to), card, mandatory=False)
+            return
+        self._fleet.received(letter)
+
+    def _returned(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
+        self._fleet.undelivered(str(method.routing_key).removeprefix(self._names.member("")))
+
+    def _publish(self, exchange: str, key: str, letter: Letter, *, mandatory: bool) -> None:
+        properties = pika.BasicProperties(content_type="application/json", delivery_mode=1)
+        self._channel.basic_publish(exchange, key, encode(letter), properties, mandatory=mandatory)
+
+    def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """pika would take an exception for a lost connection; out of the loop's turn it ends the process, loudly."""
+
+        def guarded(*args: Any) -> None:
+            try:
+                callback(*args)
+            except Exception as error:  # noqa: BLE001  # raised again where it is heard
+                self._fibers.soon(partial(_raise, error))
+
+        return guarded
+
+
+def _paused(card: Card) -> str:
+    """What an operator wants, for people: who, when and why."""
+    said = []
+    for lane, pause in sorted(card.orders.pauses.items()):
+        since = jakarta.iso(pause.since, milliseconds=False)
+        why = f" ({pause.reason})" if pause.reason else ""
+        left = f", for {card.pauses[lane]:.0f} s more" if lane in card.pauses else ""
+        said.append(f"{lane} paused by {pause.by} since {since}{why}{left}")
+    return f"ok, {'; '.join(said)}" if said else "ok"
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _nothing(_: Any) -> None:
+    """The queue is gone, as it should be."""

@@ -746,6 +746,20 @@ def test_slots_for_others() -> None:
     assert len(calls) <= 1
 
 
+def test_a_member_that_comes_back_gets_slots() -> None:
+    """A member that lost its connection counts its slots anew, and so does the leader."""
+
+    one = leading(100.0, limit=10.0)
+    one.receive(Letter("b", "client", Hello(10.0)), 100.0)
+    one.receive(Letter("b", "client", Report(1, 1, wanted={SWEEP: 3})), 100.1)
+    assert any(isinstance(message, Grant) for message in said(one))
+    one.receive(Letter("b", "client", Hello(10.0)), 101.0)
+    one.receive(Letter("b", "client", Report(1, 1, wanted={SWEEP: 1})), 101.1)
+    keep(one, 101.2)
+
+    assert one.shares.needs["b"].unseen() <= 1
+
+
 def test_an_undelivered_message() -> None:
     """When the leader's queue is gone, its follower reaches for the next term at once."""
 

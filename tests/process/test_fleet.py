@@ -408,7 +408,9 @@ def qris(url: str, prefix: str, *words: str) -> str:
 
 def told(worker: WorkerProcess) -> bool:
     """Whether it says that an operator has paused it."""
-    return "paused" in worker.components()["operator"]
+    return "paused" in worker.components()["operator"] and bool(
+        worker.metrics()("consumption_paused", reason="operator")
+    )
 
 
 def test_an_operator_pauses_and_resumes(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
@@ -432,7 +434,6 @@ def test_an_operator_pauses_and_resumes(fresh: PrivateBroker, prefix: str, tmp_p
         for worker in workers:
             worker.wait_ready()
             wait_until(partial(told, worker), 20, "told")
-            assert worker.metrics()("consumption_paused", reason="operator") == 1
         time.sleep(1.0)
         assert gateway.report().expire_calls == 0
 

@@ -396,6 +396,27 @@ def test_bad_input(tmp_path: Path, arguments: list[str]) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "command", [["list"], ["redrive"], ["redrive", "--dry-run"], ["purge", "--yes"], ["export", "--output", "out"]]
+)
+def test_a_misspelt_reason_is_a_mistake(desk: Desk, command: list[str]) -> None:
+    """A reason that no dead letter can have ends with 2 and the reasons that there are; nothing is done."""
+    desk.park(names(3))
+
+    done = desk.run(*command, "--reason", "retries_exausted")
+
+    assert done.returncode == 2
+    assert "no dead letter has the reason retries_exausted; the reasons are credentials, " in done.stderr
+    assert (desk.depth(), (desk.directory / "out").exists()) == (3, False)
+
+
+def test_a_reason_that_is_not_there_is_no_mistake(desk: Desk) -> None:
+    """A script that redrives what there is of a reason ends well where there is none."""
+    desk.park(names(3))
+
+    assert desk.run("redrive", "--reason", "delivery_limit").returncode == 0
+
+
 # -- bringing back
 
 

@@ -1,11 +1,14 @@
 """Command lines: what a signature makes of words, and what is said about words that it does not take."""
 
+import re
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 
+from worker import cli
 from worker.cli.command_line import Argument, Call, Documents, Group, Option, Shown, UsageError, read
 
 
@@ -144,6 +147,27 @@ def test_help_explains_every_word() -> None:
     assert text.endswith("Settings: A_B.")
     assert said(paint, "--help-settings") == "A_B  What it is."
     assert "list                        Lists them" in said(tools, "--help")
+
+
+def paths() -> list[str]:
+    """Every command of ours, and every command of a group."""
+    found = []
+    for name in cli.COMMANDS:
+        command = cli.command(name)
+        found += [f"{name} {each}" for each in command.commands] if isinstance(command, Group) else [name]
+    return found
+
+
+@pytest.mark.parametrize("path", paths())
+def test_every_command_has_an_example_that_works(path: str) -> None:
+    """The help of a command has command lines of it, which can be read."""
+    with pytest.raises(Shown) as shown:
+        cli.read([*path.split(), "--help"])
+
+    examples = re.findall(rf"^    qris-expire ({path}\b.*)$", str(shown.value), re.MULTILINE)
+    assert examples
+    for each in examples:
+        assert callable(cli.read(shlex.split(each)))
 
 
 def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

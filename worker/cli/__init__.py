@@ -46,12 +46,13 @@ DIRECT: Final = ("GATEWAY_", "RETRY_", "BREAKER_", "WORKER_CONCURRENCY", "WORKER
 """What ``sweep --direct`` reads beside AMQP_PREFIX: without it nobody who runs a sweep needs the gateway's."""
 
 HELP: Final = """
-Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ. New here? demo shows everything on this
-machine, and simulator plays the gateway. Producers of commands try one with publish, and send whole files with
-sweep; status tells where those stand; contract has the messages' schemas. Operators prepare the
-broker with topology, look at everything with check (sign shows what is signed, where a gateway refuses it), and
-start the worker with run; fleet shows, pauses and bounds all workers together, and dead shows and moves what
-they had to park.
+Expires QRIS bills at a SNAP payment gateway, driven by RabbitMQ.
+
+New here? `demo` shows the product on this machine, and `simulator` plays the gateway. Developers publish one command
+with `publish`, and read the schemas of the messages with `contract`. Finance operators send files of bills with
+`sweep`, and see where they stand with `status`. SREs prepare the broker with `topology`, verify everything with
+`check` (and `sign`, where the gateway refuses a signature), start the worker with `run`, see and pause all workers
+with `fleet`, and handle dead letters with `dead`.
 """
 
 INVALID: Final = 2

@@ -61,6 +61,11 @@ def check(
     other ways, to tell a wrong path or scheme from a wrong secret; the first that is accepted is the last.
 
     Exit code 0: all ok. 1: something is not. 2: the bill or the merchant cannot be one.
+
+    Examples:
+
+        qris-expire check
+        qris-expire check --probe 10092081 --merchant-id 121000001
     """
     _check_ids(probe, merchant_id)
     report = _Report()

@@ -300,7 +300,7 @@ def _explained(parameter: _Parameter) -> str:
     notes = []
     if parameter.kind in KINDS and _bounds(parameter.declared):
         notes.append(_bounds(parameter.declared).removeprefix(" of").strip())
-    if not parameter.switch and parameter.default is not None:
+    if not parameter.switch and parameter.default not in (None, ""):
         notes.append(f"default {parameter.default}")
     return f"{parameter.declared.help} [{'; '.join(notes)}]" if notes else parameter.declared.help
 

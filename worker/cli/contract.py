@@ -32,15 +32,20 @@ FILES: Final = {
 
 
 def contract(
-    document: Annotated[Document, Argument(help="Which one.")] = Document.ASYNCAPI,
-    output: Annotated[Path | None, Option(metavar="DIR", help="Write all three into this directory instead.")] = None,
+    document: Annotated[Document, Argument(help="Which document.")] = Document.ASYNCAPI,
+    output: Annotated[Path | None, Option(metavar="DIR", help="Write all three documents into this directory.")] = None,
 ) -> None:
-    """Prints what producers and consumers may rely on, as JSON.
+    """Prints the contract of the messages, as JSON.
 
-    asyncapi (AsyncAPI 3.0) has everything: exchanges, routing keys, properties, headers, schemas, examples. command and
-    outcome are JSON Schemas (2020-12) of the two bodies, to validate with or to generate code from.
+    asyncapi (AsyncAPI 3.0) has everything: exchanges, routing keys, properties, headers, schemas and examples. command
+    and outcome are JSON Schemas (2020-12) of the two bodies, to validate messages or to generate code.
 
-    Within a major version nothing is taken away and nothing more is demanded. Outcomes may get further fields.
+    Within a major version no field is removed and no further field is required. Outcomes may get further fields.
+
+    Examples:
+
+        qris-expire contract outcome
+        qris-expire contract --output schemas
     """
     from worker.settings import AmqpSettings, load
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import IO, TYPE_CHECKING, Annotated, Final, Self
 
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble
 from worker.cli.audit import audit, redrive_facts
 from worker.cli.command_line import Argument, Group, Option
 from worker.cli.letters import (
+    check_reasons,
     hint,
     listing,
     print_letter,
@@ -27,7 +28,7 @@ from worker.cli.letters import (
     print_rehearsal,
     tell_redrive,
 )
-from worker.cli.screen import note
+from worker.cli.screen import Display, bars, note
 from worker.core.dead_letter import (
     Census,
     DeadLetter,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from worker.settings import AmqpSettings
     from worker.shells.amqp.parked import ParkedLetters
 
-LINE_EVERY: Final = 5.0  # seconds between two lines of progress where there is no terminal
-DRAW_EVERY: Final = 0.1
 MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
 ROWS: Final = 20
 SLOWEST: Final = 0.01  # per second: what is held must be given back now and then
@@ -58,13 +57,16 @@ class Lane(StrEnum):
 
 dead = Group("Lists, shows, redrives, exports and deletes dead letters. Looking removes nothing and keeps their order.")
 
-Reasons = Annotated[list[str] | None, Option("--reason", help="Only with this reason; may be repeated.")]
-LanesOption = Annotated[list[Lane] | None, Option("--lane", help="Only of this lane; may be repeated.")]
+Reasons = Annotated[list[str] | None, Option("--reason", help="Only dead letters with this reason; may be repeated.")]
+LanesOption = Annotated[list[Lane] | None, Option("--lane", help="Only dead letters of this lane; may be repeated.")]
 Before = Annotated[
-    str | None, Option("--before", help="Only parked before it, as 2026-11-22T21:00:00+07:00.", metavar="RFC3339")
+    str | None,
+    Option(
+        "--before", help="Only those parked before this time, for example 2026-11-22T21:00:00+07:00.", metavar="RFC3339"
+    ),
 ]
-Batches = Annotated[list[str] | None, Option("--batch", help="Only of this batch; may be repeated.")]
-Bills = Annotated[list[str] | None, Option("--bill", help="Only about this bill; may be repeated.")]
+Batches = Annotated[list[str] | None, Option("--batch", help="Only dead letters of this batch; may be repeated.")]
+Bills = Annotated[list[str] | None, Option("--bill", help="Only dead letters of this bill; may be repeated.")]
 Limit = Annotated[
     int | None, Option("--limit", help="Above 20,000 dead letters: look at the first N only.", min=1, metavar="N")
 ]
@@ -84,11 +86,16 @@ def list_(
             min=0,
         ),
     ] = None,
-    as_data: Annotated[bool, Option("--json", help="One JSON object: counts and rows.")] = False,
+    as_data: Annotated[bool, Option("--json", help="Print one JSON object with counts and rows.")] = False,
 ) -> int:
-    """Counts by reason, lane and age; then rows, in the queue's order.
+    """Counts dead letters by reason, lane and age, and shows the first ones, in the order of the queue.
 
-    Exit code 0: shown. 1: the broker, or somebody else holds them. 2: input or settings are wrong.
+    Exit code 0: shown. 1: the broker failed, or another command holds the dead letters. 2: input or settings are wrong.
+
+    Examples:
+
+        qris-expire dead list
+        qris-expire dead list --reason retries_exhausted --limit 100
     """
     amqp, chosen = _begin(reason, lane, before, batch, bill)
     census, there = Census(time.time()), Census(time.time())
@@ -108,6 +115,7 @@ def list_(
     else:
         print_list(amqp, total, census, rows)
     hint(chosen, census, there)
+    check_reasons(chosen, census.total.count)
     return 0
 
 
@@ -115,11 +123,15 @@ def list_(
 def show(
     message_id: Annotated[str, Argument(metavar="MESSAGE-ID", help="As `dead list` shows it.")],
     limit: Limit = None,
-    as_data: Annotated[bool, Option("--json", help="As `dead export` writes it, a line each.")] = False,
+    as_data: Annotated[bool, Option("--json", help="Print JSON lines as `dead export` writes them.")] = False,
 ) -> int:
-    """One dead letter: why, when, which attempts, its properties and its body. Several with the same id are all shown.
+    """Shows one dead letter: its reason, time, attempts, properties and body. Several with the same id are all shown.
 
-    Exit code 0: shown. 1: there is none, or the broker. 2: settings are wrong.
+    Exit code 0: shown. 1: there is none, or the broker failed. 2: settings are wrong.
+
+    Example:
+
+        qris-expire dead show cancel-ORD-77
     """
     amqp, _ = _begin()
     found: list[tuple[DeadLetter, Held]] = []
@@ -155,28 +167,39 @@ def redrive(
     before: Before = None,
     batch: Batches = None,
     bill: Bills = None,
-    limit: Annotated[int | None, Option(help="At most so many.", min=1)] = None,
-    rate: Annotated[float, Option(help="At most so many per second; 0 for no limit.", min=0, max=100_000)] = 0,
+    limit: Annotated[
+        int | None, Option(help="Redrive at most N. Above 20,000 dead letters it is required.", min=1)
+    ] = None,
+    rate: Annotated[float, Option(help="Redrive at most so many per second; 0 for no limit.", min=0, max=100_000)] = 0,
     canary: Annotated[
-        int, Option(help="Send so many first, and the rest only if all of these bills expire.", min=0, max=10_000)
+        int, Option(help="Redrive N first, and the rest only if the bills of all N expire.", min=0, max=10_000)
     ] = 0,
     stop_at_failures: Annotated[
         float | None,
         Option(
-            help="Watch the outcomes; stop when so many percent are not `expired`.", min=0, max=100, metavar="PERCENT"
+            help="Watch the outcomes, and stop when this percentage of them is not expired.",
+            min=0,
+            max=100,
+            metavar="PERCENT",
         ),
     ] = None,
     timeout: Annotated[
-        float, Option(help="Seconds without any outcome after which a watched redrive stops.", min=1, max=900)
+        float, Option(help="A watched redrive stops after so many seconds without any outcome.", min=1, max=900)
     ] = 120,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only say what would be sent.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be redriven.")] = False,
 ) -> int:
-    """Moves dead letters back to their lane, with a fresh start: attempts and rounds count anew.
+    """Moves dead letters back to their lane, where they start afresh: attempts and delayed rounds count from zero.
 
-    Takes only what was there when it began. Each command is published, confirmed, and only then removed here, so it may
-    be cut off at any point and run again. One redrive at a time.
+    It takes only what was there when it began. Each command is published, confirmed, and only then removed from the
+    dead letters, so you may interrupt it at any time and run it again. Only one redrive runs at a time.
 
-    Exit code 0: done. 1: stopped by bad outcomes, or the broker. 2: input or settings are wrong. 130: ctrl-C.
+    Exit code 0: done. 1: stopped because of bad outcomes, or the broker failed. 2: input or settings are wrong. 130:
+    ctrl-C.
+
+    Examples:
+
+        qris-expire dead redrive --dry-run --reason credentials
+        qris-expire dead redrive --reason credentials --canary 5 --rate 20 --stop-at-failures 10
     """
     from worker.app.dead_letters import Order, Redrive, rehearse
     from worker.shells.clock import SystemClock
@@ -190,6 +213,7 @@ def redrive(
         with _parked(amqp, "redrive --dry-run") as parked, _Progress(parked, "looking") as progress:
             report = rehearse(parked, amqp.names, order, show=progress.show, each=census.add)
         print_rehearsal(report, census)
+        check_reasons(chosen, report.matching)
         return 0
     with _parked(amqp, "redrive", alone=True) as parked, _Progress(parked, "redriving") as progress:
         run = Redrive(
@@ -204,13 +228,15 @@ def redrive(
         )
         with audit("dead.redrive", chosen, lambda: redrive_facts(run.report, order)):
             run.run()
-    return tell_redrive(run.report, order)
+    code = tell_redrive(run.report, order)
+    check_reasons(chosen, run.report.matching)
+    return code
 
 
 @dead.command()
 def export(
     output: Annotated[
-        Path | None, Option(help="Write to this file, which is there whole or not at all; else standard output.")
+        Path | None, Option(help="Write this file, which appears when it is complete; else standard output.")
     ] = None,
     reason: Reasons = None,
     lane: LanesOption = None,
@@ -219,9 +245,13 @@ def export(
     bill: Bills = None,
     limit: Limit = None,
 ) -> int:
-    """Dead letters as JSON lines: everything `dead show` shows, the body as text or base64. They stay.
+    """Writes dead letters as JSON lines: everything that `dead show` shows, the body as text or base64. They stay.
 
-    Exit code 0: written. 1: the broker, or the file. 2: input or settings are wrong.
+    Exit code 0: written. 1: the broker failed, or the file could not be written. 2: input or settings are wrong.
+
+    Example:
+
+        qris-expire dead export --output dead.jsonl
     """
     amqp, chosen = _begin(reason, lane, before, batch, bill)
     written = 0
@@ -235,6 +265,7 @@ def export(
                 written += 1
 
         total = _look(amqp, "export", each, limit)
+        check_reasons(chosen, written)
     note(f"{written:,} of {total:,} dead letters written{f' to {output}' if output else ''}")
     return 0
 
@@ -247,11 +278,15 @@ def purge(
     batch: Batches = None,
     bill: Bills = None,
     limit: Limit = None,
-    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> int:
-    """Deletes dead letters for good; asks on a terminal. Takes only what was there when it began.
+    """Deletes dead letters for good; on a terminal it asks first. It takes only what was there when it began.
 
-    Exit code 0: deleted. 1: not wanted after all, or the broker. 2: input or settings are wrong. 130: ctrl-C.
+    Exit code 0: deleted. 1: you said no, or the broker failed. 2: input or settings are wrong. 130: ctrl-C.
+
+    Example:
+
+        qris-expire dead purge --reason malformed_json --before 2026-11-01T00:00:00+07:00
     """
     from worker.app import dead_letters
 
@@ -279,6 +314,7 @@ def purge(
         raise Trouble("stopped; nothing was deleted", code=INTERRUPTED)
     if removed < matching:
         raise Trouble(f"nothing was deleted; {matching:,} dead letters match")
+    check_reasons(chosen, matching)
     print(f"deleted {removed:,} of {total:,} dead letters")
     return 0
 
@@ -395,41 +431,25 @@ def _sink(output: Path | None) -> Iterator[IO[str]]:
 
 
 class _Progress:
-    """On standard error: a bar on a terminal, a line every few seconds elsewhere. Those who wait are told, too."""
+    """How far a command is; those who wait for the dead letters are told, too."""
 
     def __init__(self, parked: ParkedLetters, verb: str) -> None:
         self._parked = parked
         self._verb = verb
-        self._shown = time.monotonic()
         self._moving_since = 0.0
         self._there = 0
-        self._bar: Any = None
-        self._task: Any = None
+        self._display = Display()
+        self.pause = self._display.pause
 
     def __enter__(self) -> Self:
         self._there = self._parked.count()
-        if sys.stderr.isatty() and self._there:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}"))
-            self._bar = Progress(
-                *columns, console=Console(stderr=True), transient=True, expand=True, auto_refresh=False
-            )
-            self._task = self._bar.add_task(self._verb, total=self._there, text="")
-            self._bar.start()
+        self._display.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.pause()
-
-    def pause(self) -> None:
-        """Takes the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._display.pause()
 
     def show(self, seen: int, done: int, wanted: int) -> None:
         """See `Show`."""
@@ -441,10 +461,4 @@ class _Progress:
             rate = done / max(now - (self._moving_since or now), 0.1)
             completed, total, text = done, wanted, f"{done:,} of {wanted:,} redriven, {rate:,.0f}/s"
         self._parked.say(text)
-        if now - self._shown < (DRAW_EVERY if self._bar is not None else LINE_EVERY):
-            return
-        self._shown = now
-        if self._bar is not None:
-            self._bar.update(self._task, completed=completed, total=total, text=text, refresh=True)
-        else:
-            note(text)
+        self._display.show(lambda: bars([(self._verb, completed, total, (text,))]), lambda: f"qris-expire: {text}")

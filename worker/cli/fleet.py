@@ -71,6 +71,10 @@ def pause(
 
     Commands wait in their queues; calls that are out are finished. It holds for processes that start later, and after a
     restart of workers and broker. Readiness stays good, so that a rollout goes on.
+
+    Example:
+
+        qris-expire fleet pause --lane sweep --for 1h --reason 'the bank asked for it'
     """
     seconds = None if for_ is None else _seconds(for_)
     wanted = Pause(_who(), reason, time.time(), seconds)
@@ -79,7 +83,12 @@ def pause(
 
 @fleet.command()
 def resume(lane: LanesOption = None) -> int:
-    """Ends a pause."""
+    """Ends a pause.
+
+    Example:
+
+        qris-expire fleet resume
+    """
     ended = _lanes(lane)
     return _order(
         lambda orders: replace(orders, pauses={name: each for name, each in orders.pauses.items() if name not in ended})
@@ -94,6 +103,11 @@ def limit(
     """Bounds the calls of the whole fleet, in place of GATEWAY_MAX_REQUESTS_PER_SECOND of its members.
 
     It holds for processes that start later, and after a restart of workers and broker, until `fleet limit default`.
+
+    Examples:
+
+        qris-expire fleet limit 50 --reason 'month end'
+        qris-expire fleet limit default
     """
     if calls == "default":
         return _order(lambda orders: replace(orders, limit=None))
@@ -112,7 +126,12 @@ def limit(
 
 @fleet.command()
 def probe() -> int:
-    """Makes the fleet test the gateway at once, instead of after the breakers' cooldown."""
+    """Makes the fleet test the gateway at once, instead of after the breakers' cooldown.
+
+    Example:
+
+        qris-expire fleet probe
+    """
     _with(lambda tool: tool.probe())
     print("the fleet probes the gateway; `qris-expire fleet` shows what the breakers say then")
     return 0

@@ -6,10 +6,12 @@ import json
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.cli import INTERRUPTED, Trouble
+from worker.cli import INTERRUPTED, INVALID, Trouble
 from worker.cli.screen import note, output
 from worker.core.dead_letter import (
     AGES,
+    BROKER_REASONS,
+    UNKNOWN,
     Census,
     DeadLetter,
     Filter,
@@ -19,11 +21,17 @@ from worker.core.dead_letter import (
     pretty,
     printable,
 )
+from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.core.words import plural
 
 if TYPE_CHECKING:
     from worker.app.dead_letters import Held, Order, Report
     from worker.settings import AmqpSettings
+
+KNOWN_REASONS: Final = frozenset(
+    {str(reason) for status in DEAD_LETTERED for reason in REASONS[status]} | {*BROKER_REASONS, UNKNOWN}
+)
+"""Every reason that the worker or the broker gives a dead letter."""
 
 WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
 
@@ -35,7 +43,8 @@ def tell_redrive(report: Report, order: Order) -> int:
     print(f"redrove {report.redriven:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     outcomes = ", ".join(f"{count:,} {status} ({reason})" for (status, reason), count in report.outcomes.most_common())
     if outcomes:
-        print(f"outcomes so far: {outcomes}")
+        so_far = " so far" if report.unanswered else ""
+        print(f"outcomes{so_far}: {outcomes}")
     if report.homeless:
         note(f"{report.homeless:,} match and stay: their lane is not known, or they cannot be published as they are")
     match report.ended:
@@ -83,6 +92,16 @@ def listing(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLette
         ],
         "letters": [as_json(letter) for letter in rows],
     }
+
+
+def check_reasons(chosen: Filter, matching: int) -> None:
+    """A reason that no dead letter can have is a mistake, and nothing was done. Raises `Trouble`."""
+    wrong = sorted(chosen.reasons - KNOWN_REASONS)
+    if wrong and not matching:
+        raise Trouble(
+            f"no dead letter has the reason {', '.join(wrong)}; the reasons are {', '.join(sorted(KNOWN_REASONS))}",
+            code=INVALID,
+        )
 
 
 def hint(chosen: Filter, census: Census, there: Census) -> None:

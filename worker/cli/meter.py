@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
+from worker.cli.screen import DRAW_EVERY, Display, bars
 from worker.core.pace import Speed
 from worker.core.sweep import Standing
-
-LINE_EVERY: Final = 5.0
-DRAW_EVERY: Final = 0.2
 
 
 class Meter:
@@ -21,44 +18,23 @@ class Meter:
         self._name = name
         self._speeds = {what: Speed() for what, wanted in (("published", publish), ("outcomes", follow)) if wanted}
         self._marked_at = 0.0
-        self._shown_at = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._live: Any = None
+        self._display = Display()
+        self.line = self._display.line
 
     def __enter__(self) -> Self:
-        if self._terminal:
-            from rich.console import Console
-            from rich.live import Live
-
-            self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
-            self._live.start()
+        self._display.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def line(self, text: str) -> None:
-        """A line that stays, above the bars."""
-        if self._live is not None:
-            self._live.console.print(text, soft_wrap=True, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr)
+        self._display.pause()
 
     def reading(self, rows: int, done: int, size: int | None) -> None:
         """So many rows are read: ``done`` bytes, of ``size`` where that is known."""
-        now = time.monotonic()
-        if now - self._shown_at < (DRAW_EVERY if self._terminal else LINE_EVERY):
-            return
-        self._shown_at = now
         share = f", {done * 100 // size} %" if size else ""
         text = f"{self._name}: {rows:,} rows read{share}"
-        if self._live is not None:
-            self._live.update(text, refresh=True)
-        else:
-            self.line(text)
+        self._display.show(lambda: text, lambda: text)
 
     def show(self, standing: Standing, trouble: str) -> None:
         """See `Screen`."""
@@ -67,11 +43,7 @@ class Meter:
             self._marked_at = now
             for what, speed in self._speeds.items():
                 speed.mark(now, _done(standing, what))
-            if self._live is not None:
-                self._live.update(self._bars(standing, trouble), refresh=True)
-        if self._live is None and now - self._shown_at >= LINE_EVERY:
-            self._shown_at = now
-            self.line(self._sentence(standing, trouble))
+        self._display.show(lambda: self._picture(standing, trouble), lambda: self._sentence(standing, trouble))
 
     def _sentence(self, standing: Standing, trouble: str) -> str:
         parts = [
@@ -86,26 +58,21 @@ class Meter:
             parts.append(f"about {_clock(left)} left")
         return f"{self._name}: {', '.join(parts)}{'; ' + trouble if trouble else ''}"
 
-    def _bars(self, standing: Standing, trouble: str) -> Any:
+    def _picture(self, standing: Standing, trouble: str) -> Any:
         from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
         from rich.text import Text
 
-        grid = Table.grid(padding=(0, 1), expand=True)
-        for justify, ratio in (("left", None), ("left", 1), ("right", None), ("right", None), ("right", None)):
-            grid.add_column(justify=justify, ratio=ratio, no_wrap=True)  # type: ignore[arg-type]
+        rows = []
         for what, speed in self._speeds.items():
             done = _done(standing, what)
             left = speed.left(standing.bills - done)
-            grid.add_row(
-                what,
-                ProgressBar(total=standing.bills, completed=done),
+            texts = (
                 f"{done:,}/{standing.bills:,}",
                 f"{speed.per_second:,.0f}/s",
-                _clock(left) if left is not None else "-:--",
+                "-:--" if left is None else _clock(left),
             )
-        lines: list[Any] = [Text(self._name, style="bold"), grid]
+            rows.append((what, done, standing.bills, texts))
+        lines: list[Any] = [Text(self._name, style="bold"), bars(rows)]
         bad = standing.answered - standing.expired
         if bad:
             lines.append(Text(f"{standing.expired:,} expired, {bad:,} not expired"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Argument, Option
-from worker.core.command import Invalid, parse
+from worker.core.command import IDENTIFIER_RULE, Invalid, parse
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import Names
 
@@ -39,19 +39,32 @@ class _Order:
 
 
 def publish(
-    bill: Annotated[str, Argument(help="The bill number: 1 to 64 printable characters, no blanks.")],
-    merchant_id: Annotated[str | None, Option(help="Its merchant; else the worker's GATEWAY_MERCHANT_ID.")] = None,
-    reference: Annotated[str | None, Option(help="Echoed in the outcome; 128 characters at most.")] = None,
-    lane: Annotated[Lane, Option(help="Real time, or with the bulk.")] = Lane.CANCELLATION,
-    not_after: Annotated[str | None, Option(help="No call starts after it, as 2026-11-22T23:59:59+07:00.")] = None,
-    wait: Annotated[bool, Option("--wait", help="Wait for the outcome and print it.")] = False,
-    timeout: Annotated[float, Option(help="Longest wait in seconds.", min=0.1, max=86_400)] = 60,
+    bill: Annotated[str, Argument(help=f"The bill number: {IDENTIFIER_RULE}.")],
+    merchant_id: Annotated[
+        str | None, Option(help="The merchant of the bill; else the worker uses its GATEWAY_MERCHANT_ID.")
+    ] = None,
+    reference: Annotated[
+        str | None, Option(help="Your own reference, at most 128 characters; the outcome repeats it.")
+    ] = None,
+    lane: Annotated[Lane, Option(help="The lane: cancellation is for real time, sweep for bulk.")] = Lane.CANCELLATION,
+    not_after: Annotated[
+        str | None,
+        Option(help="No call starts after this time, for example 2026-11-22T23:59:59+07:00.", metavar="RFC3339"),
+    ] = None,
+    wait: Annotated[bool, Option("--wait", help="Wait for the outcome, and print it.")] = False,
+    timeout: Annotated[float, Option(help="The longest wait for the outcome, in seconds.", min=0.1, max=86_400)] = 60,
 ) -> int:
-    """Sends one command: the bill is to be expired.
+    """Publishes one command, which asks the worker to expire a bill.
 
-    Ends when the broker has confirmed it. With --wait, prints the outcome as JSON.
+    It ends when the broker has confirmed the command. With --wait it prints the outcome as JSON.
 
-    Exit code 0: published, with --wait expired. 1: not expired, or no answer. 2: input or settings are wrong.
+    Exit code 0: published; with --wait: expired. 1: not expired, or no outcome came in time. 2: input or settings are
+    wrong.
+
+    Examples:
+
+        qris-expire publish 10092081 --merchant-id 121000001
+        qris-expire publish 10092081 --merchant-id 121000001 --reference ORD-77 --wait
     """
     from worker.settings import AmqpSettings, load
 

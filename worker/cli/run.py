@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 
 def run() -> int:
-    """The worker: takes commands, expires their bills, tells the outcomes.
+    """Runs the worker: it takes commands, expires their bills at the gateway, and publishes the outcomes.
 
-    SIGTERM or SIGINT drains: it takes nothing new, finishes what it holds and ends; a second one stops it at
-    once.
+    The first SIGTERM, SIGINT or SIGQUIT drains the worker: it takes nothing new, finishes what it holds, and ends. The
+    second one stops it at once; what it holds goes back to the broker. SIGHUP makes it read its mounted secrets again;
+    on a terminal SIGHUP drains it. SIGUSR1 writes the stacks of all threads to standard error.
 
-    Exit code 0: drained. 1: stopped before everything held was finished. 2: settings are wrong. 3: the broker
-    or the gateway refuses our credentials at the start.
+    Exit code 0: drained. 1: stopped before everything was finished. 2: settings are wrong. 3: the broker or the gateway
+    refused our credentials at the start.
+
+    Example:
+
+        qris-expire run
     """
     signals.install(worker=True)
     surroundings.keep_memory_private()

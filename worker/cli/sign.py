@@ -24,21 +24,30 @@ HIDDEN: Final = "***"
 
 def sign(
     bill: Annotated[str, Argument(help="The bill number.")],
-    merchant_id: Annotated[str | None, Option(help="Its merchant; else GATEWAY_MERCHANT_ID.")] = None,
-    token: Annotated[str | None, Option(help=f"The access token to sign with; else the word {PLACEHOLDER}.")] = None,
-    fetch_token: Annotated[bool, Option("--fetch-token", help="Ask the gateway for a token and use it.")] = False,
-    timestamp: Annotated[str | None, Option(metavar="RFC3339", help="Sign as at this time; else now.")] = None,
+    merchant_id: Annotated[str | None, Option(help="The merchant of the bill; else GATEWAY_MERCHANT_ID.")] = None,
+    token: Annotated[
+        str | None, Option(help=f"The access token to sign with; else the word {PLACEHOLDER} stands for it.")
+    ] = None,
+    fetch_token: Annotated[
+        bool, Option("--fetch-token", help="Fetch a token from the gateway, and sign with it.")
+    ] = False,
+    timestamp: Annotated[str | None, Option(metavar="RFC3339", help="The time to sign with; else now.")] = None,
     show_secrets: Annotated[
         bool, Option("--show-secrets", help="Print token and signature in full, instead of ***.")
     ] = False,
 ) -> int:
-    """Prints what an expire call consists of, and sends none: string to sign, body, every header.
+    """Prints an expire call without sending it: the string to sign, the body and every header.
 
-    Made by the very code that signs for the worker, with the settings as they are. Compare it with what the
-    provider's own signing page makes of the same token, time and body (--timestamp): where the strings differ is the
-    mistake. Where they are equal and the signatures are not, it is the secret or the key.
+    The code that signs for the worker makes it, with the settings as they are. Compare it with what the signing page of
+    the provider makes of the same token, time (--timestamp) and body. Where the strings differ, there is the mistake.
+    Where they are equal and the signatures differ, the secret or the key is wrong.
 
     Exit code 0: printed. 1: no token could be fetched. 2: input or settings are wrong.
+
+    Examples:
+
+        qris-expire sign 10092081 --merchant-id 121000001
+        qris-expire sign 10092081 --fetch-token --show-secrets
     """
     if token is not None and fetch_token:
         raise Trouble("--token and --fetch-token exclude each other; give one", code=INVALID)

@@ -17,42 +17,60 @@ OWN_KEY_FILE = Path("simulator-key.pem")
 
 
 def simulator(
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8093,
+    host: Annotated[str, Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="The port to listen on; 0 takes a free one.", min=0, max=65535)] = 8093,
     key_file: Annotated[
         Path | None,
         Option(help="PEM with the client's key, public or private; else simulator-key.pem, made if missing."),
     ] = None,
-    client_id: Annotated[str, Option(help="The one client it knows.")] = "demo-client",
+    client_id: Annotated[str, Option(help="The only client id that it accepts.")] = "demo-client",
     client_secret: Annotated[str, Option(help="The client's secret.")] = "demo-secret",
     channel_id: Annotated[str, Option(help="The client's channel id.")] = "95051",
     signature: Annotated[str, Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")] = "hmac-sha512",
     sign_path: Annotated[str, Option(help="The path that expire calls sign.")] = "/qr/qr-mpm-expire-billnumber",
     script: Annotated[
         Path | None,
-        Option(help="JSON file: which calls fail, and how (see above)."),
+        Option(help="JSON file that says which calls fail, and how (see above)."),
     ] = None,
-    single_token: Annotated[bool | None, Option("--single-token", help="A new token kills the old one.")] = None,
+    single_token: Annotated[
+        bool | None, Option("--single-token", help="A new token makes the old one invalid.")
+    ] = None,
     token_lifetime: Annotated[
-        float | None, Option(help="Seconds a token lives; 900 unless the script says so.", min=0)
+        float | None, Option(help="Seconds for which a token is valid; 900 unless the script says otherwise.", min=0)
     ] = None,
-    latency: Annotated[float | None, Option(help="Seconds before every answer.", min=0)] = None,
+    latency: Annotated[float | None, Option(help="Seconds that every answer takes.", min=0)] = None,
     requests_per_second: Annotated[
-        float | None, Option(help="Refuse more expire calls than this with 4299300.", min=0)
+        float | None, Option(help="Answer expire calls beyond this rate with 4299300.", min=0)
     ] = None,
 ) -> None:
-    """The gateway, simulated: checks signatures, tokens and duplicate external ids; scripted faults.
+    """Simulates the gateway: it checks signatures, tokens and duplicate external ids, and plays scripted faults.
 
-    Prints the settings that make a worker talk to it, serves until SIGINT or SIGTERM, then prints what it
-    saw. Meanwhile, GET /_simulator/report tells, and POST /_simulator/script changes the faults; neither asks
-    for a password, so mind --host.
+    It prints the settings with which a worker talks to it, serves until SIGINT or SIGTERM, and then prints what it saw.
+    Meanwhile GET /_simulator/report shows the same, and POST /_simulator/script replaces the script. Neither asks for a
+    password, so do not open --host to others.
 
-    A script is a JSON object: bills, patterns, rates and token_faults hold faults; seed, down, latency,
-    requests_per_second, single_token, token_lifetime, kill_token_every, expires_in, skew, clock_offset and
-    already change how all calls fare. A fault has one of code (with message and http), html, body, hang and
-    reset, and any of latency, trickle, retry_after, challenge, close, applied and repeat. Example:
+    A script is a JSON object. These members hold faults:
 
-    {"bills": {"10092081": [{"code": "5009300"}, {"reset": "after"}]}, "latency": 0.05}
+        bills         {"10092081": [FAULT, FAULT]}: the first call for this bill gets the first fault, and so on
+        patterns      [{"match": "^BAD", "faults": [FAULT]}]: the same for every bill that the expression matches
+        rates         [{"share": 0.05, "fault": FAULT}]: this share of all other expire calls gets the fault
+        token_faults  [FAULT, FAULT]: for calls of the token service, in order
+
+    A fault is {} (success), or has one of code (with message and http), html, body, hang (seconds) and reset ("before"
+    or "after" it took effect). To each may be added latency, trickle (seconds), retry_after, close, applied and repeat.
+
+    These members concern all calls: seed, down, latency, requests_per_second, single_token, token_lifetime,
+    kill_token_every, expires_in, skew, clock_offset and already.
+
+    Examples:
+
+        qris-expire simulator
+        qris-expire simulator --port 8100 --script faults.json
+
+        {"bills": {"10092081": [{"code": "5009300"}, {"reset": "after"}]},
+         "patterns": [{"match": "^PAID", "faults": [{"code": "4049314", "message": "Paid Bill", "repeat": true}]}],
+         "rates": [{"share": 0.05, "fault": {"code": "5009300"}}],
+         "token_faults": [{"code": "4017300"}], "latency": 0.05}
     """
     from worker.sandbox.simulator import Simulator
 

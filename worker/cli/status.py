@@ -30,6 +30,11 @@ def status(
     in the batch's inbox: `sweep --follow` takes them.
 
     Exit code 0: shown, whatever it is. 2: there is no such batch.
+
+    Examples:
+
+        qris-expire status
+        qris-expire status 20261122-0a1b2c3d4e5f --state-dir /var/lib/sweeps
     """
     from worker.settings import AmqpSettings, load
 

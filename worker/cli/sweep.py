@@ -145,6 +145,12 @@ def sweep(
     batch always gives the same bill the same id.
 
     Exit code 0: published; with --wait or --direct, all expired. 1: some not. 2: bad input or settings. 130: ctrl-C.
+
+    Examples:
+
+        qris-expire sweep bills.csv --dry-run
+        qris-expire sweep bills.csv --wait --report out.csv
+        qris-expire sweep --follow 20261122-0a1b2c3d4e5f --wait
     """
     wish = _Wish(
         file=file,

@@ -25,6 +25,11 @@ def topology(
 
     Prints a table unless told otherwise; only --apply speaks to the broker. Applying twice changes nothing;
     queues that exist with other arguments are named and left alone.
+
+    Examples:
+
+        qris-expire topology
+        qris-expire topology --apply
     """
     if apply and as_definitions:
         raise Trouble("--apply and --definitions exclude each other; give one", code=INVALID)

@@ -35,6 +35,9 @@ from worker.core.topology import Names
 OUR_HEADERS: Final = ("dead-reason", "dead-detail", "dead-at", "dead-lane", "attempts", "last-response-code")
 """What the worker adds when it parks a command."""
 
+BROKER_REASONS: Final = ("rejected", "expired", "maxlen", "delivery_limit")
+"""Why RabbitMQ itself dead-letters a message (rabbitmq.com/docs/dlx)."""
+
 UNKNOWN: Final = "unknown"
 """The reason of a message that says none."""
 

@@ -29,9 +29,6 @@ from tests.rabbit import Rabbit, address, by_way_of, delete_topology
 from tests.waiting import wait_until
 from tests.worker_process import WorkerProcess
 from worker.cli import main
-from worker.core.fleet.messages import Beat, Letter
-from worker.core.fleet.messages import Told as BreakerTold
-from worker.core.fleet.messages import encode as encode_letter
 from worker.core.outcome import Reason, encode
 from worker.core.sweep import inbox_name
 from worker.core.topology import Names, topology
@@ -883,27 +880,32 @@ def test_follower_that_loses_its_connection_follows_on(desk: Desk) -> None:
         assert it.returncode == 0, said
 
 
-def test_pause_of_the_fleet_is_told_to_who_waits(desk: Desk, declared: Rabbit) -> None:
-    """What the workers' leader says stands in the progress line, instead of a question whether a worker runs."""
+@pytest.mark.usefixtures("rabbit")
+def test_pause_of_the_fleet_is_told_to_who_waits(desk: Desk) -> None:
+    """The progress line says that the gateway fails and when it is tried next, then who paused the lane and why."""
 
-    names = desk.names
-    beat = Beat(1, 1, 0.0, breakers={"sweep": BreakerTold(state=2, cooldown=60.0, left=40.0)})
-    declared.channel.exchange_declare(f"{names.prefix}.fleet", "fanout", durable=True)
-    with desk.calling("sweep", desk.file(3), "--wait", "--batch-id", "b") as process:
-        wait_until(lambda: desk.published("b") == 3, 30, "publishing")
+    said = b""
+    settings = {"BREAKER_FAILURES": "3", "BREAKER_COOLDOWN_SECONDS": "50"}
+    broken = Script.parse({"patterns": [{"match": ".", "faults": [BROKEN]}]})
+    with (
+        Simulator(broken) as gateway,
+        worker(desk, gateway, **settings) as it,
+        desk.calling("sweep", desk.file(30), "--wait", "--batch-id", "b") as process,
+    ):
+        it.wait_ready()
         assert process.stderr is not None
-        lines, channel = process.stderr.fileno(), declared.plain_channel()
+        lines = process.stderr.fileno()
         os.set_blocking(lines, False)
-        said = b""
 
-        def told() -> bool:
+        def told(what: bytes) -> bool:
             nonlocal said
-            channel.basic_publish(f"{names.prefix}.fleet", "", encode_letter(Letter("leader", "client", beat)))
             with suppress(BlockingIOError):
                 said += os.read(lines, 65536)
-            return b"paused: the gateway is failing, next probe in 40 s" in said
+            return what in said
 
-        wait_until(told, 60, "the pause")
+        wait_until(lambda: told(b"paused: the gateway is failing, next probe in "), 90, "the breaker")
+        assert desk("fleet", "pause", "--lane", "sweep", "--reason", "maintenance").returncode == 0
+        wait_until(lambda: told(b"(maintenance): `qris-expire fleet resume` ends it"), 60, "the operator's pause")
 
 
 def test_window_bounds_what_is_at_the_broker(desk: Desk, declared: Rabbit) -> None:

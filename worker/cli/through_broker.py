@@ -61,7 +61,7 @@ def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> 
                 follower=follower_name(names, batch),
                 who=_who(),
                 lane=names.queue(SWEEP),
-                fleet=f"{amqp.prefix}.fleet",
+                fleet=names.fleet,
             )
             Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
     except Followed as error:

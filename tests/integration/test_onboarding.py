@@ -403,6 +403,25 @@ def test_sign_is_what_the_gateway_checks(run: Run, simulated: Simulator, scheme:
         assert checks.rsa_signed(simulated.rules.public_key, signed, headers["X-SIGNATURE"])
 
 
+def test_sign_without_a_token(run: Run) -> None:
+    """Where the scheme has none, there is no Authorization, and the string to sign has no place for it."""
+
+    said = run("sign", "10092081", GATEWAY_SIGNATURE="rsa-sha256-no-token", GATEWAY_CLIENT_SECRET="")
+
+    assert said.code == 0
+    assert "Authorization" not in _headers(said)
+    assert "ACCESS-TOKEN" not in said.out
+
+
+def test_check_without_a_token(run: Run, simulated: Simulator) -> None:
+    """The same scheme: nobody is asked for a token, and all is ok."""
+
+    said = run("check", GATEWAY_SIGNATURE="rsa-sha256-no-token", GATEWAY_CLIENT_SECRET="")
+
+    assert "none is asked for" in said.line("token")
+    assert simulated.report().token_calls == 0
+
+
 def test_sign_with_a_real_token(run: Run, simulated: Simulator) -> None:
     """`--fetch-token` asks for one; it is shown only when asked for."""
 

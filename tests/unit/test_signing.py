@@ -275,6 +275,7 @@ def test_any_bytes_as_a_key(raw: bytes, passphrase: str | None) -> None:
         ("\ufeffsecret", "byte-order mark"),
         (" secret", "blank"),
         ("secret\n", "line break"),
+        ("s\0e\0c\0r\0e\0t\0", "UTF-8"),
         ('"secret"', "quotes"),
         ("'secret'", "quotes"),
         ("\u201csecret\u201d", "quotes"),

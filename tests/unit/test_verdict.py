@@ -101,6 +101,7 @@ TABLE: list[tuple[str, Reply | NoReply, Meaning]] = [
     ("challenge in full", Reply(401, HTML, None, 'Bearer realm="snap", error="invalid_token", scope="a"'), TOKEN),
     ("challenge without quotes", Reply(401, b"", None, "Bearer realm=snap,error=invalid_token"), TOKEN),
     ("challenge, shouted", Reply(401, b"", None, 'BEARER ERROR = "INVALID_TOKEN"'), TOKEN),
+    ("challenge in single quotes", Reply(401, b"", None, "Bearer realm='a'; error='invalid_token'"), TOKEN),
     ("second challenge", Reply(401, b"", None, 'Basic realm="x", Bearer error="invalid_token"'), TOKEN),
     ("challenge in 403", Reply(403, b"", None, 'Bearer error="invalid_token"'), TOKEN),
     ("challenge in 500", Reply(500, b"oops", None, 'Bearer error="invalid_token"'), TOKEN),
@@ -211,6 +212,8 @@ TABLE: list[tuple[str, Reply | NoReply, Meaning]] = [
     ("two objects", Reply(200, b'{"responseCode":"2009300"}{"responseCode":"5009300"}'), TRANSIENT),
     ("cut after the code", Reply(200, b'{"responseCode":"2009300","responseMessage":"Succ'), TRANSIENT),
     ("only in a comment", Reply(200, b'<!-- {"responseCode":"2009300"} -->'), TRANSIENT),
+    ("two codes", Reply(200, b'{"responseCode":"2009300","responseCode":"5009300"}'), TRANSIENT),
+    ("another code inside", Reply(200, b'{"responseCode":"2009300","x":{"responseCode":"5009300"}}'), SUCCESS),
     ("inside another object", Reply(200, b'{"data":{"responseCode":"2009300"}}'), TRANSIENT),
     # the code is trusted over the HTTP status
     ("paid in 200", reply("4049314", "Paid Bill", status=200), refused(Reason.PAID)),

@@ -12,6 +12,7 @@ from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
 from worker.cli.command_line import Argument, Option
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
+from worker.core.scheme import NO_TOKEN
 
 if TYPE_CHECKING:
     from worker.core.request import SignedRequest
@@ -54,9 +55,12 @@ def sign(
     gateway, credentials = _settings()
     command = _command(bill, merchant_id, gateway)
     used = _fetched(gateway) if fetch_token else token or PLACEHOLDER
+    if gateway.signature == NO_TOKEN and token is None:
+        used = ""
     recorder = _Recorder(credentials)
     request = _signed(command, gateway, recorder, used, _moment(timestamp))
-    secrets = () if show_secrets else (request.headers["X-SIGNATURE"], *([used] if used != PLACEHOLDER else ()))
+    hidden = [request.headers["X-SIGNATURE"], *([used] if used not in ("", PLACEHOLDER) else [])]
+    secrets = () if show_secrets else tuple(hidden)
     _print(gateway, request, recorder.text, lambda text: _redacted(text, secrets))
     return 0
 

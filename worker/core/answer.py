@@ -46,7 +46,7 @@ class Answer:
 
     ``headers`` have lower-case names; repeated ones are joined with commas. ``surplus``: more bytes came than one
     answer has. ``reusable``: the connection may carry another exchange. ``tunnel``: it answers a CONNECT, so what
-    follows a success is not its body (RFC 9112, 6.3).
+    follows a success is not its body (RFC 9112, 6.3), and a refusal's does not matter.
     """
 
     __slots__ = (
@@ -162,7 +162,7 @@ class Answer:
         encoding = self.headers.get("content-encoding")
         if encoding is not None:
             self._codings = _list(encoding)
-        if self.status in (204, 304) or (self._tunnel and 200 <= self.status < 300):
+        if self.status in (204, 304) or self._tunnel:
             self.complete = True
         elif coding is not None:
             self._kept_alive = self._kept_alive and minor > 0

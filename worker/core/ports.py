@@ -5,7 +5,7 @@ All senders share one of each, and take turns on one thread: while one waits ins
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from worker.core.request import SignedRequest
@@ -18,7 +18,7 @@ class Token:
     """An access token and the generation it belongs to: a refusal names a generation, so that late answers to an old
     token never throw away its successor. An empty value: the gateway has no tokens."""
 
-    value: str
+    value: str = field(repr=False)
     generation: int
 
 

@@ -20,6 +20,8 @@ def oddity_of(secret: str) -> str:
         return "it begins with a byte-order mark; save the file without one"
     if secret != secret.strip():
         return "it begins or ends with a blank or a line break; remove that, unless it belongs to it"
+    if not secret.isprintable():
+        return "it holds characters that cannot be printed; save it as UTF-8 text"
     if len(secret) > 2 and (secret[0], secret[-1]) in _QUOTES:
         return "it stands in quotes; remove them, unless they belong to it"
     return ""

@@ -301,9 +301,11 @@ class Settings:
             )
 
     def _odd_secrets(self) -> Iterator[str]:
-        for name in ("client_secret", "private_key_passphrase"):
-            secret: Secret | None = getattr(self.gateway, name)
-            if secret is not None and (oddity := oddity_of(secret.get_secret_value())):
+        """What was pasted with something around it, told without its value."""
+        for name in ("client_id", "client_secret", "private_key_passphrase", "channel_id", "merchant_id"):
+            value: Secret | str | None = getattr(self.gateway, name)
+            text = value.get_secret_value() if isinstance(value, Secret) else value or ""
+            if oddity := oddity_of(text):
                 yield f"{self.gateway.variable(name)}: {oddity}"
 
 

@@ -34,7 +34,7 @@ from worker.core.answer import MAX_ANSWER_BYTES, Answer, NotHttp, TooLarge
 _READ_BYTES: Final = 16 * 1024
 _READS_IN_A_TURN: Final = 64
 """An answer in one-byte TLS records is a hundred thousand reads, none of which has to wait. After so many reads the
-other senders get a turn."""
+other senders get a turn, and after every read that is as large as reads can be: it may hold thousands of chunks."""
 _LATE_READS: Final = MAX_ANSWER_BYTES // _READ_BYTES
 """What lies in the socket when the time is over is still read, so many times at most."""
 IDLE_SECONDS: Final = 15.0
@@ -409,7 +409,7 @@ class _Line:
             answer.feed(data)
             self.may_hold_more = self._tls or len(data) == _READ_BYTES
             reads += 1
-            if reads % _READS_IN_A_TURN == 0:
+            if reads % _READS_IN_A_TURN == 0 or len(data) == _READ_BYTES:
                 self._waiting.give_way()
         return answer
 

@@ -456,3 +456,35 @@ def test_an_operators_limit(fresh: PrivateBroker, prefix: str, tmp_path: Path) -
         assert all(worker.metrics()("rate_limit") == 10 for worker in workers)
         assert "own limit" in qris(fresh.url, prefix, "fleet", "limit", "default")
         wait_until(lambda: gateway.report().bills_expired == 60, SLACK, "the rest")
+
+
+def test_a_direct_sweep_is_a_member(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """A sweep without the broker's queues shares the workers' rate and token where the broker is there."""
+
+    settings = {"GATEWAY_MAX_REQUESTS_PER_SECOND": "20", "WORKER_CONCURRENCY": "4"}
+    rows = tmp_path / "rows.csv"
+    rows.write_text("billnumber,merchantId\n" + "".join(f"d-{number},M1\n" for number in range(60)))
+    with (
+        Simulator(keep_calls=10_000) as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 1, **settings) as workers,
+        Lag() as lag,
+    ):
+        around = {**workers[0].environment(), **settings}  # writes the key anew, and so the worker renews its token
+        backlog(fresh.url, prefix, 100)
+        time.sleep(3.0)
+        wait_until(lambda: gateway.report().expire_calls > 5, 20, "calls")
+        tokens = gateway.report().token_calls
+        done = subprocess.run(
+            [sys.executable, "-m", "worker", "sweep", str(rows), "--direct", "--state-dir", str(tmp_path / "state")],
+            env=around,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: gateway.report().bills_expired == 160, 30, "all bills")
+        report = gateway.report()
+
+    assert report.token_calls == tokens
+    assert most_in_a_second(gateway) <= 20 * (1 + lag.longest) + 1

@@ -251,6 +251,10 @@ class Direct:
             return f"the gateway fails; the next bills test it in {wait:.0f} s"
         if holds.throttled:
             return "the gateway asks us to slow down"
+        if holds.sick:
+            return "our calls fail while those of others succeed; we test the gateway now and then"
+        if SWEEP in holds.paused:
+            return "paused by an operator, see `qris-expire fleet`"
         if self._exhausted and self._next_due is not None and not self._numbers:
             return f"the next round begins in {max(0.0, self._next_due - self._clock.epoch()):.0f} s"
         return ""

@@ -17,7 +17,7 @@ from worker.core.grant import Grant
 from worker.core.ports import Clock, Token, TokenUnavailable
 from worker.core.verdict import Kind, Verdict
 
-JOINING: Final = 3.0
+JOINING: Final = 5.0
 """Seconds that the first token waits for the fleet; without a broker a process must still learn whether its credentials
 are good."""
 LEADERLESS: Final = 3.0

@@ -1,4 +1,4 @@
-"""`sweep --direct`: senders, gate and journal put together in one process, without a broker."""
+"""`sweep --direct`: senders, dispatcher and journal put together in one process; no command goes through a broker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def send(journal: Journal, settings: Settings) -> Ended:
         client = Client(settings, share=1.0)
     except CredentialsError as error:
         raise Trouble(str(error), code=INVALID) from None
-    with _turning(client.fibers) as loop:
+    with _turning(client.fibers) as loop, _in_the_fleet(client, settings):
         _check_credentials(client)
         journal.direct(journal.facts.published + WINDOW)
         signals.install()
@@ -68,6 +68,34 @@ def _turning(fibers: Fibers) -> Iterator[threading.Thread]:
         yield loop
     finally:
         over.set()
+
+
+@contextmanager
+def _in_the_fleet(client: Client, settings: Settings) -> Iterator[None]:
+    """Wherever the broker is there, this sweep is a member of its workers' fleet: their rate, holds, breaker and token
+    are its own. Without a broker it has the gateway for itself, and says so. Raises `Trouble` where a broker refuses
+    us, and a rate limit that counts for all could not be kept."""
+    from worker.cli.screen import note
+    from worker.shells.amqp.session import BrokerError, BrokerUnreachable, connect
+
+    limit = settings.gateway.max_requests_per_second
+    try:
+        connect(settings.amqp, "sweep --direct").close()
+    except BrokerError as error:
+        if limit and not isinstance(error, BrokerUnreachable):
+            raise Trouble(
+                f"{error}; without the broker the rate limit of all workers cannot be kept, so nothing was sent"
+            ) from None
+        own = f", and keeps its own limit of {limit:g} calls/s" if limit else ""
+        note(f"{error}: this sweep shares nothing with workers{own}")
+        yield
+        return
+    link = client.join(settings.amqp)
+    link.start()
+    try:
+        yield
+    finally:
+        client.fibers.ask(link.close).result()
 
 
 def _check_credentials(client: Client) -> None:

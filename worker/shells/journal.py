@@ -587,8 +587,12 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[Any]:
 def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
     db = sqlite3.connect(database, uri=uri, isolation_level=None, timeout=_BUSY_SECONDS)
     db.row_factory = sqlite3.Row
-    db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-    db.execute("PRAGMA synchronous = FULL")
+    try:
+        db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        db.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error:
+        db.close()  # since 3.13 Python warns of one that nobody closes
+        raise
     return db
 
 

@@ -1,7 +1,7 @@
-"""What the README takes from elsewhere, made anew: ``python -m tests.readme``.
+"""The generated parts of the README and of the pages beside it: ``python -m tests.readme`` writes them.
 
-A table stands behind ``<!-- table: NAME -->`` and comes from the data that the worker itself goes by; a program behind
-``<!-- snippet: FILE -->`` is the file of tests/snippets that is run against a broker.
+A table follows ``<!-- table: NAME -->`` and comes from the data that the worker itself uses; a program follows
+``<!-- snippet: FILE -->`` and is the file of tests/snippets that is run against a broker.
 """
 
 import re
@@ -19,32 +19,35 @@ from worker.settings import reference
 
 ROOT: Final = Path(__file__).parents[1]
 README: Final = ROOT / "README.md"
+RUNBOOK: Final = ROOT / "k8s" / "RUNBOOK.md"
+PAGES: Final = (README, *sorted((ROOT / "worker" / "manual").glob("*.md")), RUNBOOK)
+"""What a reader is led through; every test of a page holds for each of them."""
 SNIPPETS: Final = ROOT / "tests" / "snippets"
 ALERTS: Final = ROOT / "k8s" / "monitoring" / "rules.yaml"
 
 ACTS: Final[Mapping[Kind, str]] = {
-    Kind.DONE: "tells",
-    Kind.REFUSED: "tells",
+    Kind.DONE: "publishes",
+    Kind.REFUSED: "publishes",
     Kind.TOKEN: "fetches a new token, sends it again at once",
     Kind.ID_CLASH: "sends it again at once, with another id",
     Kind.THROTTLED: "holds *all* calls for `Retry-After`, else a backoff; then sends it again",
     Kind.LATER: "ends the round: the next try is a delayed retry; the breaker does not count it",
     Kind.TRANSIENT: "sends it again after a backoff; the breaker counts it",
-    Kind.SYSTEMIC: "sends it again after a backoff; the breaker counts it; in the end `credentials`",
+    Kind.SYSTEMIC: "sends it again after a backoff; the breaker counts it; after the last round: `credentials`",
 }
 
-_TABLE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=\n\n)", re.DOTALL)
-_SNIPPET: Final = re.compile(r"(<!-- snippet: (\S+) -->\n```\w+\n).*?(?=\n```\n)", re.DOTALL)
+_TABLE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=\n\n|\n?\Z)", re.DOTALL)
+_SNIPPET: Final = re.compile(r"(<!-- snippet: (\S+) -->\n```\w+\n).*?\n?(?=```\n)", re.DOTALL)
 
 
-def made(readme: str) -> str:
-    """``readme`` with every table and every program made anew."""
-    readme = _TABLE.sub(lambda found: found[1] + TABLES[found[2]](), readme)
-    return _SNIPPET.sub(lambda found: found[1] + snippet(found[2]), readme)
+def made(page: str) -> str:
+    """``page`` with every table and every program as its source has it now."""
+    page = _TABLE.sub(lambda found: found[1] + TABLES[found[2]](), page)
+    return _SNIPPET.sub(lambda found: f"{found[1]}{snippet(found[2])}\n", page)
 
 
 def snippet(name: str) -> str:
-    """What the README shows of a file: the part between its lines `snippet` and `end`, else all of it."""
+    """What a page shows of a file: the part between its lines `snippet` and `end`, else all of it."""
     text = (SNIPPETS / name).read_text()
     part = re.search(r"^ *// snippet\n(.*?)\n *// end$", text, re.DOTALL | re.MULTILINE)
     return textwrap.dedent(part[1] if part else text).strip()
@@ -85,13 +88,13 @@ def verdicts() -> str:
 
 
 def alerts() -> str:
-    """Every alert with what to do first, linked to its section of the runbook."""
+    """Every alert with what to do first, linked to its section of the same page, the runbook."""
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"] if "alert" in rule]
     rules.sort(key=lambda rule: ("page", "ticket", "info").index(rule["labels"]["severity"]))
     rows = (
         (
-            f"[{rule['alert'].removeprefix('QrisExpire')}](k8s/RUNBOOK.md#{rule['alert'].lower()})",
+            f"[{rule['alert'].removeprefix('QrisExpire')}](#{rule['alert'].lower()})",
             rule["labels"]["severity"],
             rule["annotations"]["action"],
         )
@@ -142,12 +145,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main() -> int:
-    """Rewrites the README; 1 where it had to be changed."""
-    before = README.read_text()
-    after = made(before)
-    README.write_text(after)
-    print(f"{README}: {'as it was' if before == after else 'changed'}")
-    return int(before != after)
+    """Rewrites the pages; 1 if one had to be changed."""
+    changed = False
+    for page in PAGES:
+        before = page.read_text()
+        after = made(before)
+        page.write_text(after)
+        print(f"{page.relative_to(ROOT)}: {'as it was' if before == after else 'changed'}")
+        changed |= before != after
+    return int(changed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's first hour, command by command, as a newcomer types it."""
+"""The tour of the first hour, command by command, as a newcomer types it."""
 
 import os
 import re
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.readme import README
+from tests.readme import ROOT
 from tests.waiting import wait_until
 from worker.sandbox.broker import free_port
 
-TEXT = README.read_text().split("\n## The first hour\n")[1].split("\n## ")[0]
+TEXT = (ROOT / "worker" / "manual" / "first-hour.md").read_text()
 SECONDS = 60.0
 
 
@@ -30,7 +30,7 @@ def steps() -> Iterator[tuple[str, str]]:
 
 
 def pattern(shown: str) -> re.Pattern[str]:
-    """What matches the README's text of an output, whatever the width of its columns."""
+    """What matches the page's text of an output, whatever the width of its columns."""
     words = [re.escape(word).replace("…", ".*") for word in shown.split()]
     return re.compile(r"\s*".join(words) + r"\s*", re.DOTALL)
 
@@ -79,7 +79,7 @@ class Terminals:
 
 
 def test_the_first_hour(amqp_url: str, prefix: str, tmp_path: Path) -> None:
-    """Each command of the README's tour prints what stands there."""
+    """Each command of the tour prints what the page shows."""
     gateway, metrics = str(free_port()), str(free_port())
     terminals = Terminals(
         tmp_path,
@@ -113,4 +113,4 @@ def test_the_first_hour(amqp_url: str, prefix: str, tmp_path: Path) -> None:
                     terminals.look(curl, expected)
                 case other:
                     printed = terminals.run(other)
-                    assert expected.fullmatch(printed), f"{command}\n{printed}\nREADME:\n{shown}"
+                    assert expected.fullmatch(printed), f"{command}\n{printed}\nthe page:\n{shown}"

@@ -348,7 +348,7 @@ class FaultProxy:
             for direction in connection.directions
             if direction.chunks and not direction.stalled
         ]
-        # One that was due already waits for its socket to take more, and the selector tells.
+        # One that was due already waits for its socket to take more, and the selector reports it.
         later = [due for due in times if due > self._now]
         return max(0.0, min(later) - time.monotonic()) if later else None
 

@@ -351,7 +351,7 @@ class Producer:
                 ) from None
 
     def depths(self) -> dict[str, int]:
-        """Messages ready in each queue of the prefix; of those in a worker's hands nobody knows."""
+        """Messages ready in each queue of the prefix; those in a worker's hands are not counted."""
         queues = (queue.name for queue in topology(self.names.prefix, "quorum", DELAYS_IN_TESTS).queues)
         return {queue: self.rabbit.depth(queue) for queue in queues if self.rabbit.has_queue(queue)}
 

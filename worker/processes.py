@@ -44,9 +44,9 @@ MARGIN_SECONDS: Final = 5.0
 """Beyond the children's own deadline, for closing: only a child that hangs is killed."""
 FIRST_BACKOFF_SECONDS: Final = 1.0
 LONGEST_BACKOFF_SECONDS: Final = 30.0
-"""A child that dies at once must not make the parent burn the processor, or flood broker and log."""
+"""A child that crashes at once must not make the parent use up the processor, or flood broker and log."""
 STEADY_SECONDS: Final = 60.0
-"""A child that lived this long dies of something new: its backoff starts over."""
+"""A child that ran for so long crashes for a new reason: its backoff starts over."""
 FETCH_SECONDS: Final = 2.0
 """A child that hangs must not cost the scrape of the others (Prometheus gives up after 10 s)."""
 
@@ -183,7 +183,7 @@ class _Family:
         self._drain_seconds = drain_seconds
         self._scraping = threading.Lock()
         self._restarts = 0
-        self._told = 0  # how often the children were told to stop
+        self._told = 0  # how often the children were asked to stop
         self._heard = 0  # how many of the signals that ask to stop were passed on
         self._kill_at: float | None = None  # monotonic, once they are told to stop
         self._refusal: int | None = None
@@ -319,7 +319,7 @@ class _Family:
 
 def private_directory(places: Iterable[str | None] = PLACES) -> Path:
     """A new directory for the sockets of the children, only ours to read, in the first of ``places`` where one can be
-    made; None stands for TMPDIR and the usual places. Raises `ListenError`."""
+    made; None means TMPDIR and the usual places. Raises `ListenError`."""
     for place in places:
         with contextlib.suppress(OSError):
             return Path(tempfile.mkdtemp(prefix="qris-expire-", dir=place))

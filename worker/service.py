@@ -221,7 +221,7 @@ def _drain(worker: Worker) -> int:
 
 
 def _say(code: int, event: str, reason: str, action: str = "") -> int:
-    """For machines in the log, for people on standard error; of several processes, the parent tells people."""
+    """For machines in the log, for people on standard error; of several processes, the parent informs people."""
     todo = {"action": action} if action else {}
     log.error(event, reason=reason, **todo, exit_code=code)
     if SOCKET_VARIABLE not in os.environ:

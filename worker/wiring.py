@@ -146,7 +146,7 @@ class Client:
         )
 
     def pool(self, finish: Finish) -> Pool:
-        """The senders; ``finish`` is told of every command that they are done with."""
+        """The senders; ``finish`` hears of every command that they are done with."""
         return Pool(self.dispatcher, self._expire, finish, self.fibers, self.metrics, senders=self._senders)
 
     def take_over_secrets(self, *, asked: bool = False) -> None:

@@ -67,7 +67,7 @@ class Plan:
         return Setup(contender, commands, latency, senders, processes)
 
     def run(self, setup: Setup, turn: int) -> Run:
-        """One run, told."""
+        """One run, as text."""
         done = run(self.url, self.directory, setup, self.patience)
         self.say(
             f"round {turn}: {setup.contender.name:12} {done.rate:7.0f}/s  {done.cpu:6.3f} ms CPU  {done.peak:4.0f} MiB"

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos --seed 1``: one chaos run, told as it happens, the ledger at the end."""
+"""``python -m tests.chaos --seed 1``: one chaos run, reported as it happens, the ledger at the end."""
 
 import argparse
 import sys

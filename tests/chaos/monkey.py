@@ -1,4 +1,4 @@
-"""A seeded run of bad luck: commands flow while workers, broker and gateway are killed; then the books are checked."""
+"""A seeded run of faults: commands flow while workers, broker and gateway are killed; then the sums are checked."""
 
 import os
 import random
@@ -61,7 +61,7 @@ class Story:
     ledger: Ledger
     events: Counter[str]
     uncounted: int
-    """Bills with more calls than `attempts` says: calls that a killed worker made and told nobody about."""
+    """Bills with more calls than `attempts` says: calls that a killed worker made and did not report."""
     seconds: float
     statuses: Counter[str] = field(default_factory=Counter)
 
@@ -77,7 +77,7 @@ class Story:
 
 def run(seed: int, commands: int, say: Callable[[str], None] = print) -> Story:
     """One run with four workers, one of them behind a network that is cut now and then. Raises AssertionError when the
-    books do not balance, or a command was told two different ends."""
+    sums are not right, or one command has two different outcomes."""
     rng = random.Random(seed)
     began = time.monotonic()
     with ExitStack() as stack:
@@ -162,7 +162,7 @@ def _feed(url: str, prefix: str, feed: Feed, stop: threading.Event) -> None:
                     stop.wait(max(0.0, began + number * PUBLISHING / feed.total - time.monotonic()))
         except (pika.exceptions.AMQPError, OSError):
             stop.wait(0.2)
-        except BaseException as error:  # noqa: BLE001  # told by the main thread
+        except BaseException as error:  # noqa: BLE001  # reported by the main thread
             feed.failure = error
             return
 

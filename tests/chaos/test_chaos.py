@@ -1,4 +1,4 @@
-"""The promise under a seeded run of bad luck: ``pytest --chaos``, or ``python -m tests.chaos`` to watch it."""
+"""The promise under a seeded run of faults: ``pytest --chaos``, or ``python -m tests.chaos`` to watch it."""
 
 import pytest
 

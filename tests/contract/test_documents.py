@@ -407,7 +407,7 @@ def _no_longer_required(name: str) -> Change:
     ],
 )
 def test_breaking_change_of_commands_is_found(change: Change) -> None:
-    """Each way to refuse what producers send is told."""
+    """Each way to refuse what producers send is reported."""
 
     new = copy.deepcopy(released("command"))
     change(new)
@@ -433,7 +433,7 @@ def test_breaking_change_of_commands_is_found(change: Change) -> None:
     ],
 )
 def test_breaking_change_of_outcomes_is_found(change: Change) -> None:
-    """Each way to tell consumers what they were not prepared for is told."""
+    """Each way to tell consumers what they were not prepared for is reported."""
 
     new = copy.deepcopy(released("outcome"))
     change(new)
@@ -443,7 +443,7 @@ def test_breaking_change_of_outcomes_is_found(change: Change) -> None:
 
 @pytest.mark.parametrize("of", [breaks_producers, breaks_consumers])
 def test_compatible_changes_pass(of: Callable[[Schema, Schema], list[str]]) -> None:
-    """Other words and a new field break nobody; commands may be taken more freely, outcomes told more narrowly."""
+    """Other words and a new field break nobody; commands may be accepted more freely, outcomes be narrower."""
 
     name = "command" if of is breaks_producers else "outcome"
     new = copy.deepcopy(released(name))

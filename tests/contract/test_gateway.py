@@ -47,7 +47,7 @@ Build = Callable[..., GatewayClient]
 
 @pytest.fixture
 def observer() -> RecordingObserver:
-    """What the client tells."""
+    """What the client reports."""
     return RecordingObserver()
 
 
@@ -244,7 +244,7 @@ def refusal(code: str, message: str = "") -> bytes:
     ],
 )
 def test_a_refused_token_is_systemic(client_for: Build, status: bytes, body: bytes, kind: Kind) -> None:
-    """Our credentials or set-up, not this bill; throttled and broken are told apart; nothing ever took effect."""
+    """Our credentials or set-up, not this bill; throttled and broken are distinguished; nothing ever took effect."""
     verdict = not_granted(client_for, body, status)
 
     assert (verdict.kind, verdict.effect_unknown, verdict.reason) == (kind, False, None)
@@ -356,7 +356,7 @@ def echoing(form: Callable[[str], bytes], status: bytes, *headers: bytes) -> Cal
 def test_a_page_that_repeats_our_headers_shows_no_secret(
     observer: RecordingObserver, form: Callable[[str], bytes], status: bytes
 ) -> None:
-    """Token, signature and client secret are masked before anything is judged, told or kept."""
+    """Token, signature and client secret are masked before anything is judged, reported or kept."""
     with serving(echoing(form, status, b"Retry-After: " + SIGNATURE.encode())) as server:
         client = GatewayClient(endpoint(base_of(server)), observer, secrets=lambda: (SECRET,))
         request = signed(**{"Authorization": f"Bearer {TOKEN}", "X-SIGNATURE": SIGNATURE})
@@ -425,7 +425,7 @@ def test_a_date_means_the_same_in_every_time_zone(
 
 @pytest.mark.parametrize("date", [b"yesterday", b"", b"Sun, 99 Nov 2026 25:61:00 GMT", b"0", b"\xff\xfe"])
 def test_a_date_that_is_none_is_passed_over(client_for: Build, observer: RecordingObserver, date: bytes) -> None:
-    """The answer counts, the skew is not told."""
+    """The answer counts, the skew is not reported."""
     with serving(always(answer(b"{}", b"Date: " + date))) as server:
         reply = client_for(base_of(server)).send(signed())
 

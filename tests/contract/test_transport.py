@@ -262,7 +262,7 @@ def test_a_process_may_have_more_than_a_thousand_files_open(adapter: Any) -> Non
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_process_without_descriptors_says_so(make: Make, host: str) -> None:
-    """That no file may be opened is told apart from a server that is not reached, also where the resolver hides it."""
+    """That no file may be opened is one error, an unreachable server another, also where the resolver hides it."""
     with serving(always(answer(b"{}"))) as server:
         adapter, url = make(), f"http://{host}:{urlsplit(server.url).port}/"
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -113,7 +113,7 @@ ROWS: dict[str, tuple[Fault, Judgement]] = {
     "429 with a page": (Fault(html=429), THROTTLED),
     "429 without a body": (Fault(body="", http=429), THROTTLED),
     "403xx04": (Fault(code="4039304", message="Exceeds limit"), THROTTLED),
-    # transient, and what took effect nobody knows
+    # transient, and what took effect is unknown
     "5009300": (Fault(code="5009300"), UNKNOWN),
     "500xx01": (Fault(code="5009301"), UNKNOWN),
     "504xx00": (Fault(code="5049300"), UNKNOWN),

@@ -64,7 +64,7 @@ def is_confirmed(url: str, queue: str, body: bytes) -> bool:
 
 
 def test_answers_tells_refused_from_absent(amqp_url: str) -> None:
-    """A wrong password, a virtual host that does not exist and an empty port are told apart from a broker."""
+    """A wrong password, a virtual host that does not exist and an empty port are distinguished from a broker."""
 
     host, _, _ = amqp_url.rpartition("/")
     wrong_login = amqp_url.replace(amqp_url.rpartition("@")[0], "amqp://guest:wrong")

@@ -139,7 +139,7 @@ def test_version(cli: Cli) -> None:
     "arguments", [["nonsense"], ["publish"], ["publish", "1", "--nonsense"], ["publish", "1", "--lane", "x"]]
 )
 def test_wrong_usage_is_one_line(cli: Cli, arguments: list[str]) -> None:
-    """Wrong usage is told in one line with the help to read; exit code 2."""
+    """Wrong usage is one line with the help to read; exit code 2."""
 
     done = cli(*arguments)
 
@@ -251,7 +251,7 @@ def test_contract_has_the_names_of_the_prefix(cli: Cli) -> None:
 
 
 def test_contract_is_written(cli: Cli, tmp_path: Path) -> None:
-    """`--output` writes all three; a place that cannot be written is told."""
+    """`--output` writes all three; a place that cannot be written is reported."""
 
     done = cli("contract", "--output", "documents")
     (tmp_path / "file").touch()
@@ -271,7 +271,7 @@ def test_contract_is_written(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_refused_login_is_told_without_the_password(cli: Cli, amqp_url: str) -> None:
-    """A wrong password is told with address and user, never with the password."""
+    """A wrong password is reported with address and user, never with the password."""
 
     (params,) = parameters(at(amqp_url))
     url = f"amqp://guest:hunter2@{params.host}:{params.port}/"
@@ -284,7 +284,7 @@ def test_refused_login_is_told_without_the_password(cli: Cli, amqp_url: str) -> 
 
 
 def test_missing_virtual_host_is_told(cli: Cli, amqp_url: str) -> None:
-    """A virtual host that does not exist is told by its name."""
+    """A virtual host that does not exist is reported by its name."""
 
     done = cli("publish", "1", AMQP_URL=f"{amqp_url.rpartition('/')[0]}/nowhere")
 
@@ -321,7 +321,7 @@ def test_options_of_the_url_win() -> None:
 
 
 def test_unusable_tls_files_are_told(tmp_path: Path) -> None:
-    """A CA file without certificates is told by its variable."""
+    """A CA file without certificates is reported by its variable."""
 
     empty = tmp_path / "ca.pem"
     empty.write_text("nothing")

@@ -58,7 +58,7 @@ class Desk:
         """Dead letters as the worker parks them; all are there when it returns."""
         parked = list(ids)
         with Rabbit(self.url) as rabbit:
-            # Confirms tell: the depth does not while somebody is being given what lies there.
+            # Confirms show it: the depth does not while a consumer is being given the messages.
             for start in range(0, len(parked), 5000):
                 some = parked[start : start + 5000]
                 rabbit.publish_many(self.names.dead, (self._letter(name, reason, lane) for name in some))

@@ -104,7 +104,7 @@ def test_no_broker(run: Run, command: str) -> None:
 
 
 def test_host_that_is_not_known(run: Run) -> None:
-    """A host name without an address is told as such."""
+    """A host name without an address is reported as such."""
 
     line = only_line(run("publish", "1", AMQP_URL=f"amqp://u:{PASSWORD}@broker.invalid/"))
 
@@ -165,7 +165,7 @@ def test_no_topology(run: Run, amqp_url: str, command: str) -> None:
 
 
 def test_queues_of_another_type(run: Run, amqp_url: str, prefix: str) -> None:
-    """A prefix whose queues are of another type is told by `topology` and, without changing anything, by `check`."""
+    """A prefix whose queues are of another type is named by `topology` and, without changing anything, by `check`."""
 
     settings = {"AMQP_URL": amqp_url, "AMQP_PREFIX": prefix, "RETRY_DELAYS_SECONDS": "1"}
     run("topology", "--apply", **settings)
@@ -254,7 +254,7 @@ def test_user_without_permission(run: Run, guarded: Guarded, command: str) -> No
 
 
 def test_user_without_a_virtual_host(run: Run, guarded: Guarded) -> None:
-    """A user that may not enter the virtual host is told so."""
+    """A user that may not enter the virtual host gets an error that says so."""
 
     said = run("publish", "1", AMQP_URL=f"amqp://homeless:{PASSWORD}@127.0.0.1:{guarded.plain}/%2F")
 
@@ -393,7 +393,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_under_the_journal(run: Run, tmp_path: Path, small_disk: Path) -> None:
-    """A journal that the disk has no room for is told as that, and nothing was sent."""
+    """A journal that the disk has no room for is reported as that, and nothing was sent."""
 
     (tmp_path / "many.csv").write_text("billnumber,merchantId\n" + "".join(f"{n},m\n" for n in range(20_000)))
 
@@ -424,7 +424,7 @@ def test_full_disk_under_the_journal(run: Run, tmp_path: Path, small_disk: Path)
     ],
 )
 def test_wrong_usage(run: Run, arguments: str, words: str) -> None:
-    """What was called wrongly is told in words of ours, not of a library's; exit code 2."""
+    """What was called wrongly is reported in words of ours, not of a library's; exit code 2."""
 
     said = run(*arguments.split())
 
@@ -495,7 +495,7 @@ ENDS: dict[str, tuple[dict[str, str], int, str]] = {
 
 @pytest.mark.parametrize("case", ENDS)
 def test_worker_that_cannot_begin(worker: Run, case: str) -> None:
-    """What no waiting mends ends it at once: 2 for settings, 3 for credentials, with a line for people as well."""
+    """What waiting cannot cure ends it at once: 2 for settings, 3 for credentials, with a line for people as well."""
 
     changed, code, words = ENDS[case]
 
@@ -561,7 +561,7 @@ WAITS: dict[str, tuple[dict[str, str], str, str]] = {
 
 @pytest.mark.parametrize("case", WAITS)
 def test_worker_that_waits_says_for_what(guarded: Guarded, tmp_path: Path, case: str) -> None:
-    """What may mend itself is waited for, and the log says what happened and what to do; SIGTERM ends it with 0."""
+    """What may pass by itself is waited for, and the log says what happened and what to do; SIGTERM ends it with 0."""
 
     changed, event, words = WAITS[case]
     places = {**guarded._asdict(), "password": PASSWORD, "closed": refusing_port()}

@@ -110,7 +110,7 @@ def test_openmetrics_for_who_wants_it(server: HealthServer, source: FakeSource, 
 
 
 def test_many_scrapes_cost_as_much_as_one(source: FakeSource) -> None:
-    """Within a second the metrics are rendered once, for scrapes in both formats and for the page; afterwards anew."""
+    """Within a second the metrics are rendered once, for both formats and for the page; after that once more."""
 
     now = [1_800_000_000.0]
     server = HealthServer("127.0.0.1", 0, source, clock=lambda: now[0])

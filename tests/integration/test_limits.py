@@ -75,7 +75,7 @@ def test_a_limit_at_start_is_waited_for(private_broker: PrivateBroker, tmp_path:
 
 
 def test_a_limit_of_connections_is_no_refusal(private_broker: PrivateBroker) -> None:
-    """A tool is told in the broker's words that there is no room, and not to correct its password; a virtual host that
+    """A tool says in the broker's words that there is no room, and not to correct its password; a virtual host that
     is called "limit" and does not exist is a refusal."""
     private_broker.start()
     with limited(private_broker, "user") as words, pytest.raises(BrokerUnreachable) as full:
@@ -90,7 +90,7 @@ def test_a_limit_of_connections_is_no_refusal(private_broker: PrivateBroker) -> 
 
 @pytest.mark.parametrize("kind", ["quorum", "classic"])
 def test_a_limit_of_queues(private_broker: PrivateBroker, kind: QueueType) -> None:
-    """Where no further queue may be declared, each is named with the limit, and nobody is told to declare them."""
+    """Where no further queue may be declared, each is named with the limit, and no error advises to declare them."""
     private_broker.start()
     amqp = settings(private_broker, kind)
     private_broker.ctl("set_vhost_limits", "-p", "/", '{"max-queues": 0}')
@@ -132,7 +132,7 @@ def test_a_broker_without_passwords() -> None:
 
 
 def test_a_classic_queue_whose_node_is_down(cluster: PrivateCluster) -> None:
-    """Its node is to be started again, and nobody is told to declare the queue."""
+    """Its node is to be started again, and no error advises to declare the queue."""
     prefix = new_prefix()
     first, second = (AmqpSettings(url=Secret(url), prefix=prefix, queue_type="classic") for url in cluster.urls[:2])
     wanted = topology(prefix, "classic", (30,))

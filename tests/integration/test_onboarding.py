@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_setting_shows_in_the_token(run: Run, simulated: Simulator, case: str) -> None:
-    """Client, address and version that are wrong are told apart by the token's answer; exit code 1."""
+    """Client, address and version that are wrong are distinguished by the token's answer; exit code 1."""
 
     origin = simulated.base_url.removesuffix("/v1.0")
     changed, cure = WRONG[case]
@@ -151,7 +151,7 @@ def test_key_as_pasted(run: Run, tmp_path: Path, damage: tuple[bytes, bytes]) ->
 
 
 def test_unusable_key(run: Run, tmp_path: Path) -> None:
-    """A public key, no key and a locked one are each told as what they are, with the setting."""
+    """A public key, no key and a locked one are each reported as what they are, with the setting."""
 
     locked = own_key().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"right"))
     file = tmp_path / "unusable.pem"
@@ -171,7 +171,7 @@ def test_unusable_key(run: Run, tmp_path: Path) -> None:
 
 
 def test_clock_that_is_refused(run: Run, simulated: Simulator) -> None:
-    """A clock that the gateway does not take is told as such, with the seconds."""
+    """A clock that the gateway does not take is reported as such, with the seconds."""
 
     simulated.replace(Script(clock_offset=1000))
 
@@ -205,7 +205,7 @@ def test_clock_that_is_still_taken(run: Run, simulated: Simulator) -> None:
     ids=["allow-list", "redirect", "forbidden", "general error", "reset", "no API"],
 )
 def test_what_stands_in_front(run: Run, simulated: Simulator, fault: Fault, cure: str) -> None:
-    """What a firewall, a proxy or the gateway itself answers is told apart from our own mistakes."""
+    """What a firewall, a proxy or the gateway itself answers is distinguished from our own mistakes."""
 
     simulated.replace(Script(token_faults=(fault,)))
 
@@ -295,7 +295,7 @@ def test_probe_of_any_bill_proves_the_settings(run: Run, simulated: Simulator, f
     ids=["merchant", "blacklisted", "forbidden", "bill field", "allow-list", "general error"],
 )
 def test_probe_tells_refusals_apart(run: Run, simulated: Simulator, fault: Fault, cure: str) -> None:
-    """What the gateway refuses an expire for is told with its cure, after one call."""
+    """What the gateway refuses an expire for is reported with its cure, after one call."""
 
     simulated.replace(Script(bills={"PROBE-1": (fault,)}))
 
@@ -323,7 +323,7 @@ def test_probe_tells_refusals_apart(run: Run, simulated: Simulator, fault: Fault
 def test_probe_tells_wrong_settings_apart(
     run: Run, simulated: Simulator, changed: dict[str, str], cure: str, calls: int
 ) -> None:
-    """A wrong signed path, scheme and secret are refused in the same words, and told apart by trying the others."""
+    """A wrong signed path, scheme and secret are refused in the same words, and distinguished by trying the others."""
 
     said = run("check", "--probe", "PROBE-1", **changed)
 

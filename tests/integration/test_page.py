@@ -214,7 +214,7 @@ def test_old_looks_give_no_rates(page: StatusPage, source: Source, clock: Clock)
 
 
 def test_many_viewers_cost_as_much_as_one(page: StatusPage, source: Source, clock: Clock) -> None:
-    """Within a second the page is made once, however many ask; afterwards anew."""
+    """Within a second the page is made once, however many ask; after that once more."""
 
     assert len({page.html() for _ in range(50)}) == 1
     assert source.scrapes == 1
@@ -266,7 +266,7 @@ def test_several_processes(page: StatusPage, source: Source) -> None:
 
 
 def test_it_says_how_it_is_at_the_top(page: StatusPage, source: Source) -> None:
-    """The title has sign and word, and the level is told in words, not by colour alone."""
+    """The title has sign and word, and the level is reported in words, not by colour alone."""
 
     assert "<title>✓ Well · qris-expire-worker</title>" in page.html().decode()
     source.health = Health(False, {**FINE, "publisher": "blocked by the broker (memory or disk alarm)"})

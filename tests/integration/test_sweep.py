@@ -395,7 +395,7 @@ def test_dry_run_shows_what_would_go(desk: Desk) -> None:
 
 
 def test_dry_run_writes_down_what_is_invalid(desk: Desk) -> None:
-    """A report of a dry run has every row, with why one cannot be sent; the odd ones of a column are told."""
+    """A report of a dry run has every row, with why one cannot be sent; the odd ones of a column are reported."""
 
     rows = [f"{number:010d},M1" for number in range(10)] + ["92081,M1", "10.092.081,M1", "0000000001,M1"]
     (desk.directory / "bills.csv").write_text("\n".join(["billnumber,merchantId", *rows, ""]))
@@ -568,7 +568,7 @@ def test_batch_that_was_sent_elsewhere_is_not_followed_here(desk: Desk, elsewher
 
 
 def test_gateway_is_a_home_too(desk: Desk) -> None:
-    """What one gateway was told directly, another was not."""
+    """What was sent directly to one gateway was not sent to another."""
 
     call = ("sweep", desk.file(3), "--batch-id", "b", "--direct")
     with Simulator() as staging, Simulator() as production:
@@ -1219,7 +1219,7 @@ def test_direct_sweep_tells_what_is_wrong_with_the_credentials(away: Desk) -> No
 
 @pytest.mark.parametrize("how", [(), ("--direct",), ("--dry-run",)])
 def test_row_without_a_merchant_is_invalid(away: Desk, how: tuple[str, ...]) -> None:
-    """The worker would make a dead letter of it: it is told before anything is sent, with what gives a merchant."""
+    """The worker would make a dead letter of it: it is reported before anything is sent, with what gives a merchant."""
 
     (away.directory / "bills.csv").write_text("billnumber\n1\n")
     with Simulator() as gateway:

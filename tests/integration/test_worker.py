@@ -177,7 +177,7 @@ def test_absent_fields_are_null(desk: Desk) -> None:
 def test_the_gateways_answer_becomes_status_and_reason(
     desk: Desk, bill: str, status: str, reason: str, code: str, attempts: int
 ) -> None:
-    """A final answer is told with its code, and is not dead-lettered."""
+    """A final answer is reported with its code, and is not dead-lettered."""
 
     message, fields = desk.ask(bill, "sweep")
     assert message.key == f"sweep.{status}"
@@ -201,7 +201,7 @@ def test_a_command_without_an_id_is_known_by_its_body(desk: Desk) -> None:
 
 
 def test_a_redelivered_command_keeps_its_ids(desk: Desk) -> None:
-    """Taken by another consumer that dies with it, a command has the ids that it would have had."""
+    """Taken by another consumer that ends with it, a command has the ids that it would have had."""
 
     expected = desk.ask("again-1").fields["outcomeId"]
     with Rabbit(desk.url) as other:
@@ -322,7 +322,7 @@ def test_sixty_four_kibibytes_are_still_valid(desk: Desk) -> None:
 
 
 def test_strange_properties_harm_nobody(desk: Desk) -> None:
-    """Ids that are no text, headers of every type and a far date: the command is told and parked like any other."""
+    """Ids that are no text, headers of every type and a far date: the command is answered and parked like any other."""
 
     strange: dict[str, Any] = {
         "message_id": b"\xff" * 250,

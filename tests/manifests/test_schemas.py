@@ -87,7 +87,7 @@ def test_example_secrets_fit() -> None:
     ],
 )
 def test_core_schemas_object(what: str, path: str, value: Any, production: Manifests) -> None:
-    """A misspelt or missing field, a wrong type, a version that was removed or a kind that nobody knows is an error."""
+    """A misspelt or missing field, a wrong type, a version that was removed or a kind that is unknown is an error."""
 
     changed = production.with_(what, path, value)
 

@@ -68,7 +68,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 
 
 def sweep_metrics(directory: Path, event: str, **result: str) -> dict[str, float]:
-    """What the node exporter finds after the sweep's unit has told this."""
+    """What the node exporter finds after the sweep's unit has written this."""
     environment = {"PATH": os.environ["PATH"], "TEXTFILE_DIRECTORY": str(directory), **result}
     subprocess.run([UNITS / "qris-expire-sweep-metrics", event], env=environment, timeout=60, check=True)
     return values((directory / "qris-expire-sweep.prom").read_text())

@@ -18,7 +18,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.monitoring", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="make the PrometheusRule and the dashboard's JSON anew")
+    generate = commands.add_parser("generate", help="make the PrometheusRule and the dashboard's JSON again")
     generate.add_argument("--prefix", default=rules.PREFIX, help="AMQP_PREFIX of the workers (%(default)s)")
     generate.add_argument(
         "--runbooks", default=rules.RUNBOOKS, help="address of the runbook, before the # (%(default)s)"

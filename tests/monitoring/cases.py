@@ -75,7 +75,7 @@ def ages(in_time: str, all_: str, *, worked: str | None = None) -> dict[str, str
 
 
 def waiting(values: str, lane: str = "cancellation", labels: Labels = ONE) -> dict[str, str]:
-    """Commands that wait in a lane, as the broker tells the workers."""
+    """Commands that wait in a lane, as the broker reports them to the workers."""
     return {worker("commands_waiting", labels, lane=lane): values}
 
 
@@ -98,7 +98,7 @@ def calls(values: str, throttled: str) -> dict[str, str]:
 
 
 def breaker(values: str, lane: str = "cancellation") -> dict[str, str]:
-    """The fleet's breaker of a lane, which all members tell."""
+    """The fleet's breaker of a lane, which all members report."""
     return {worker("breaker_state", labels, lane=lane): values for labels in (ONE, OTHER)}
 
 
@@ -113,7 +113,7 @@ def cronjob(what: str, values: str) -> dict[str, str]:
 
 
 def flow(acks: str, told: str, delayed: str, paused: str) -> dict[str, str]:
-    """Acks of one worker, and what it told before them; the other one is healthy."""
+    """Acks of one worker, and what it published before them; the other one is healthy."""
     return {
         worker("acks_total", ONE, lane="sweep"): acks,
         worker("delayed_retries_total", ONE, lane="sweep"): delayed,
@@ -127,7 +127,7 @@ def flow(acks: str, told: str, delayed: str, paused: str) -> dict[str, str]:
 
 
 def wanted(values: str) -> dict[str, str]:
-    """So many replicas does the Deployment ask for, as kube-state-metrics tells."""
+    """So many replicas does the Deployment ask for, as kube-state-metrics reports."""
     return {series("kube_deployment_spec_replicas", {"namespace": "shop", "deployment": "qris-expire"}): values}
 
 
@@ -337,7 +337,7 @@ CASES: Final = (
         {worker("start_timestamp_seconds", ONE): "0x5 300x5 600x5 900x30"},
         "25m",
         ONE,
-        "qris-expire-1 10.0.0.1:9108 began anew about 3 times in half an hour",
+        "qris-expire-1 10.0.0.1:9108 was started again about 3 times in half an hour",
     ),
     Case(
         "QrisExpireWorkerRestarts",
@@ -345,7 +345,7 @@ CASES: Final = (
         {worker("process_restarts_total", ONE): "0+1x60"},
         "40m",
         ONE,
-        "qris-expire-1 10.0.0.1:9108 began anew about 30 times in half an hour",
+        "qris-expire-1 10.0.0.1:9108 was started again about 30 times in half an hour",
     ),
     Case(
         "QrisExpireWorkerRestarts",
@@ -353,7 +353,7 @@ CASES: Final = (
         {series("kube_pod_container_status_restarts_total", POD): "0x10 1x5 2x5 3x30"},
         "25m",
         POD,
-        "qris-expire-1  began anew about 3 times in half an hour",
+        "qris-expire-1  was started again about 3 times in half an hour",
     ),
     Case(
         "QrisExpireWorkerRestarts",

@@ -751,7 +751,7 @@ def text(prefix: str = PREFIX, runbooks: str = RUNBOOKS) -> str:
 
 
 def write(path: Path = MANIFEST, prefix: str = PREFIX, runbooks: str = RUNBOOKS) -> None:
-    """Makes the file anew."""
+    """Makes the file again."""
     path.write_text(text(prefix, runbooks))
 
 

@@ -1,4 +1,4 @@
-"""The rules: read from their one source, and told as a PrometheusRule."""
+"""The rules: read from their one source, and written as a PrometheusRule."""
 
 import re
 from dataclasses import dataclass

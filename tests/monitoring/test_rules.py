@@ -23,7 +23,7 @@ ALERTS = rules.alerts()
 
 @pytest.mark.usefixtures("tools")
 def test_rules_are_sound() -> None:
-    """promtool finds nothing wrong with the rules, and nothing to mend."""
+    """promtool finds nothing wrong with the rules, and nothing to repair."""
 
     assert "SUCCESS" in run("promtool", "check", "rules", "--lint=all", "--lint-fatal", rules.SOURCE)
 

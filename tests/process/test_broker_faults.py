@@ -44,7 +44,7 @@ SEEN_LATENCY = 0.1
 
 @pytest.fixture
 def broker(private_broker: PrivateBroker) -> PrivateBroker:
-    """The private broker, running. Tests have prefixes of their own and mend what they break: none needs a reset."""
+    """The private broker, running. Tests have prefixes of their own and repair what they break: none needs a reset."""
     private_broker.start()
     return private_broker
 
@@ -352,7 +352,7 @@ def broker_setting(broker: PrivateBroker, **milliseconds: int) -> Iterator[None]
 
 
 def test_a_queue_that_crashes(broker: PrivateBroker, tmp_path: Path) -> None:
-    """A lane's queue dies and comes back with its messages, on the broker's own account: nothing is lost."""
+    """The broker loses a lane's queue and starts it again with its messages: nothing is lost."""
 
     with under_load(broker.url, tmp_path, AMQP_QUEUE_TYPE="classic") as scene:
         queue = scene.names.queue(SWEEP)

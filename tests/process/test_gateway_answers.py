@@ -41,7 +41,7 @@ def stop_for(worker: WorkerProcess, seconds: float) -> None:
 
 
 def test_a_process_that_was_stopped_loses_no_answer(amqp_url: str, prefix: str, tmp_path: Path) -> None:
-    """Stopped for longer than the budget and the time-out, amid its calls: one call for each command, all told."""
+    """Stopped during its calls for longer than budget and time-out: one call for each command, one outcome."""
 
     settings = {
         **QUICK,

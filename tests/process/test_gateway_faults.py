@@ -66,7 +66,7 @@ def counted(worker: WorkerProcess, facts: dict[str, float]) -> None:
     assert spent(worker) == facts
 
 
-# -- the breaker: whatever is wrong, it pauses and nothing burns
+# -- the breaker: whatever is wrong, it pauses, and no command loses an attempt
 
 SENDERS = 4
 PREFETCHED = 2 * 4 + 2 * 3
@@ -75,7 +75,7 @@ PREFETCHED = 2 * 4 + 2 * 3
 
 @dataclass
 class Shop:
-    """A worker that is shared by tests which break its gateway and mend it again."""
+    """A worker that is shared by tests which break its gateway and repair it again."""
 
     gateway: Simulator
     worker: WorkerProcess
@@ -180,7 +180,7 @@ def test_an_outage_pauses_and_spends_nothing(shop: Shop, trouble: str) -> None:
     assert worker.metrics()("breaker_state") == worker.metrics()("in_flight") == 0
 
 
-# -- the breaker: one outage from a cold start, told by the gateway's own record of calls
+# -- the breaker: one outage from a cold start, seen in the gateway's own record of calls
 
 LATENCY = 0.2
 COOLDOWN, CEILING = 0.5, 1.2
@@ -270,7 +270,7 @@ def test_the_cooldown_doubles_to_its_ceiling(outage: Outage) -> None:
 
     at = [outage.opened_at, *(turn[0].at for turn in turns(outage))]
     pauses = [after - before - LATENCY for before, after in pairwise(at)]
-    # The log line that tells of the opening comes a moment after it.
+    # The log line about the opening comes a moment after it.
     assert pauses[0] + LATENCY >= COOLDOWN - 0.2
     assert pauses[1] >= 2 * COOLDOWN
     assert min(pauses[2:]) >= CEILING

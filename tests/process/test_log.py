@@ -1,4 +1,4 @@
-"""The log tells the fate of every command, and where the worker is."""
+"""The log has a line for the end of every command, and says what the worker is doing."""
 
 from __future__ import annotations
 

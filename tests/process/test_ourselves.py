@@ -378,7 +378,7 @@ e.parse = kill
 
 
 def take_and_die(url: str, queue: str) -> None:
-    """What a process does that dies of the first command that it takes."""
+    """What a process does that crashes on the first command that it takes."""
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         channel = connection.channel()
         # What the last one held comes back a moment after its connection went.
@@ -386,7 +386,7 @@ def take_and_die(url: str, queue: str) -> None:
 
 
 def test_a_command_that_kills_ends_as_a_dead_letter(amqp_url: str, prefix: str, tmp_path: Path) -> None:
-    """The process dies of it as often as the delivery limit allows; then it is parked as it came."""
+    """The process crashes on it as often as the delivery limit allows; then it is parked as it came."""
 
     ours = altered(tmp_path, KILLS)
     with Simulator() as gateway, WorkerProcess(amqp_url, prefix, gateway, tmp_path, **ours) as worker:
@@ -477,7 +477,7 @@ def test_a_lost_connection_calls_nobody_twice(amqp_url: str, prefix: str, tmp_pa
 
 @pytest.mark.slow
 def test_a_closed_consumer_connection_duplicates_nothing(fresh: PrivateBroker, tmp_path: Path) -> None:
-    """The operator closes only the consuming connection, under load: one call and one outcome for each command."""
+    """The operator closes only the consuming connection, under load: one call for each command, one outcome."""
 
     prefix = new_prefix()
     with (
@@ -547,6 +547,6 @@ def test_acks_do_not_wait_for_a_tick(amqp_url: str, prefix: str, tmp_path: Path)
         lanes = [producer.names.queue(lane) for lane in LANES]
         assert [producer.rabbit.depth(lane) for lane in lanes] == [0, 0]
         worker.kill9()
-        # All were acked: nothing comes back when it dies.
+        # All were acked: nothing comes back when it crashes.
         books = check_books(producer, all_ended=True, no_duplicates=True)
         assert len(books.outcomes) == 600

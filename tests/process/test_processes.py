@@ -331,7 +331,7 @@ def test_a_refusal_at_start_ends_all(start: Callable[..., Family], code: int) ->
 
 
 def test_a_dead_child_is_started_again(start: Callable[..., Family]) -> None:
-    """Killed, a child comes back; the other goes on, no sum goes back, and one line tells."""
+    """Killed, a child comes back; the other goes on, no sum decreases, and one line says so."""
 
     family = start("work", "work")
     name = "qris_expire_commands_total,lane=sweep"

@@ -89,7 +89,7 @@ def until(tab: Tab, words: str, selector: str = "h2") -> None:
 
 
 def test_it_follows_the_work(tab: Tab, site: Site) -> None:
-    """Figures move without a reload, the headline tells the rate, and the browser has nothing to complain about."""
+    """Figures move without a reload, the headline shows the rate, and the browser has nothing to complain about."""
 
     tab.run("window.sameDocument = true")
     site.publish(200)
@@ -104,7 +104,7 @@ def test_it_follows_the_work(tab: Tab, site: Site) -> None:
 
 
 def test_an_outage_is_the_headline_and_is_said_aloud_once(tab: Tab, site: Site) -> None:
-    """A failing gateway is told with its remedy; a screen reader hears of the change and not of every figure."""
+    """A failing gateway is reported with its remedy; a screen reader hears of the change and not of every figure."""
 
     assert tab.text("#announced") == ""
     site.gateway.replace(Script(down=True))

@@ -117,7 +117,7 @@ def test_what_is_refused(words: list[str], sentence: str) -> None:
 
 
 def test_commands_of_a_group() -> None:
-    """The word after a group's name is its command; a wrong one is told with the nearest."""
+    """The word after a group's name is its command; a wrong one is reported with the nearest."""
     call = read("tools", tools, ["list", "--limit", "3"], Documents)
 
     assert (call.function, dict(call.values)) == (list_, {"limit": 3})

@@ -32,7 +32,7 @@ class Worker:
         self._oldest = [Sample("oldest_command_timestamp_seconds", {"lane": "cancellation"}, published_at)]
 
     def is_wrong(self, component: str, what: str) -> None:
-        """As `/readyz` tells it."""
+        """As `/readyz` reports it."""
         self.processes = [Process("", {**FINE, component: what})]
 
     def look(self, *, first: bool = False) -> Condition:
@@ -90,7 +90,7 @@ def test_after_an_idle_hour_nobody_is_stuck(worker: Worker) -> None:
 
 
 def test_slower_than_any_bound(worker: Worker) -> None:
-    """Ages beyond the last bound of the histogram are told as such."""
+    """Ages beyond the last bound of the histogram are reported as such."""
 
     work(worker, 50, age=9999)
     assert worker.look().text == "Working: 5.0/s, 95 % done within over 1 h of their publication."
@@ -294,7 +294,7 @@ def test_nobody_is_told_to_add_load(worker: Worker, reason: str) -> None:
 
 
 def test_paused_by_an_operator(worker: Worker) -> None:
-    """A pause is told with how to end it, and is no trouble; readiness may say who did it."""
+    """A pause is reported with how to end it, and is no trouble; readiness may say who did it."""
 
     worker.metrics.paused("operator", True)
     waits(worker, 3582, 3552, done=0)
@@ -331,7 +331,7 @@ def test_a_sick_member(worker: Worker) -> None:
 
 
 def test_some_sick_members(worker: Worker) -> None:
-    """Of several processes on one page, the number of sick ones is told."""
+    """Of several processes on one page, the number of sick ones is reported."""
 
     worker.metrics.member_sick(True)
     worker.processes = [Process("process-0", FINE), Process("process-1", FINE)]

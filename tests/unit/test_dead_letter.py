@@ -266,7 +266,7 @@ def test_filter(chosen: Filter, expected: bool) -> None:
 
 
 def test_before_needs_a_time() -> None:
-    """A letter whose time nobody knows was never parked before anything."""
+    """A letter whose time is unknown was never parked before anything."""
     assert not Filter(before=NOON).matches(letter(parked_at=None))
 
 

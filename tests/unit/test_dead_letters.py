@@ -31,7 +31,7 @@ class Clock:
 
 
 class FakeParked:
-    """A queue; what is held returns to its place. ``answer`` tells each command's outcome, None for none."""
+    """A queue; what is held returns to its place. ``answer`` gives each command's outcome, or None."""
 
     def __init__(self, *ids: str, reason: str = "credentials", answer: str | None = None) -> None:
         self.queue = [(name, reason) for name in ids]

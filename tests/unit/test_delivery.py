@@ -330,7 +330,7 @@ def test_an_undated_command_is_as_old_as_its_first_delivery() -> None:
 
 
 def test_published_before_first_received() -> None:
-    """A broker that stamps every hop does not make a command young again."""
+    """A broker that sets a timestamp at every publish does not make a command young again."""
 
     headers = {"qris-received-at": int(NOON - 300) * 1000, "timestamp_in_ms": int(NOON - 1) * 1000}
 

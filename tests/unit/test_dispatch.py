@@ -582,7 +582,7 @@ def test_drain_wakes_sleepers() -> None:
 
 
 def test_rate_limit() -> None:
-    """Calls that were not paced wait for their slot, and are told for how long."""
+    """Calls that were not paced wait for their slot, and learn for how long."""
 
     bench = Bench(rate=4.0)
     waited = [bench.dispatcher.enter(SWEEP, probe=False, paced=False) for _ in range(3)]

@@ -424,7 +424,7 @@ def test_not_at_this_time_ends_the_round(before: int) -> None:
 
 
 def test_not_at_this_time_to_the_end() -> None:
-    """After the last round it is told with the gateway's words, and the bill was surely not touched."""
+    """After the last round it is reported with the gateway's words, and the bill was surely not touched."""
 
     outcome = Bench(NOT_NOW).outcome(builders.delivery(headers=LAST_ROUND))
 
@@ -433,7 +433,7 @@ def test_not_at_this_time_to_the_end() -> None:
 
 
 def test_what_an_unresolved_outcome_tells() -> None:
-    """The last answer is told: code and message, or the error where there was none."""
+    """The last answer is reported: code and message, or the error where there was none."""
 
     told = Bench(BROKEN).outcome(builders.delivery(headers=LAST_ROUND))
     silent = Bench(no_reply()).outcome(builders.delivery(headers=LAST_ROUND))
@@ -473,7 +473,7 @@ def test_bookkeeping_of_a_returned_command() -> None:
 
 
 def test_latest_ids_are_told() -> None:
-    """Every call is counted, the latest twenty ids are told."""
+    """Every call is counted, the latest twenty ids are reported."""
 
     headers = {**LAST_ROUND, "qris-attempts": 30, "qris-external-ids": ",".join(["9" * 36] * 20)}
 
@@ -632,7 +632,7 @@ def test_deadline_is_inclusive() -> None:
 
 
 def test_deadline_between_calls() -> None:
-    """No backoff is begun that would end after notAfter; what is known of the calls is told."""
+    """No backoff is begun that would end after notAfter; what is known of the calls is reported."""
 
     bench = Bench(BROKEN)
 
@@ -644,7 +644,7 @@ def test_deadline_between_calls() -> None:
 
 
 def test_deadline_before_the_next_round() -> None:
-    """No delayed round is begun that would come after notAfter, which is told while there is nothing to wait for."""
+    """No delayed round is begun that would come after notAfter, which is reported at once."""
 
     outcome = Bench(BROKEN).outcome(until(29))
 
@@ -1212,7 +1212,7 @@ def test_taken_back_while_a_token_is_fetched() -> None:
 
 @pytest.mark.parametrize("answer", [SUCCESS, NOT_FOUND])
 def test_taken_back_before_a_final_answer(answer: Reply) -> None:
-    """What a call that was out came to is told to the desk, which knows what may be published."""
+    """The result of a call that was under way goes to the desk, which knows what may be published."""
 
     bench, lost = Bench(answer), owned()
     lost_in_call(bench, lost)
@@ -1286,11 +1286,11 @@ def test_drain_while_a_token_is_fetched() -> None:
     assert bench() == GiveBack()
 
 
-# -- what is told on the way ----------------------------------------------------------------------------------------
+# -- what is reported on the way --------------------------------------------------------------------------------------
 
 
 def test_attempts_are_observed() -> None:
-    """Every attempt is told with what a log line needs."""
+    """Every attempt is reported with what a log line needs."""
 
     bench = Bench(BROKEN, SUCCESS, takes=0.25)
 
@@ -1305,7 +1305,7 @@ def test_attempts_are_observed() -> None:
 
 
 def test_failed_tokens_are_observed() -> None:
-    """An attempt that found no token is told without an external id and status."""
+    """An attempt that found no token is reported without an external id and status."""
 
     bench = Bench(failures=[no_token(Kind.TRANSIENT)])
 

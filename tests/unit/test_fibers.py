@@ -290,7 +290,7 @@ def test_a_socket_that_never_rests_buys_no_time(fibers: Fibers) -> None:
 
 
 def test_only_a_fiber_can_wait(fibers: Fibers) -> None:
-    """Elsewhere it is a mistake that is told at once."""
+    """Elsewhere it is a mistake that is reported at once."""
     with pytest.raises(AssertionError, match="only a fiber"):
         fibers.park()
 
@@ -431,7 +431,7 @@ def test_a_call_s_deadline_moves_as_well(fibers: Fibers) -> None:
 
 
 def test_what_blocks_the_loop_is_named(fibers: Fibers) -> None:
-    """One line with the seconds and the culprit; a fiber is told by its function and by where it waits afterwards."""
+    """One line with the seconds and the culprit; a fiber is named by its function and by where it waits afterwards."""
 
     def sinner() -> None:
         stand_still(1.5 * STANDSTILL)

@@ -73,7 +73,7 @@ def test_policies_that_do_no_harm(queue: str, policy: dict[str, Any]) -> None:
 
 
 def test_several_keys() -> None:
-    """A blanket policy is told with all that it does."""
+    """A blanket policy is reported with all that it does."""
 
     blanket = {"expires": 1, "message-ttl": 2, "max-length": 3}
 

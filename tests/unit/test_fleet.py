@@ -1,4 +1,4 @@
-"""The parts of a fleet, each by itself: messages, terms, slots, and what a member says to what it is told."""
+"""The parts of a fleet, each by itself: messages, terms, slots, and what a member says to what it hears."""
 
 from __future__ import annotations
 
@@ -484,7 +484,7 @@ def test_no_connection_no_slots() -> None:
 
 
 def test_failures_of_all_are_counted_together() -> None:
-    """The failures of three members open the breaker of their lane, and everybody is told."""
+    """The failures of three members open the breaker of their lane, and every member is informed."""
 
     one = leading(100.0)
     for name in ("b", "c"):
@@ -655,7 +655,7 @@ def test_a_sick_member_tests_itself() -> None:
 
 
 def test_a_sick_leader_resigns() -> None:
-    """A leader that is sick tells everybody and lets another lead."""
+    """A leader that is sick informs every member and lets another one lead."""
 
     one = leading(100.0)
     one.receive(Letter("b", "client", Report(1, 1)), 100.0)
@@ -671,7 +671,7 @@ def test_a_sick_leader_resigns() -> None:
 
 
 def test_a_hold_is_for_all() -> None:
-    """A throttled answer to anybody holds everybody; many at once are told once."""
+    """A throttled answer to anybody holds everybody; many at once are reported once."""
 
     one = following(100.0)
     for _ in range(50):

@@ -42,7 +42,7 @@ def answer(body: object, status: int = 200) -> Reply:
     ],
 )
 def test_the_rule_that_an_answer_breaks_is_named(body: object, rule: str) -> None:
-    """Of a 2xx nothing else is told: not by the verdict, not by the diagnosis."""
+    """Of a 2xx nothing else is reported: not by the verdict, not by the diagnosis."""
     reply = answer(body)
 
     told = (granted(reply, 0.0), judge_token(reply).message, diagnosis.token(reply, CALL).text)

@@ -1,4 +1,4 @@
-"""The journal of a batch: what it keeps, what it refuses, and what a process that dies leaves in it."""
+"""The journal of a batch: what it keeps, what it refuses, and what a process that crashes leaves in it."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def report(journal: Journal) -> list[dict[str, object]]:
 
 
 def test_report_has_a_line_for_each_row_of_the_input(make: Make) -> None:
-    """In its order: bills that were told or not, duplicates with the line that stands for them, invalid rows with why;
-    so that it adds up to what the screen says."""
+    """In its order: bills with and without an outcome, duplicates with the line that stands for them, invalid rows with
+    the reason; so it adds up to the sums on the screen."""
 
     extra = [
         Row(5, "2", "M", "again", None, ("2", "M")),
@@ -145,7 +145,7 @@ def test_report_has_a_line_for_each_row_of_the_input(make: Make) -> None:
 
 
 def test_report_keeps_the_columns_of_the_input(make: Make) -> None:
-    """As they came and in their order, then ours; one of the input with a name of ours is told apart."""
+    """As they came and in their order, then ours; a column of the input with one of our names gets another name."""
 
     form = Form(("Toko", "Bill Number", "status", "merchantId"), {"bill": 1, "merchant": 3})
     extra = [
@@ -238,7 +238,7 @@ def test_unresolved_bills_are_sent_again_behind_the_others(make: Make) -> None:
     assert journal.tally().unsent == 1
     assert [(job.begun, job.progress.effect_unknown) for job in journal.take(0, 9)] == [(False, True)]
     assert report(journal)[1]["status"] == "unsent"
-    journal.record([unresolved])  # a copy of what was told before
+    journal.record([unresolved])  # a copy of an earlier outcome
     assert journal.tally().answered == 3
     journal.record([told(Reason.RETRIES_EXHAUSTED, NOON + 9, bill="2")])
     assert journal.tally().answered == 4
@@ -260,7 +260,7 @@ def test_bills_that_need_people_are_named(make: Make) -> None:
 
 
 def test_taken_bill_is_begun_before_anybody_sends_it(make: Make) -> None:
-    """A process that dies leaves it as maybe sent; the next one takes it again and knows that."""
+    """A process that crashes leaves it as maybe sent; the next one takes it again and knows that."""
 
     journal = make(3)
     assert [(job.bill.bill, job.begun) for job in journal.take(0, 2)] == [("1", False), ("2", False)]

@@ -1,4 +1,4 @@
-"""How a command's end is told: status, identity, JSON."""
+"""How a command's end is reported: status, identity, JSON."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_json() -> None:
 
 @given(st.text(max_size=30), TEXTS, TEXTS, TEXTS)
 def test_any_text_is_encoded(command_id: str, reference: str | None, batch: str | None, detail: str | None) -> None:
-    """Whatever a producer sent is told back in ASCII and read as the same, lone surrogates too."""
+    """Whatever a producer sent is reported back in ASCII and read as the same, lone surrogates too."""
 
     made = builders.outcome(command_id=command_id, reference=reference, batch_id=batch, detail=detail)
 

@@ -195,7 +195,7 @@ def test_a_hold_leaves_what_is_in_hand(make: Callable[..., Bench]) -> None:
 
 
 def test_held_commands_are_not_lost(make: Callable[..., Bench]) -> None:
-    """A command that is held is sent again, and told when it leaves."""
+    """A command that is held is sent again, and is reported when it leaves."""
 
     bench = make()
     left = Counter(dict.fromkeys(numbered("c", 20), 3))
@@ -229,7 +229,7 @@ def test_a_crash_takes_nobody_along(make: Callable[..., Bench]) -> None:
 
 
 def test_the_slowest_sender(make: Callable[..., Bench]) -> None:
-    """It is told how long the slowest has held its command, and zero when all are free."""
+    """It knows how long the slowest sender has held its command; zero when all are free."""
 
     bench = make(2, gated=True)
     assert bench.pool.longest() == 0.0

@@ -144,7 +144,7 @@ def test_what_lasts() -> None:
 
 
 Event = tuple[int, float | None]
-"""A place in the family, and what its counter grows by; None: its process dies."""
+"""A place in the family, and what its counter grows by; None: its process ends."""
 
 
 @given(
@@ -154,7 +154,7 @@ Event = tuple[int, float | None]
     )
 )
 def test_sums_never_go_back(events: list[Event]) -> None:
-    """Whatever is counted and whoever dies, no scrape shows less than the one before, not by a rounding."""
+    """Whatever is counted and whichever process ends, no scrape shows less than the one before, not by a rounding."""
 
     tallies = [Tally() for _ in range(3)]
     counts = [0.0] * 3

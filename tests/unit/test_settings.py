@@ -134,7 +134,7 @@ def test_env_file_expands_nothing(tmp_path: Path) -> None:
 
 
 def test_bad_env_file_line_is_named(tmp_path: Path) -> None:
-    """A line of `.env` that sets nothing is a problem, told by its number and not by its text."""
+    """A line of `.env` that sets nothing is a problem, named by its number and not by its text."""
 
     env_file = tmp_path / ".env"
     env_file.write_text(f"AMQP_PREFIX=a\nAMQP_URL='{MARK}\nAMQP_DECLARE\n")
@@ -263,7 +263,7 @@ def test_mounted_file_must_hold_a_secret(tmp_path: Path, content: bytes, complai
 
 
 def test_missing_mounted_file_is_one_problem(required: dict[str, str]) -> None:
-    """A missing file is told once, by the variable that names it."""
+    """A missing file is reported once, by the variable that names it."""
 
     del required["GATEWAY_CLIENT_SECRET"]
 
@@ -422,7 +422,7 @@ def test_advice_on_what_goes_in_clear(required: dict[str, str], changed: dict[st
 
 
 def test_the_wrong_url_of_several_is_counted() -> None:
-    """Of several URLs the wrong one is told by its number."""
+    """Of several URLs the wrong one is reported by its number."""
 
     found = problem(AmqpSettings, AMQP_URL="amqp://a,amqp://b:0")
 
@@ -653,7 +653,7 @@ def test_reference_shows_defaults_as_they_are_written() -> None:
 
 @pytest.mark.parametrize(("failures", "advised"), [("4", True), ("5", False)])
 def test_advice_on_a_breaker_that_one_bill_opens(required: dict[str, str], failures: str, advised: bool) -> None:
-    """A threshold that one command's attempts reach is told, with a value that they do not reach."""
+    """A threshold that one command's attempts reach is reported, with a value that they do not reach."""
 
     advice = load(environ={**required, "BREAKER_FAILURES": failures}, env_file=None).advice()
 
@@ -713,7 +713,7 @@ def test_client_certificates_are_pairs(required: dict[str, str], more: dict[str,
 
 
 def test_oddities_of_secrets_are_advised_about(required: dict[str, str]) -> None:
-    """Quotes and blanks around a secret are allowed, seldom meant, and told without the secret."""
+    """Quotes and blanks around a secret are allowed, seldom meant, and reported without the secret."""
 
     advice = load(environ={**required, "GATEWAY_CLIENT_SECRET": '"hush"'}, env_file=None).advice()
 

@@ -149,7 +149,7 @@ class Settlement(RuleBasedStateMachine):
 
     @rule()
     def consumer_lost(self) -> None:
-        """The consuming channel dies; the broker has back what it held."""
+        """The consuming channel is closed; the broker has back what it held."""
         self.desk.channel_lost(self.channel.number)
         for message in self.channel.unacked.values():
             message.redelivered, message.given_back = True, False
@@ -159,7 +159,7 @@ class Settlement(RuleBasedStateMachine):
 
     @rule(taken=st.booleans())
     def publisher_lost(self, taken: bool) -> None:
-        """The publishing channel dies; what was not confirmed may have been taken, or not."""
+        """The publishing channel is closed; what was not confirmed may have been taken, or not."""
         for publication in self.outstanding.values() if taken else ():
             self.store(publication)
         self.backlog.extendleft(reversed(self.confirms.lost()))
@@ -617,7 +617,7 @@ def test_confirms_out_of_order() -> None:
 
 
 def test_return_is_no_promise() -> None:
-    """The ack of a returned publication promises nothing, and the next try of it counts anew."""
+    """The ack of a returned publication promises nothing, and the next try of it counts again."""
 
     confirms: Confirms[str] = Confirms()
     confirms.published("a")

@@ -245,7 +245,7 @@ def test_digits_that_are_gone_are_seen_by_comparing(values: list[str], said: str
     ],
 )
 def test_input_that_cannot_be_trusted_is_refused_as_a_whole(text: str, line: int | None, why: str) -> None:
-    """No header, an open quote that would swallow rows: nothing can be skipped, since nobody knows what it is."""
+    """No header, an open quote that would swallow rows: nothing can be skipped, since it is unknown what it is."""
 
     with pytest.raises(InputError, match=why) as refused:
         rows(text)
@@ -556,7 +556,7 @@ def test_what_the_gateway_refused_is_final() -> None:
 
 
 def test_speed_is_that_of_the_latest_seconds() -> None:
-    """A slow start is forgotten; without movement nobody knows how long it takes."""
+    """A slow start is forgotten; without movement it is unknown how long it takes."""
 
     speed = Speed()
     assert speed.left(10) is None
@@ -646,7 +646,7 @@ class Stage:
 
 
 def test_sweep_ends_when_every_bill_has_an_outcome() -> None:
-    """Published, confirmed, told: then and not before it is done."""
+    """It is done when all is published, confirmed and reported, and not before."""
 
     stage = Stage(3)
 
@@ -761,7 +761,7 @@ def test_resumed_sweep_counts_what_waits_already() -> None:
 
 
 def test_without_wait_there_is_no_window() -> None:
-    """Nobody follows the outcomes, so nobody knows when there is room."""
+    """Nobody follows the outcomes, so it is unknown when there is room."""
 
     assert len(Stage(300, follow=False, window=3).send()) == 300
 

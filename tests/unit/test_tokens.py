@@ -196,7 +196,7 @@ def test_shared_failures() -> None:
 
 
 def test_failures_are_asked_again() -> None:
-    """The next sender after a failure asks anew."""
+    """The next sender after a failure asks again."""
 
     bench = Bench()
     bench.service.failure = no_token(Kind.TRANSIENT)
@@ -211,7 +211,7 @@ def test_failures_are_asked_again() -> None:
 
 
 def test_refused_credentials_are_told() -> None:
-    """Refused credentials and a broken service are told apart."""
+    """Refused credentials and a broken service are distinguished."""
 
     bench = Bench()
     bench.service.failure = no_token(Kind.SYSTEMIC)

@@ -57,7 +57,7 @@ def test_bindings() -> None:
 
 
 def test_quorum_queues() -> None:
-    """Quorum lanes die to the dead letters after 50 tries and lose nothing on the way."""
+    """Quorum lanes dead-letter a command after 50 deliveries and lose nothing on the way."""
 
     made = arguments(topology("p", "quorum", (30, 300)))
 

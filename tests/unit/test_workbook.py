@@ -65,7 +65,7 @@ def test_bills_are_read_from_the_sheet_that_has_them(tmp_path: Path) -> None:
     ],
 )
 def test_cell_that_is_no_bill_is_a_bad_row(tmp_path: Path, value: object, why: str) -> None:
-    """Whatever Excel keeps of it, it is told what it is."""
+    """Whatever Excel keeps of a cell, the sheet says what the cell is."""
 
     (bad,) = read(saved(tmp_path / "bills.xlsx", [HEADER, (1, value, "M1")]))
 

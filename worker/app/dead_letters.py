@@ -29,7 +29,7 @@ MOST_HELD: Final = 20_000
 """The most dead letters held at a time unless people say otherwise: the broker reads all that we hold into its memory,
 some 7 KB each with small bodies, and at its memory alarm it stops every publisher."""
 HOLD_SECONDS: Final = 600.0
-"""Held so long, everything is given back and taken anew: the broker takes messages away after 30 minutes."""
+"""Held so long, everything is given back and taken again: the broker takes messages away after 30 minutes."""
 AHEAD: Final = 200
 """Commands on their way without an outcome while failures are watched: what can go wrong before it is noticed."""
 SAMPLE: Final = 20
@@ -205,7 +205,7 @@ class Order:
 
 @dataclass(slots=True)
 class Report:
-    """What a redrive did. ``homeless``: wanted, but no lane is known or it cannot be published; they stay."""
+    """What a redrive did. ``homeless``: they match, but no lane is known or they cannot be published; they stay."""
 
     there: int = 0
     seen: int = 0
@@ -229,7 +229,7 @@ class Report:
 
 
 class Redrive:
-    """One redrive. ``hop`` names each message brought back, anew. ``each`` sees every match, once."""
+    """One redrive. ``hop`` gives each message that is brought back a new copy id. ``each`` sees every match, once."""
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class Journal(Protocol):
         """Bills (number, progress, due) that were not finished."""
 
     def record(self, outcomes: Sequence[Told]) -> Recorded:
-        """Keeps what tells more than is known."""
+        """Keeps outcomes that say more than is known."""
 
     def tally(self) -> Tally:
         """The sum."""

@@ -50,8 +50,8 @@ class _Job:
     command: Command
     round: Round
     probe: bool
-    paced: bool = True  # whoever took it from its lane has waited for the rate limit already
-    first: Verdict | None = None  # what the first attempt came to, until tenacity has been told
+    paced: bool = True  # the sender that took it from its lane has waited for the rate limit already
+    first: Verdict | None = None  # the result of the first attempt, until tenacity has it
     decision: Decision | None = None  # what follows the last attempt
     shared_failure: bool = False  # the last attempt waited for a token that another sender asked for, and got none
 
@@ -59,7 +59,7 @@ class _Job:
 class Expire:
     """Turns a delivery into a disposition: parse, attempt until an answer is final or the round is over, conclude.
 
-    Shared by all senders; ``signer`` is asked anew for every attempt, so that rotated secrets take effect.
+    Shared by all senders; ``signer`` is asked again for every attempt, so that rotated secrets take effect.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Expire:
     # -- one attempt ------------------------------------------------------------------------------------------------
 
     def _attempt(self, job: _Job) -> Verdict:
-        """Gate, token, sign, send, judge, tell."""
+        """Gate, token, sign, send, judge, report."""
         self._enter(job, paced=job.paced)
         job.paced = False
         progress = job.task.delivery.progress
@@ -370,7 +370,7 @@ def _outcome_id(delivery: Delivery, reason: Reason) -> str:
 
 
 def _final_reason(job: _Job, verdict: Verdict) -> Reason:
-    """ "Not found" after a call that may have taken effect may be that very effect: nobody knows."""
+    """ "Not found" after a call that may have taken effect may be that very effect: it is unknown."""
     assert verdict.reason is not None
     if verdict.reason is Reason.NOT_FOUND and job.task.delivery.progress.effect_unknown:
         return Reason.NOT_FOUND_AFTER_UNKNOWN_EFFECT

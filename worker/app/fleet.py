@@ -17,7 +17,7 @@ SLACK: Final = 0.0005
 
 
 class Wire(Protocol):
-    """What leads to the other members. All of it returns at once; answers come to the `Fleet`."""
+    """The way to the other members. All of it returns at once; answers come to the `Fleet`."""
 
     def say(self, to: str | None, letter: Letter) -> None:
         """To one member, or to all."""
@@ -42,7 +42,7 @@ class Timers(Protocol):
 class Fleet:
     """One member, driven. Everything on the loop's thread, but for `card`. ``wire`` is set by who connects.
 
-    Without a wire the member is alone and gives itself slots and probes, so whoever sends commands knows one way only.
+    Without a wire the member is alone and gives itself slots and probes, so senders have one code path only.
     """
 
     def __init__(self, member: Member, clock: Clock, timers: Timers) -> None:
@@ -119,10 +119,10 @@ class Fleet:
         return self.member.test_due(self._clock.monotonic())
 
     def card(self) -> Card:
-        """How things stand, for people. From any thread."""
+        """The state of the fleet, for people. From any thread."""
         return self.member.card(self._clock.monotonic())
 
-    # -- what the dispatcher tells ------------------------------------------------------------------------------------
+    # -- what the dispatcher reports ---------------------------------------------------------------------------------
 
     def attempted(self, lane: str | None, kind: Kind, *, probe: bool = False, reached: bool = True) -> None:
         """See `Member.attempted`."""
@@ -168,7 +168,7 @@ class Fleet:
         self.member.leave(self._clock.monotonic())
         self._carry_out()
 
-    # -- what the wire tells ------------------------------------------------------------------------------------------
+    # -- what the wire reports ---------------------------------------------------------------------------------------
 
     def joined(self) -> None:
         """Our queue hears what is said."""
@@ -219,7 +219,7 @@ class Fleet:
 
     def _carry_out(self) -> None:
         if self._carrying:
-            return  # whoever is at it goes on with what was added
+            return  # the caller that does it already continues with what was added
         self._carrying = True
         actions, changed = self.member.actions, False
         try:

@@ -27,7 +27,7 @@ from worker.core.topology import Names
 from worker.core.words import plural
 
 CHUNK: Final = 1000  # bills read from the journal at once
-SAVE_EVERY: Final = 0.2  # seconds between two notes of how far it is published; what lies between is published again
+SAVE_EVERY: Final = 0.2  # seconds between two records of how much is published; a crash repeats the rest
 CONFIRM_SECONDS: Final = 3.0  # the longest wait, once told to stop, for the confirms of what is on its way
 QUIET_SECONDS: Final = 20.0
 """Seconds without any outcome after which people are asked whether a worker runs."""
@@ -79,7 +79,7 @@ class Journal(Protocol):
         """Every bill up to this number is with the broker."""
 
     def record(self, outcomes: Sequence[Told]) -> Recorded:
-        """Keeps what tells more than is known."""
+        """Keeps outcomes that say more than is known."""
 
     def tally(self) -> Tally:
         """The sum."""
@@ -89,7 +89,7 @@ class Journal(Protocol):
 
 
 class Sweep:
-    """The errand of one batch, for a loop that publishes and consumes: it is asked what to do, and told what was done.
+    """The work of one batch, for a loop that publishes and consumes: it says what to do, and hears what was done.
 
     A batch that is followed never has more than ``window`` bills without an outcome. ``stop`` says whether people want
     it to end.
@@ -176,7 +176,7 @@ class Sweep:
             self._fleet, self._fleet_at = letter.message, self._clock.monotonic()
 
     def cut(self, who: str, epoch: float) -> str:
-        """Somebody stops the batch: nothing more of it is published. The answer is where it stands, for people."""
+        """Somebody stops the batch: nothing more of it is published. Returns how far the batch is, for people."""
         if epoch >= self._journal.facts.resumed_at:
             self._journal.stop(who)
         standing = self._standing

@@ -30,7 +30,7 @@ class _Failed(Exception):
 
 
 class _Skipped(Exception):
-    """It cannot be looked at; the text says what stands in the way."""
+    """It cannot be checked; the text says why."""
 
 
 class _Warned(Exception):
@@ -46,7 +46,7 @@ def check(
         str | None,
         Option(
             metavar="BILL",
-            help="Also send an expire for this bill, in earnest: if its QR code lives, it dies. A bill that does not "
+            help="Also send a real expire call: if the QR code of this bill is valid, it expires. A bill that does not "
             "exist will do.",
         ),
     ] = None,
@@ -273,7 +273,7 @@ def _probe(calling: Calling | None, bill: str, merchant: str | None, say: Say) -
 
 
 def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: Say) -> NoReturn:
-    """A gateway refuses a wrong path, scheme and secret in the same words; what it takes instead tells them apart."""
+    """A gateway refuses a wrong path, scheme and secret in the same words; what it takes instead distinguishes them."""
     from worker.core.diagnosis import Way, other_ways
 
     ours = calling.gateway

@@ -250,7 +250,7 @@ def _read(path: str, function: Function, words: Sequence[str], documents: Callab
 
 
 def _arguments(parser: _Parser, parameters: Sequence[_Parameter], words: Sequence[str]) -> dict[str, Any]:
-    """The words without a name, in order. Not argparse's work: it gives up where options stand between them."""
+    """The words without a name, in order. Not argparse's work: it gives up if options come between them."""
     arguments = [each for each in parameters if isinstance(each.declared, Argument)]
     if len(words) > len(arguments):
         parser.error(f"not known here: {' '.join(words[len(arguments) :])}")

@@ -127,7 +127,7 @@ def take_in(given: Input, directory: Path) -> Intake:
 
 
 class _Reading:
-    """All rows go on; bad ones are told."""
+    """All rows go on; bad ones are reported."""
 
     def __init__(self, given: Input, source: Source | Workbook, meter: Meter) -> None:
         from worker.core.rows import Rules

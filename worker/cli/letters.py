@@ -1,4 +1,4 @@
-"""Dead letters as people read them, and what a redrive came to."""
+"""Dead letters as people read them, and the result of a redrive."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
 
 
 def tell_redrive(report: Report, order: Order) -> int:
-    """What a redrive came to; the exit code, or `Trouble` where the rest stays."""
+    """The result of a redrive; the exit code, or `Trouble` if the rest stays."""
     from worker.app.dead_letters import Ended
 
     print(f"redrove {report.redriven:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")

@@ -1,4 +1,4 @@
-"""The file that `sweep --report` writes: where it may go, and what stands in it."""
+"""The file that `sweep --report` writes: where it may be written, and what it contains."""
 
 from __future__ import annotations
 

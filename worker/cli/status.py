@@ -1,4 +1,4 @@
-"""`qris-expire status`: where a sweep stands."""
+"""`qris-expire status`: how far a sweep is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def status(
     ] = None,
     state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
-    """Where a sweep stands: its rows by status and reason, from its journal, and what waits at the broker.
+    """Shows how far a sweep is: its rows by status and reason, from its journal, and what waits at the broker.
 
     Changes nothing without --prune, and may be called while the sweep runs. Outcomes that nobody has taken in yet wait
     in the batch's inbox: `sweep --follow` takes them.
@@ -142,7 +142,7 @@ def _show_one(path: Path) -> None:
 
 
 def _depths(amqp: AmqpSettings, batch: str) -> str:
-    """What waits in the queues that matter, in one line; or why nobody knows."""
+    """What waits in the queues that matter, in one line; or why that is unknown."""
     from pika.exceptions import ChannelClosed
 
     from worker.core.lanes import SWEEP

@@ -135,7 +135,7 @@ def sweep(
     """Sends a file of bills to the sweep lane; with --wait, follows their outcomes until every bill has one.
 
     Columns: billnumber (or billNumber), merchantId, and if wanted reference and notAfter, in any order, case and
-    delimiter; other columns are only kept for the report. A bill that stands in the input twice is sent once. If any
+    delimiter; other columns are only kept for the report. A bill that is in the input twice is sent once. If any
     row is invalid, nothing is sent, unless --skip-invalid is given. Bills of different merchants are sent in turns.
 
     With --wait, bills are published as outcomes come, so that sweeps that run at the same time share the workers.
@@ -411,7 +411,7 @@ def _nothing_sent(journal: Journal, tally: Tally) -> str:
     """What leads where a batch was called for again that has nothing to send."""
     batch, begun = journal.facts.batch.id, jakarta.iso(journal.facts.created_at, milliseconds=False)
     state = "is finished" if tally.answered == tally.bills else "is published already"
-    return f"nothing was sent: batch {batch}, begun {begun}, {state}; another --batch-id sends the input anew"
+    return f"nothing was sent: batch {batch}, begun {begun}, {state}; another --batch-id sends the input again"
 
 
 def _conclude(wish: _Wish, journal: Journal, tally: Tally) -> int:
@@ -451,7 +451,7 @@ def _same_way(wish: _Wish) -> list[str]:
 
 
 def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
-    """Where it stands and how to go on."""
+    """How far it is, and how to continue."""
     tally, batch = journal.tally(), journal.facts.batch.id
     again = ["qris-expire", "sweep", "--follow", batch]
     again += ["--wait"] if wish.wait and not journal.facts.inbox else []

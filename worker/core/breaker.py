@@ -25,7 +25,7 @@ class State(IntEnum):
 
 @dataclass(slots=True)
 class Breaker:
-    """One lane's breaker; `Breakers` decides what it is told. Times are monotonic seconds.
+    """One lane's breaker; `Breakers` decides what it counts. Times are monotonic seconds.
 
     ``outages`` counts how often it was closed by a probe. A round that this breaker interrupted starts afresh only when
     the count has changed since: a success that is no probe's shows that the gateway worked all the time.

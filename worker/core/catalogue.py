@@ -41,7 +41,7 @@ def farthest(one: float, other: float) -> float:
 
 
 def soonest(one: float, other: float) -> float:
-    """The smaller one; 0 stands for none."""
+    """The smaller one; 0 means none."""
     return min(one or math.inf, other or math.inf) if one or other else 0.0
 
 

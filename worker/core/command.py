@@ -60,7 +60,7 @@ class _Duplicate(Exception):
 
 
 class _Number:
-    """Stands for any JSON number: no field takes one, and huge ones cost nothing this way."""
+    """Replaces any JSON number: no field takes one, and huge ones cost nothing this way."""
 
 
 _NUMBER = _Number()
@@ -69,7 +69,7 @@ _NUMBER = _Number()
 def parse(body: bytes, default_merchant: str | None = None) -> Command | Invalid:
     """The command in ``body`` (UTF-8 JSON, at most 64 KiB); never raises.
 
-    ``default_merchant`` stands in where the command carries none.
+    ``default_merchant`` is used if the command has none.
     """
     if len(body) > MAX_BODY_BYTES:
         return Invalid("too_large", f"{len(body)} bytes, at most {MAX_BODY_BYTES} are allowed")

@@ -51,7 +51,7 @@ class Level(IntEnum):
 
 
 def is_fine(state: object) -> bool:
-    """Whether a component of `/readyz` works: "ok", or "ok, but ..." where it has something to tell."""
+    """Whether a component of `/readyz` works: "ok", or "ok, but ..." where it has something to report."""
     return str(state).partition(",")[0] == "ok"
 
 
@@ -101,7 +101,7 @@ class Situation:
 
     @property
     def held(self) -> bool:
-        """Whether something that is told already keeps commands from being done."""
+        """Whether something that is reported already keeps commands from being done."""
         components = ("breaker", "throttle", "consumer", "publisher", "drain")
         paused = self.now.value("consumption_paused", reason="operator") or self.now.value("member_sick")
         return bool(paused) or any(self.wrong(component)[0] for component in components)
@@ -131,7 +131,7 @@ class Situation:
 
     @property
     def oldest(self) -> float:
-        """When the oldest command in hand was published, of all lanes; 0 when nobody knows."""
+        """When the oldest command in hand was published, of all lanes; 0 when that is unknown."""
         return min((at for at in self.now.by("lane", "oldest_command_timestamp_seconds").values() if at), default=0.0)
 
     @property
@@ -163,7 +163,7 @@ class Condition:
 
 
 def condition(situation: Situation) -> Condition:
-    """The worst comes first; among equals the order of `RULES`, in which causes stand before what they cause."""
+    """The worst comes first; among equals the order of `RULES`, in which causes come before their effects."""
     concerns = [concern for rule in RULES if (concern := rule(situation)) is not None]
     concerns.sort(key=lambda concern: -concern.level)
     if not concerns or concerns[0].level is Level.WELL:
@@ -526,7 +526,7 @@ def _dead(by_reason: Mapping[str, float], level: Level, when: str) -> Concern | 
         level,
         "dead_letters",
         f"{plural(sum(by_reason.values()), 'dead letter')} {when}: {words}{', …' if len(reasons) > 3 else ''}.",
-        "qris-expire dead list; when the cause is mended, qris-expire dead redrive.",
+        "qris-expire dead list; when the cause is repaired, qris-expire dead redrive.",
     )
 
 
@@ -556,7 +556,7 @@ def _skewed(situation: Situation) -> Concern | None:
         Level.CAUTION,
         "skew",
         f"This machine's clock is {duration(abs(skew))} {way} the gateway's.",
-        "Mend the time service (NTP): signatures carry the time, and the gateway may refuse them.",
+        "Repair the time service (NTP): signatures carry the time, and the gateway may refuse them.",
     )
 
 

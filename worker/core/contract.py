@@ -1,7 +1,7 @@
 """The contract as documents: JSON Schemas of command and outcome, and AsyncAPI for who sends what where.
 
 They are made from what the parser, the encoder and the topology themselves use: patterns and limits of commands, fields
-and types of `Outcome`, reasons by status, names. What a schema cannot say stands in its ``$comment``.
+and types of `Outcome`, reasons by status, names. What a schema cannot say is in its ``$comment``.
 """
 
 from __future__ import annotations

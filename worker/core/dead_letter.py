@@ -1,7 +1,7 @@
 """A parked message as people need it: why, when, where, after how many attempts; and the message that brings it back.
 
 Two kinds lie in the queue: those that the worker parked, with ``dead-*`` headers, and those that the broker moved there
-itself (delivery limit), which tell their story in ``x-death``. Anything else is foreign: it is shown, and stays.
+itself (delivery limit), whose history is in ``x-death``. Anything else is foreign: it is shown, and stays.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _SHOWN: Final = (*_CARRIED, "delivery_mode", "expiration", "user_id", "cluster_i
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A message as it lies in the queue."""
+    """A message as it is in the queue."""
 
     routing_key: str
     properties: Properties
@@ -120,7 +120,7 @@ class Filter:
 
 
 def read(names: Names, parcel: Parcel) -> DeadLetter:
-    """What the headers, the broker's record and the body say; never raises, whatever lies there."""
+    """What the headers, the broker's record and the body say; never raises, whatever the message is."""
     arrived = receive("", parcel.body, parcel.properties, redelivered=False, epoch=0.0, monotonic=0.0)
     headers = arrived.headers
     death = _lane_death(names, headers)
@@ -284,7 +284,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-# -- reading, whatever lies there -----------------------------------------------------------------------------------
+# -- reading, whatever the message is --------------------------------------------------------------------------------
 
 
 def _is_carried(name: str) -> bool:

@@ -22,7 +22,7 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 MAX_PROPERTY_BYTES: Final = 255
 """The longest text property of AMQP. Publishing a longer one fails, and would fail again at every redelivery."""
 
-MAX_BATCH_ID: Final = 256  # it stands in every log line and outcome of the batch
+MAX_BATCH_ID: Final = 256  # it is in every log line and outcome of the batch
 
 ROUND: Final = "qris-round"
 ATTEMPTS: Final = "qris-attempts"
@@ -85,7 +85,7 @@ class Progress:
         del self.external_ids[:-MAX_EXTERNAL_IDS]
 
     def unsent(self) -> None:
-        """The call that was told last did not go out."""
+        """The call that was reported last did not go out."""
         self.attempts -= 1
         self.external_ids.pop()
 

@@ -1,4 +1,4 @@
-"""What an answer says about our settings: the mistakes of a partner's first day, told apart, with what to change.
+"""What an answer says about our settings: the mistakes of a partner's first day, one by one, with what to change.
 
 Tables as in `verdict`, read top to bottom; but where a verdict says what to do with the command, a finding says what to
 do with the set-up. Sources: gateway-api, sections 2 (what providers contradict themselves in), 4 (codes) and 5 (what
@@ -35,7 +35,7 @@ from worker.core.verdict import (
 
 SKEW_WORTH_A_WARNING: Final = 30.0
 SKEW_REFUSED: Final = 110.0
-"""Seconds. Some providers allow two minutes; the Date header that we compare with tells no fractions."""
+"""Seconds. Some providers allow two minutes; the Date header that we compare with has no fractions."""
 
 
 class Finding(NamedTuple):
@@ -103,7 +103,7 @@ _OF_TOKENS: Final = (
     Row(r".......", r"", "it gives us no token: see GATEWAY_CLIENT_ID, GATEWAY_PRIVATE_KEY_FILE and the clock"),
 )
 
-# What a message adds to its row of the verdict table, whose cure stands where none of these matches.
+# What a message adds to its row of the verdict table, whose advice is used if none of these matches.
 _OF_EXPIRES: Final = (
     Row(r"401....|403(?!..06|9319)....|404(?!9301|9308)....", r"forbidden|not allowed", CURE_FORBIDDEN),
     Row(r"401....", r"time ?stamp|clock", _CLOCK),
@@ -338,7 +338,7 @@ def _first(table: tuple[Row, ...], key: str, message: str) -> str:
 
 
 def _signed_late(call: Call) -> str | None:
-    """A clock that is off can be told as a wrong signature."""
+    """A wrong clock can be reported as a wrong signature."""
     if call.skew is None or abs(call.skew) < SKEW_REFUSED:
         return None
     return f"our clock is {call.skew:+.0f} s off the gateway's: set it by NTP, then look again"

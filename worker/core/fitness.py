@@ -58,7 +58,7 @@ def policy_problems(queue: Queue, policy: Mapping[str, Any]) -> Iterator[str]:
 
 
 def hides_commands(version: str, queue_type: QueueType, policy: Mapping[str, Any] | None) -> str | None:
-    """Advice on what happens to a lane when a broker node dies; ``policy`` is None where it cannot be seen."""
+    """Advice on what happens to a lane when a broker node fails; ``policy`` is None where it cannot be seen."""
     found = _numbers(version)
     if found is None or found < HIDES_SINCE or queue_type != "quorum":
         return None

@@ -1,6 +1,6 @@
 """What a spreadsheet, or a program that takes numbers for numbers, makes of bill numbers and merchant ids.
 
-Such a value is sent as it stands, the gateway does not find it, and that answer is final: the QR code can still be
+Such a value is sent as it is, the gateway does not find it, and that answer is final: the QR code can still be
 paid. So a value that looks like one is invalid until somebody says that it is meant.
 """
 

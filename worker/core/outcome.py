@@ -1,4 +1,4 @@
-"""What happened to a command, and how it is told: status, reason, the outcome's JSON."""
+"""What happened to a command, and how it is published: status, reason, the outcome's JSON."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Token:
 class TokenUnavailable(Exception):
     """No token could be had; ``verdict`` judges the token service's answer like any other.
 
-    ``shared``: another sender made that one request and tells about it; it must not be counted twice. ``answer``: what
+    ``shared``: another sender made that one request and reports it; it must not be counted twice. ``answer``: what
     came, for a closer look at what is wrong; it may hold a token.
     """
 
@@ -85,7 +85,7 @@ class Draining(Exception):
 
 
 class Gate(Protocol):
-    """What stands before every expire call."""
+    """What every expire call has to pass."""
 
     def enter(self, lane: str, *, probe: bool, paced: bool) -> float:
         """Returns when a call may go out now; waits for a slot of the rate limit unless ``paced``. Returns the seconds

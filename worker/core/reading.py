@@ -29,7 +29,7 @@ class Histogram:
 
     def quantile(self, share: float) -> float | None:
         """The value below which `share` (0 to 1) of them lie, estimated like PromQL's `histogram_quantile`; None
-        without any, infinite when it lies beyond the last finite bound."""
+        without any, infinite if it is beyond the last finite bound."""
         if not self.count:
             return None
         rank, lower, below = share * self.count, 0.0, 0.0

@@ -173,7 +173,7 @@ class _Numbered:
 
 
 class _Header(NamedTuple):
-    """Where the columns are that matter, by our names for them. ``told``: its delimiter stands before it."""
+    """Where the columns are that matter, by our names for them. ``told``: its delimiter is known."""
 
     delimiter: str
     columns: tuple[str, ...]
@@ -339,7 +339,7 @@ def _json_rows(lines: _Numbered, first: str, rules: Rules) -> Iterator[Row | Bad
 
 
 def _json_row(line: str, number: int, rules: Rules) -> Row:
-    """A command as the queue takes it, on one line; ``merchantId`` may also stand beside the bill."""
+    """A command as the queue takes it, on one line; ``merchantId`` may also be beside the bill."""
     command = parse(line.encode(), default_merchant="-")
     if isinstance(command, Invalid):
         raise _Bad(f"{command.detail}, in {mangled.shown(line)}")

@@ -21,7 +21,7 @@ def of_family(values: Iterable[tuple[Metric, float]]) -> str:
 
 def openmetrics(text: str) -> str:
     """The same scrape in the format OpenMetrics 1.0: a counter's name has no `_total` in its HELP and TYPE lines,
-    quotes are escaped there, and the end is told."""
+    quotes are escaped there, and the end is reported."""
     lines = []
     for metric in _read(text):
         name = metric.name.removesuffix("_total") if metric.kind == "counter" else metric.name

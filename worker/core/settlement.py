@@ -190,7 +190,7 @@ class Confirms(Generic[P]):
         self._returned.add(publication)
 
     def is_returned(self, publication: P) -> bool:
-        """Whether `returned` was told about it already."""
+        """Whether `returned` was called for it already."""
         return publication in self._returned
 
     def settle(self, number: int, *, multiple: bool, ack: bool) -> tuple[list[P], list[P]]:

@@ -187,9 +187,9 @@ def read_outcome(body: bytes) -> Told | None:
 
 
 def supersedes(new: Told, status: str, reason: str, completed_at: str) -> bool:
-    """Whether a second outcome of a command tells more than the one that is known.
+    """Whether a second outcome of a command says more than the one that is known.
 
-    A command may be told about twice: after a redelivery, a second publish, a redrive. What the gateway finally said
+    A command may have two outcomes: after a redelivery, a second publish, a redrive. What the gateway finally said
     beats not knowing, whatever came first. Of two final answers, paid is never hidden (it may be a refund), and a bill
     that was expired once stays expired. Of two that know nothing, the later counts.
     """
@@ -285,7 +285,7 @@ class Recorded:
 
 @dataclass(slots=True)
 class Tally:
-    """Where every row of the input is: invalid, a duplicate, not sent yet, waiting for its outcome, or told."""
+    """Where every row of the input is: invalid, a duplicate, not sent yet, waiting for its outcome, or answered."""
 
     invalid: int = 0
     duplicates: int = 0

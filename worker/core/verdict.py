@@ -322,7 +322,7 @@ def judge(answer: Reply | NoReply) -> Verdict:
     """The verdict on one attempt. A success needs HTTP 2xx *and* a success code; otherwise the code is trusted.
 
     A WWW-Authenticate header with ``error="invalid_token"`` (RFC 6750) is a token answer, whatever else the answer
-    says but success. Any other systemic refusal by 401 or 403 leaves the token in doubt: what stands in front of a
+    says but success. Any other systemic refusal by 401 or 403 leaves the token in doubt: what is in front of a
     gateway answers a dead token without a word of it (gateway-api, section 4).
     """
     if isinstance(answer, NoReply):
@@ -384,7 +384,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def printable(text: str) -> str:
-    """``text`` on one line: what is not printable becomes a blank, so that it can stand in headers and logs."""
+    """``text`` on one line: what is not printable becomes a blank, so that headers and logs can hold it."""
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 

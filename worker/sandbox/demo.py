@@ -108,7 +108,7 @@ class Tally:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {CANCELLATION: [], SWEEP: []})
 
     def add(self, outcome: dict[str, Any], published_at: float, now: float) -> None:
-        """Counts an outcome once, however often it is told."""
+        """Counts an outcome once, however often it is reported."""
         if outcome["commandId"] in self.outcomes:
             self.duplicates += 1
             return

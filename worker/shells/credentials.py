@@ -64,7 +64,7 @@ class Credentials:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What must not stand in any text, whoever sends it to us."""
+        """What must not be in any text, even if the gateway sends it to us."""
         return self._loaded.secrets
 
     @property

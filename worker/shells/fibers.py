@@ -2,8 +2,8 @@
 
 Why it exists. A command spends its life waiting for the gateway. With a thread for each wait, one thread hands the
 interpreter lock to another ten times for each command, and the system has to wake it (measured side by side: 0.31 ms of
-CPU for a command with 32 threads, 0.23 ms with 32 fibers, at 1.5 times the rate). A fiber is a function that can stand
-still in the middle (greenlet). It is written like a thread and waits like a coroutine, so requests, tenacity and the
+CPU for a command with 32 threads, 0.23 ms with 32 fibers, at 1.5 times the rate). A fiber is a function that can pause
+in the middle (greenlet). It is written like a thread and waits like a coroutine, so requests, tenacity and the
 use case stay what they are, and the broker's library, which wants one thread, runs on the same one.
 
 How to read it. `Fibers.turn` is the whole scheduler: it lets pika's loop look at the broker and at the timers, then
@@ -110,7 +110,7 @@ class Fibers:
             self._after(callback)
 
     def now(self) -> float:
-        """Seconds by a monotonic clock that stands still while the loop does. On the loop's thread."""
+        """Seconds by a monotonic clock that stops while the loop is blocked. On the loop's thread."""
         at = time.monotonic()
         if at - self._looked_at > STANDSTILL:
             self.frozen += at - self._looked_at
@@ -148,7 +148,7 @@ class Fibers:
     # -- what a fiber waits for -------------------------------------------------------------------------------------
 
     def park(self) -> bool:
-        """Stands still until its `resumption` is called; False when a deadline came first."""
+        """Pauses until its `resumption` is called; False if a deadline came first."""
         outside = getcurrent().parent
         assert outside is not None, "only a fiber can wait"
         return bool(outside.switch())
@@ -222,7 +222,7 @@ class Fibers:
             self._ready.append(partial(self._waiting.pop(number)[0].switch, False))
 
     def _after(self, ran: Callable[..., object]) -> None:
-        """Tells of what has run for so long that nobody else could."""
+        """Reports what has run for so long that nothing else could."""
         self.now()
         if self.frozen > self._told:
             seconds, self._told = round(self.frozen - self._told, 3), self.frozen

@@ -41,7 +41,7 @@ log = structlog.get_logger()
 
 
 class ExchangeObserver(Protocol):
-    """What the client tells about each exchange."""
+    """What the client reports about each exchange."""
 
     def request(self, operation: str, response_code: str, seconds: float) -> None: ...
     def clock_skew(self, seconds: float) -> None: ...

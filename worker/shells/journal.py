@@ -43,7 +43,7 @@ SUFFIX: Final = ".db"
 LOCK: Final = ".lock"
 LOADING: Final = ".loading-"
 _BESIDE: Final = ("-wal", "-shm", "-journal")
-"""Files that SQLite keeps beside a database, and applies to whatever database lies there under that name."""
+"""Files that SQLite keeps beside a database, and applies to any database with that name."""
 ABANDONED: Final = 86_400.0
 """Seconds after which a load that never became a batch is what a killed process left behind."""
 
@@ -209,7 +209,7 @@ class Journal:
     # -- outcomes ---------------------------------------------------------------------------------------------------
 
     def record(self, outcomes: Sequence[Told]) -> Recorded:
-        """Keeps what tells more than is known; the rest (duplicates, commands of others) changes nothing."""
+        """Keeps outcomes that say more than is known; the rest (duplicates, commands of others) changes nothing."""
         recorded = Recorded()
         with self._transaction():
             for told in outcomes:
@@ -221,7 +221,7 @@ class Journal:
                         continue
                     recorded.change(row["status"], row["reason"], -1)
                 elif row["completed_at"] is not None and _is_stale(told, row["completed_at"]):
-                    continue  # a copy of what was told before the bill was sent again
+                    continue  # a copy of an earlier outcome the bill was sent again
                 else:
                     recorded.numbers.append(row["number"])
                 recorded.change(told.status, told.reason, 1)
@@ -252,7 +252,7 @@ class Journal:
         return tally
 
     def files(self) -> list[Path]:
-        """The journal and what lies beside it."""
+        """The journal and the files beside it."""
         beside = [self.path.with_name(self.path.name + suffix) for suffix in _BESIDE]
         return [self.path, *beside, self.path.with_suffix(LOCK)]
 
@@ -468,7 +468,7 @@ class Load:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """One process per batch. Raises `JournalError` when another has it; the system lets go when its holder dies.
+    """One process per batch. Raises `JournalError` when another has it; the system releases it when its holder ends.
 
     A file of its own: SQLite has locks of its own on the journal.
     """

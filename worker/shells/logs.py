@@ -28,13 +28,13 @@ LogFormat = Literal["json", "console"]
 Render = Callable[[str, MutableMapping[str, Any]], str]
 
 FOREIGN_LEVEL: Final = logging.WARNING
-"""pika tells every frame's fate at INFO; what it and urllib3 say from here on is worth a line."""
+"""pika logs every frame at INFO; from this level on its lines and urllib3's are useful."""
 
 MAX_TRACEBACK: Final = 3_000
 """A pipe takes 4 KiB in one piece; longer lines of several processes could mix. The end says most."""
 
 MOST_WAITING: Final = 10_000
-"""Lines that wait for a reader of the log: some 3 MB. Of those beyond, `log.lost` tells the number."""
+"""Lines that wait for a reader of the log: some 3 MB. `log.lost` counts those beyond."""
 
 LAST_WORDS: Final = 1.0  # seconds that the end of the process waits for a reader of the log
 
@@ -65,7 +65,7 @@ def configure(
     )
     lowest = max(FOREIGN_LEVEL, logging.getLevelNamesMapping()[level.upper()])
     logging.basicConfig(handlers=[_Foreign(render, lines)], level=lowest, force=True)
-    # pika tells one lost connection in seven errors of several lines; the links tell it in one line of ours.
+    # pika logs one lost connection as seven errors of several lines; the links log it as one line of ours.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
 
@@ -182,7 +182,7 @@ class _Foreign(logging.Handler):
             if record.exc_info:
                 event["exc_info"] = record.exc_info
             self._lines.msg(self._render(record.levelname.lower(), event))
-        except Exception:  # noqa: BLE001  # logging must not end what it tells about
+        except Exception:  # noqa: BLE001  # logging must not end what it reports
             self.handleError(record)
 
 

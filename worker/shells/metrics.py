@@ -187,11 +187,11 @@ class Metrics:
         self._gauge["consumption_paused"][reason,].set(is_paused)
 
     def broker_connected(self, is_connected: bool) -> None:
-        """The connections to the broker stand, or do not."""
+        """Whether the connections to the broker are open."""
         self._gauge["broker_connected"][()].set(is_connected)
 
     def broker_reconnected(self) -> None:
-        """A connection that was lost stands again."""
+        """A connection that was lost is open again."""
         self._counter["broker_reconnects_total"][()].inc()
 
     def confirmed(self, seconds: float) -> None:

@@ -19,14 +19,14 @@ Finish = Callable[[Task, Disposition], None]
 
 
 class Watch(Protocol):
-    """What the senders tell (metrics)."""
+    """What the senders report (metrics)."""
 
     def in_hand(self, lane: str, change: int) -> None: ...
 
 
 class Pool:
     """Which command a sender takes is decided when it is free, not when it is woken, so a cancellation overtakes every
-    sweep command that waits. ``finish`` is told of every command that does not stay in hand."""
+    sweep command that waits. ``finish`` hears of every command that does not stay in hand."""
 
     def __init__(
         self, dispatcher: Dispatcher, expire: Expire, finish: Finish, fibers: Fibers, watch: Watch, *, senders: int

@@ -76,7 +76,7 @@ class Source:
         """Whether these are its first bytes; nothing is read by that."""
         try:
             return self._file.peek(len(mark)).startswith(mark)
-        except OSError:  # told when it is read
+        except OSError:  # reported when it is read
             return False
 
     def lines(self) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _check_kind(name: str, start: bytes) -> None:
 
 
 def _not_utf8(line: bytes, at: int) -> str:
-    """The first letter that is not UTF-8, as the usual other encoding has it, and what stands around it."""
+    """The first letter that is not UTF-8, as the usual other encoding has it, and the text around it."""
     text, letter = line.decode("cp1252", "replace"), line[at : at + 1].decode("cp1252", "replace")
     around = text[max(0, at - 15) : at + 15].strip()
     return (

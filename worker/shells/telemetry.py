@@ -1,4 +1,4 @@
-"""What operators are told: one wide log line and the counters of every attempt, and a line for each command's fate."""
+"""What operators see: one wide log line and the counters of every attempt, and a line for the end of each command."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ DOUBTS_EVERY: Final = REFUSALS_EVERY
 """An answer that leaves the token in doubt (a 401 or 403 that does not name it) renews it at most so often: where the
 doubt is unfounded, every other refusal would cost a token request."""
 RENEWAL_BACKOFF: Final = 4.0
-"""Tokens that die this fast are killed by another process's new ones. Waiting up to this long before the next renewal
-lets each process work for a while; without it both would renew for ever and neither would get a call through."""
+"""Tokens that become invalid this fast are replaced by another process's new ones. Waiting up to this long before the
+next renewal lets each process work for a while; without it both would renew for ever and no call would succeed."""
 
 
 class RefreshObserver(Protocol):
-    """What the store tells about its refreshes."""
+    """What the store reports about its refreshes."""
 
     def token_refresh(self, result: str) -> None: ...
     def token_expiry(self, timestamp: float) -> None: ...

@@ -26,7 +26,7 @@ from worker.core.trace import Trace
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 MOST_OPEN: Final = 20_000
-"""Deliveries with a span at a time: more than a process has in hand, so that one whose end is never told is no leak."""
+"""Deliveries with a span at a time: more than a process holds, so that spans that never end do not add up."""
 
 log = structlog.get_logger()
 

@@ -36,7 +36,7 @@ _READS_IN_A_TURN: Final = 64
 """An answer in one-byte TLS records is a hundred thousand reads, none of which has to wait. After so many reads the
 other senders get a turn, and after every read that is as large as reads can be: it may hold thousands of chunks."""
 _LATE_READS: Final = MAX_ANSWER_BYTES // _READ_BYTES
-"""What lies in the socket when the time is over is still read, so many times at most."""
+"""What is in the socket when the time is over is still read, so many times at most."""
 IDLE_SECONDS: Final = 15.0
 """A connection idle for longer is closed, not reused: servers drop idle ones, and a POST into a closing connection is a
 call whose effect is unknown."""
@@ -293,7 +293,7 @@ def trust(ca_file: Path | None = None, cert_file: Path | None = None, key_file: 
     """Whom to trust: the system's authorities, or those of a file; and the client certificate to show, if there is one.
     Raises `Unusable` for a file that is not what it should be.
 
-    A certificate has to name its host in subjectAltName. A name that stands in the subject's common name only is not
+    A certificate has to name its host in subjectAltName. A name that is only in the subject's common name is not
     accepted, as in browsers and urllib3 2: authorities check that field less.
     """
     try:

@@ -1,4 +1,4 @@
-"""One member of a fleet: told what happens here and what others say, it says what is to be done.
+"""One member of a fleet: it hears what happens here and what others say, and says what is to be done.
 
 The leader decides for all: it counts failures for the one breaker of each lane, hands out probes and slots, and finds
 out who is sick. The others obey its beats. Who hears no leader decides for itself, but makes no call under a limit.
@@ -41,11 +41,11 @@ from worker.core.retry import MAX_RETRY_AFTER
 from worker.core.verdict import Kind
 
 REPORT: Final = 1.0
-"""Seconds between two reports of a member that has nothing to tell."""
+"""Seconds between two reports of a member that has nothing new to report."""
 GONE: Final = 5.0
 """Seconds without a report after which a member counts no more."""
 SOON: Final = 0.02
-"""Seconds between two reports of failures, or two beats: what happens at once is told together."""
+"""Seconds between two reports of failures, or two beats: what happens at the same time is reported together."""
 WANT: Final = 0.05
 """The same for reports of what waits for slots."""
 LEARN: Final = 2.0
@@ -94,7 +94,7 @@ class ReadOrders:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """Whoever sends commands has to look again."""
+    """Senders have to look again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +345,7 @@ class Member:
         self._testing = True
 
     def tested(self, *, good: bool, now: float) -> None:
-        """What a token request of a test came to."""
+        """The result of a token request of a test."""
         self._testing = False
         if good:
             self._cure(now)
@@ -862,7 +862,7 @@ class Member:
             return
         del self._probes[number]
         if kind.final:
-            return  # told to all
+            return  # sent to all
         self.breakers.record(lane, kind, now, probe=True)
         if kind.bad:
             self._failers[lane].add(sender)

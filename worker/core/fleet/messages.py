@@ -75,7 +75,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """To all, several times a second, from the leader: I lead ``term``, and this is how things stand.
+    """To all, several times a second, from the leader: I lead ``term``, and this is the state.
 
     ``at``: the leader's monotonic clock, which others compare with their own. ``limit``: calls per second for the
     fleet, 0 for none. ``hold``: seconds that a throttled answer still holds everybody. ``sure``: the leader knows what

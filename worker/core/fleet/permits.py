@@ -2,7 +2,7 @@
 
 A slot is a moment at which one call may begin. The leader paces the slots evenly and gives them out a little ahead of
 their time, cancellations first. A member finds the moment on its own clock, and a slot that is over by more than `LATE`
-is lost. So whatever is late, stands still or comes twice, the calls of any second are never more than the slots that
+is lost. Even if something is late, frozen or comes twice, the calls of any second are never more than the slots that
 the leader put into it, and unused slots leave no burst behind.
 """
 

@@ -73,7 +73,7 @@ class Terms:
     leader: str | None = None
     steps: list[Step] = field(default_factory=list)
     reluctant: bool = False
-    """Others shall lead: we are sick, or about to leave."""
+    """Another member has to lead: we are sick, or about to leave."""
     jitter: Callable[[], float] = lambda: 0.0
     """Up to 1: so that not all members reach for the broker in the same moment."""
     heard: float = 0.0
@@ -190,7 +190,7 @@ class Terms:
             return
         if self.role is Role.CLAIMS:
             self.role = Role.LEADS
-            # Nobody can have heard another leader later than we did: its beats stand before our own in our queue.
+            # Nobody can have heard another leader later than we did: its beats are before our own in our queue.
             self.begins = now + SETTLE if self._proven else max(now + SETTLE, self.heard + SILENT)
             self._proven = False
         if self.role is Role.LEADS:

@@ -29,7 +29,7 @@ SIGNATURES: Final = ("hmac-sha512", "rsa-sha256", NO_TOKEN)
 
 
 class Request(NamedTuple):
-    """One HTTP request as it came. Header names in lower case; of a repeated header the last one stands."""
+    """One HTTP request as it came. Header names in lower case; of a repeated header the last one counts."""
 
     method: str
     path: str

@@ -93,7 +93,7 @@ class Fault:
 
     @property
     def takes_effect(self) -> bool:
-        """Whether the call did what it asked for, whatever the caller is told."""
+        """Whether the call did what it asked for, whatever the caller hears."""
         if self.applied is not None:
             return self.applied
         if self.code is not None:
@@ -170,8 +170,8 @@ class Script:
     `single_token`         a new token kills the old ones
     `dead_token`           what a call with a token that is not valid gets; by default 4019301
     `token_lifetime`       seconds a new token lives
-    `kill_token_every`     after each so many expire calls with a living token, all tokens die; 0: never
-    `expires_in`           how the lifetime is told: `string`, `int` (whole seconds), `datetime`, `absent`
+    `kill_token_every`     after each so many expire calls with a valid token, all tokens become invalid; 0: never
+    `expires_in`           how the lifetime is reported: `string`, `int` (whole seconds), `datetime`, `absent`
     `skew`                 seconds that X-TIMESTAMP may differ from the gateway's clock
     `clock_offset`         seconds the gateway's clock is ahead of this machine's (negative: behind): the Date
                            header, the skew check and the day of external ids follow it

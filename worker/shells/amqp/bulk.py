@@ -217,7 +217,7 @@ class Bulk:
         channel.add_on_close_callback(self._guard(lambda closed, _: self._looks_no_more(closed)))
 
     def _looks_no_more(self, channel: Any) -> None:
-        if channel is self._looking:  # of a lane that is gone the publisher tells; what is known of it stays
+        if channel is self._looking:  # the publisher reports a lane that is gone; what is known of it stays
             self._looking = None
 
     def _look_at_lane(self) -> None:
@@ -478,7 +478,7 @@ def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:
 
 
 def _passed_over(_reason: str) -> None:
-    """A refusal at first is told before we start; a later one is waited for like any trouble."""
+    """A refusal at first is reported before we start; a later one is waited for like any trouble."""
 
 
 class _Unwatched:

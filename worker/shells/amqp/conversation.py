@@ -66,7 +66,7 @@ class Conversation:
         return int(self._connection.params.frame_max)
 
     def channel(self, on_end: Callable[[Any, BaseException], None] = lambda *_: None) -> Any:
-        """A new one; ``on_end`` is told that it ended, and why."""
+        """A new one; ``on_end`` hears that it ended, and why."""
         opened: list[Any] = []
 
         def on_open(channel: Any) -> None:

@@ -15,7 +15,7 @@ from worker.shells.amqp.steps import declarations, lookups
 class Declaring:
     """One run on a channel of its own, which the broker closes at the first thing that does not fit (a 404 or 406
     closes a channel). ``on_done(None)``, or ``on_done(what is wrong)`` with the broker's reply code in `code`; exactly
-    one call unless the connection dies.
+    one call unless the connection is lost.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ REJECT_AFTER: Final = 1.0  # a command that crashes senders must not do so as fa
 
 
 class Watch(Protocol):
-    """What the engine tells (metrics)."""
+    """What the engine reports (metrics)."""
 
     def received(self, lane: str) -> None: ...
     def undated(self, lane: str) -> None: ...
@@ -267,7 +267,7 @@ class Engine:
                 self._fibers.turn()
                 self._end_turn()
             self._fibers.close()
-        except BaseException as error:  # noqa: BLE001  # a loop that dies in silence would leave a zombie
+        except BaseException as error:  # noqa: BLE001  # without this the process would stay and do nothing
             self._fail(error)
 
     def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
@@ -318,7 +318,7 @@ class Engine:
             self._drain()
 
     def _tell_lanes(self) -> None:
-        """What costs too much to tell with every delivery."""
+        """What costs too much to report with every delivery."""
         for lane, acks in self._consumer.acks.items():
             self._watch.acked(lane, acks - self._acks_told[lane])
             self._acks_told[lane] = acks
@@ -519,7 +519,7 @@ class Engine:
     # -- holding and draining ----------------------------------------------------------------------------------------
 
     def _regulate(self) -> None:
-        """Does what the dispatcher wishes, and says how things stand."""
+        """Does what the dispatcher wants, and reports the state."""
         self._tell()
         wishes = self._dispatcher.look(ready=self._publisher.ready, shared=self._consumer.shared)
         self._consumer.pause(wishes.paused)
@@ -546,7 +546,7 @@ class Engine:
                 self._log.info("broker.connected", again=self._connected_once)
             self._lost = False
             self._connected_once = True
-            self.refused = None  # by another host of the list, or before somebody mended it
+            self.refused = None  # by another host of the list, or before somebody repaired it
         self._connected = connected
         watch.broker_connected(connected)
         for lane, state in holds.breakers.items():

@@ -1,4 +1,4 @@
-"""One connection that comes back: hosts in turn, backoff with jitter, told apart by what it is for."""
+"""One connection that comes back: hosts in turn, backoff with jitter, distinguished by what it is for."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ log = structlog.get_logger()
 class Link:
     """A `Connection` on a shared loop. All methods belong to the loop's thread.
 
-    ``parameters`` is asked anew before every try, so that a rotated password is picked up. ``guard`` wraps every
-    callback: pika turns an exception in one into a lost connection, or lets the loop's thread die in silence.
+    ``parameters`` is asked again before every try, so that a rotated password is picked up. ``guard`` wraps every
+    callback: pika turns an exception in one into a lost connection, or lets the loop's thread end in silence.
     """
 
     def __init__(

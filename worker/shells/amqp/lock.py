@@ -57,7 +57,7 @@ class Lock:
             self._talk.pause(SLICE)
 
     def say(self, progress: str) -> None:
-        """What those are told who wait."""
+        """What those who wait are shown."""
         self._card["progress"] = progress
 
     def _taken(self) -> bool:

@@ -163,8 +163,8 @@ class ParkedLetters:
         if channel is None:
             return
         self._flush_acks()
-        # A channel may keep acks for the queue back for a moment, and then they would die with it (seen on connections
-        # that were closed at once): what they were for would be here and there.
+        # A channel may keep acks for the queue back for a moment, and then they are lost with it (seen on connections
+        # that were closed at once): the messages would be in both places.
         self._talk.pause(ACK_SECONDS)
         channel.close()
         self._talk.until(lambda: channel.is_closed, "close a channel")
@@ -200,7 +200,7 @@ class ParkedLetters:
         self._talk.turn(seconds)
 
     def say(self, progress: str) -> None:
-        """What those are told who find the dead letters held."""
+        """What those who find the dead letters held are shown."""
         self._lock.say(progress)
 
     # -- waits

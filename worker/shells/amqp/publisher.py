@@ -26,8 +26,8 @@ from worker.shells.amqp.errors import reason as reason_of
 from worker.shells.amqp.link import Guard, Link
 
 CONFIRM_SECONDS: Final = 30.0
-"""A confirm that does not come for this long (a lost quorum gives no answer at all) bounces the connection to the
-next host, and everything unconfirmed is published again."""
+"""If a confirm does not come for this long (a lost quorum gives no answer at all), the connection is closed and opened
+at the next host, and everything unconfirmed is published again."""
 REOPEN_AFTER: Final = 0.25  # seconds between a nack and the new channel
 RETRY_FIRST: Final = 1.0
 RETRY_LONGEST: Final = 30.0
@@ -53,7 +53,7 @@ S = TypeVar("S")
 
 
 class Watch(Protocol):
-    """What the publisher tells."""
+    """What the publisher reports."""
 
     def confirmed(self, seconds: float) -> None: ...
     def unconfirmed(self, count: int) -> None: ...

@@ -158,7 +158,7 @@ def apply(connection: pika.BlockingConnection, topology: Topology) -> None:
 def verify(connection: pika.BlockingConnection, topology: Topology) -> list[str]:
     """What is missing, one line each; changes nothing.
 
-    A broker tells passively whether a name exists, not its arguments and not its bindings: an empty list says
+    A passive declaration says whether a name exists, not its arguments and not its bindings: an empty list says
     nothing about those.
     """
     missing: list[str] = []

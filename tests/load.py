@@ -220,7 +220,7 @@ class Scene:
         marks = [(load, len(load.bills)) for name, load in self.loads.items() if lane in (None, name)]
         self.worker.wait_for(called, timeout, f"new commands of {lane or 'each lane'} reach the gateway")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Whatever a test left broken between worker and broker, and its load."""
         self.network.accept()
         self.network.resume()

@@ -14,7 +14,7 @@ from worker.sandbox.demo import Seen
 SHIPPED: Final = Path(__file__).parents[2] / "worker" / "contract"
 EXAMPLES: Final = SHIPPED / "examples.json"
 PREFIX: Final = "qris.expire"
-REFRESH: Final = "`python -m tests.contract` writes the documents anew, and with --demo the examples, too"
+REFRESH: Final = "`python -m tests.contract` writes the documents again, and with --demo the examples as well"
 
 
 def write() -> list[Path]:

@@ -211,7 +211,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "ssl_options.verify": "verify_none",
     }
     with running(PrivateBroker(config=config)) as broker:
-        for user in ("powerless", "homeless"):
+        for user in ("powerless", "unwelcome"):
             broker.ctl("add_user", user, PASSWORD)
         with Rabbit(broker.url) as rabbit:
             rabbit.declare(topology("qris.expire", "quorum", ()))
@@ -256,9 +256,9 @@ def test_user_without_permission(run: Run, guarded: Guarded, command: str) -> No
 def test_user_without_a_virtual_host(run: Run, guarded: Guarded) -> None:
     """A user that may not enter the virtual host gets an error that says so."""
 
-    said = run("publish", "1", AMQP_URL=f"amqp://homeless:{PASSWORD}@127.0.0.1:{guarded.plain}/%2F")
+    said = run("publish", "1", AMQP_URL=f"amqp://unwelcome:{PASSWORD}@127.0.0.1:{guarded.plain}/%2F")
 
-    assert "refuses 'homeless' the virtual host '/'; create it and give permission" in only_line(said)
+    assert "refuses 'unwelcome' the virtual host '/'; create it and give permission" in only_line(said)
 
 
 # --- settings

@@ -249,12 +249,12 @@ def test_plain_http_to_an_https_port(run: Run, authority: Authority) -> None:
 
 
 def test_probe_expires_the_bill(run: Run, simulated: Simulator) -> None:
-    """`--probe` sends one expire in earnest, says so before, and then that all is right."""
+    """`--probe` sends one real expire, says so before, and then that all is right."""
 
     said = run("check", "--probe", "PROBE-1")
 
     sending, result = (line for line in said.out.splitlines() if line.startswith("probe"))
-    assert "sending  an expire for bill PROBE-1 of merchant 121000001, in earnest" in sending
+    assert "sending  a real expire call for bill PROBE-1 of merchant 121000001" in sending
     assert result.startswith("probe     ok       the bill is expired now")
     assert simulated.report().calls_by_bill == {"PROBE-1": 1}
 

@@ -208,7 +208,7 @@ def test_a_redelivered_command_keeps_its_ids(desk: Desk) -> None:
         sent = snatched(desk, other, "again-1")
     (outcome,) = desk.producer.collect(1, 30)
     assert (outcome.command_id, outcome.fields["outcomeId"]) == (sent.id, expected)
-    # Nobody knows whether the other consumer has called.
+    # It is unknown whether the other consumer has called.
     assert outcome.fields["effectUnknown"] is True
     assert desk.calls("again-1") == 2
 

@@ -867,7 +867,7 @@ CASES: Final = (
     Case("QrisExpireOutcomesUnrouted", "none", {queue("messages", "outcomes.unrouted"): "0x30"}, "20m"),
     Case(
         "QrisExpireOutcomesUnrouted",
-        "while somebody binds a queue anew",
+        "while somebody binds a queue again",
         {queue("messages", "outcomes.unrouted"): "0x5 9x10 0x10"},
         "12m",
     ),
@@ -1086,7 +1086,7 @@ CASES: Final = (
     Case("QrisExpireSweepMissing", "it is there", {series("kube_cronjob_created", CRONJOB): "0x60"}, "50m"),
     Case(
         "QrisExpireSweepMissing",
-        "it was applied anew",
+        "it was applied again",
         {series("kube_cronjob_created", CRONJOB): "0x20 stale _x8 1800x30"},
         "50m",
     ),

@@ -66,7 +66,7 @@ def scene(stage: Scene) -> Iterator[Scene]:
     stage.begin()
     stage.load(CANCELLATION, SWEEP)
     yield stage
-    stage.mend()
+    stage.repair()
 
 
 # -- connections

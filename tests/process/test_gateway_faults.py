@@ -511,7 +511,7 @@ class Vault:
         )
         assert producer.of(producer.publish(f"kept-{variable}")).fields["status"] == "expired"
 
-    def recovers(self, name: str, mend: Callable[[], None]) -> None:
+    def recovers(self, name: str, repair: Callable[[], None]) -> None:
         """The gateway wants the new secret: it pauses until it is mounted, then everything expires."""
         worker, producer = self.shop.worker, self.shop.producer
         wait_until(lambda: spent(worker)["outcomes_total"] == len(producer.outcomes), 30, "all so far are counted")
@@ -519,7 +519,7 @@ class Vault:
         producer.publish_many(bills(name, 10))
         worker.wait_for(lambda: len(worker.events("breaker.opened")) > known, 30, "it opens")
         assert spent(worker) == before
-        mend()
+        repair()
         producer.collect_all(30)
         assert statuses(producer.outcomes) == {"expired"}
 

@@ -16,7 +16,7 @@ ALWAYS_FAILS = (Fault(code="5009300", repeat=True),)
 PAID = (Fault(code="4049314", message="Paid Bill", repeat=True),)
 
 
-def fates(worker: WorkerProcess, command_id: str) -> list[dict[str, Any]]:
+def ends(worker: WorkerProcess, command_id: str) -> list[dict[str, Any]]:
     """What the log says of one command, but for its single calls."""
     return [
         line
@@ -41,7 +41,7 @@ def test_each_end_of_a_command_is_a_line(amqp_url: str, prefix: str, tmp_path: P
 
         def told(command_id: str) -> list[tuple[Any, ...]]:
             names = ("level", "event", "lane", "status", "reason", "attempts", "dead_lettered", "seconds_until_retry")
-            return [tuple(line.get(name) for name in names) for line in fates(worker, command_id)]
+            return [tuple(line.get(name) for name in names) for line in ends(worker, command_id)]
 
         worker.stop()
         lane = "cancellation"
@@ -52,7 +52,7 @@ def test_each_end_of_a_command_is_a_line(amqp_url: str, prefix: str, tmp_path: P
             ("warning", "command.ended", lane, "unresolved", "retries_exhausted", 4, True, None),
         ]
         assert told(invalid.id) == [("warning", "command.ended", "sweep", "invalid", "malformed_json", 0, True, None)]
-        (line,) = fates(worker, good.id)
+        (line,) = ends(worker, good.id)
         assert (line["billnumber"], len(line["external_ids"])) == ("good", 1)
 
 
@@ -67,7 +67,7 @@ def test_a_command_that_goes_back_is_a_line(amqp_url: str, prefix: str, tmp_path
         worker.wait_for(lambda: worker.events("attempt"), 30, "a first call")
         worker.stop()
 
-        (line,) = fates(worker, stuck.id)
+        (line,) = ends(worker, stuck.id)
         assert (line["event"], line["lane"]) == ("command.returned", "cancellation")
 
 

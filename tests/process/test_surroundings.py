@@ -239,5 +239,5 @@ def test_a_worker_without_descriptors_loses_no_attempt(amqp_url: str, prefix: st
             producer.collect_all(120)
             worker.stop()
             books = check_books(producer, all_ended=True, no_duplicates=True)
-    fates = {(str(each.fields["status"]), int(each.fields["attempts"])) for each in books.outcomes}
-    assert fates == {("expired", 1)}
+    ends = {(str(each.fields["status"]), int(each.fields["attempts"])) for each in books.outcomes}
+    assert ends == {("expired", 1)}

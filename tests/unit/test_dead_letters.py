@@ -244,7 +244,7 @@ def test_cannot_be_published() -> None:
     report = redrive(parked)
 
     assert (parked.lane, parked.names) == (["m0001", "m0003", "m0004"], ["m0000", "m0002"])
-    assert (report.homeless, report.ended) == (2, Ended.DONE)
+    assert (report.without_lane, report.ended) == (2, Ended.DONE)
 
 
 @pytest.mark.parametrize("after", range(6))

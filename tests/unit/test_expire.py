@@ -871,7 +871,7 @@ def test_outage_during_a_round() -> None:
 
 
 def test_hold_while_others_succeed() -> None:
-    """Where no outage was over since (others succeeded all the time), the command failed on its own account: its round
+    """Where no outage was over since (others succeeded all the time), the command failed while others did not: its round
     goes on with the calls, the backoff and the budget that it had."""
 
     bench, held = Bench(BROKEN, BAD_SIGNATURE, BROKEN), task()

@@ -68,7 +68,7 @@ def leave_chosen_probes_in_a_drain(patch: pytest.MonkeyPatch) -> None:
 
 
 def hold_what_the_intake_was_to_take_back(patch: pytest.MonkeyPatch) -> None:
-    """What failed on its own account is neither in hand nor given back."""
+    """What failed while others succeeded is neither in hand nor given back."""
     look = Dispatcher.look
 
     def deaf(dispatcher: Dispatcher, **facts: Any) -> Wishes:

@@ -205,12 +205,12 @@ class Order:
 
 @dataclass(slots=True)
 class Report:
-    """What a redrive did. ``homeless``: they match, but no lane is known or they cannot be published; they stay."""
+    """What a redrive did. ``without_lane``: they match, but no lane is known or they cannot be published; they stay."""
 
     there: int = 0
     seen: int = 0
     matching: int = 0
-    homeless: int = 0
+    without_lane: int = 0
     redriven: int = 0
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     unanswered: int = 0
@@ -328,7 +328,7 @@ class Redrive:
                 self._show(self.report.seen, 0, 0)
             if matches:
                 self.report.matching += 1
-                self.report.homeless += letter.lane is None
+                self.report.without_lane += letter.lane is None
                 self._each(letter)
         return letter if matches and letter.lane is not None else None
 
@@ -341,7 +341,7 @@ class Redrive:
                 break
             again = redriven(self._names, letter, held.parcel, self._hop(), self._clock.epoch())
             if not self._parked.publish(again, held.number):
-                self.report.homeless += 1
+                self.report.without_lane += 1
                 continue
             self._sent += 1
             if self._watching:
@@ -411,7 +411,7 @@ class Redrive:
 
     def _show_progress(self) -> None:
         report = self.report
-        wanted = report.matching - report.homeless
+        wanted = report.matching - report.without_lane
         self._show(report.seen, self._parked.moved, min(wanted, self._order.limit or wanted))
 
     def _note_refusal(self) -> None:
@@ -428,8 +428,8 @@ def rehearse(parked: Parked, names: Names, order: Order, *, show: Show, each: Ca
         if order.filter.matches(letter):
             report.matching += 1
             if letter.lane is None:
-                report.homeless += 1
-            elif order.limit is None or report.matching - report.homeless <= order.limit:
+                report.without_lane += 1
+            elif order.limit is None or report.matching - report.without_lane <= order.limit:
                 each(letter)
 
     report.there, report.seen = look(parked, sort, show=show, limit=order.limit and max(order.limit, MOST_HELD))

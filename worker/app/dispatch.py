@@ -503,7 +503,7 @@ class Dispatcher:
             self._fleet.attempted(task.lane, task.answer, probe=True)
 
     def _too_long(self, now: float, shared: frozenset[str]) -> Sequence[Task]:
-        """What goes back to its lane: what has waited too long, and what failed on its own account."""
+        """What goes back to its lane: what has waited too long, and what failed while others succeeded."""
         back, self._failed = self._failed, []
         for lane in LANES:
             since = self._broken_at.get(lane, now) if lane in shared else 0.0

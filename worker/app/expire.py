@@ -140,7 +140,7 @@ class Expire:
             return GiveBack() if held.outage else Hold()
         task = job.task
         if job.shared_failure:
-            return Hold()  # it has not failed on its own account: its next round is a fresh one
+            return Hold()  # it failed because of the outage: its next round is a fresh one
         job.round.interrupt(self._clock.monotonic(), self._gate.outages(task.lane) if held.outage else None)
         task.round = job.round
         return Hold()

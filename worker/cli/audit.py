@@ -61,7 +61,7 @@ def redrive_facts(report: Report, order: Order) -> dict[str, Any]:
         "seen": report.seen,
         "matching": report.matching,
         "redriven": report.redriven,
-        "noWayBack": report.homeless,
+        "noWayBack": report.without_lane,
         "outcomes": {f"{status}/{reason}": count for (status, reason), count in sorted(report.outcomes.items())},
         "result": report.ended.value,
     }

@@ -264,7 +264,7 @@ def _probe(calling: Calling | None, bill: str, merchant: str | None, say: Say) -
     merchant = merchant or calling.gateway.merchant_id
     if merchant is None:
         raise _Failed("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID")
-    say("probe", "sending", f"an expire for bill {bill} of merchant {merchant}, in earnest")
+    say("probe", "sending", f"a real expire call for bill {bill} of merchant {merchant}")
     command = Command(bill, merchant)
     finding = calling.expire(command, calling.gateway)
     if finding.signature:

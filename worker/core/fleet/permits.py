@@ -200,7 +200,7 @@ class Purse:
     slots: list[tuple[float, float, str]] = field(default_factory=list)
 
     def add(self, slots: Iterable[tuple[float, str]], doubt: float = 0.0) -> None:
-        """More of them; a moment may be earlier by ``doubt`` than it seems, so it is over earlier."""
+        """More of them; a moment may be earlier by ``doubt`` than it seems, so it ends earlier."""
         self.slots.extend((slot, slot + LATE - doubt, lane) for slot, lane in slots)
         self.slots.sort()
 

@@ -383,7 +383,7 @@ def test_export_to_a_file(desk: Desk) -> None:
         ["redrive", "--rate", "0.001"],
         ["purge"],
         ["list", "--lane", "fast"],
-        ["mend"],
+        ["frobnicate"],
     ],
 )
 def test_bad_input(tmp_path: Path, arguments: list[str]) -> None:

@@ -871,8 +871,8 @@ def test_outage_during_a_round() -> None:
 
 
 def test_hold_while_others_succeed() -> None:
-    """Where no outage was over since (others succeeded all the time), the command failed while others did not: its round
-    goes on with the calls, the backoff and the budget that it had."""
+    """If no outage has ended since (others succeeded all the time), the command itself failed: its round goes on with
+    the calls, the backoff and the budget that it had."""
 
     bench, held = Bench(BROKEN, BAD_SIGNATURE, BROKEN), task()
     interrupted(bench, held)

@@ -10,7 +10,7 @@ from tests.readme import PAGES, ROOT
 INSTEAD = {
     r"in vain": "without success",
     r"burns? no|burned|burning|burns (?:an?|the|its|up)": "costs, loses, uses up",
-    r"must die|(?:QR )?codes? (?:is|are|was|were) dead|code lives|codes live|were dead within": "expire, is expired, can still be paid",
+    r"must die|codes? (?:is|are) dead|code lives|codes live|were dead within": "expire, is expired, can still be paid",
     r"tells? `|tells (?:the|its|an?) outcomes?": "publishes",
     r"told apart|tells? them apart": "distinguished, distinguish",
     r"nobody knows": "it is unknown",

@@ -103,7 +103,7 @@ Show = Callable[[int, int, int], None]
 
 
 class TooMany(Exception):
-    """So many dead letters are there that nobody should hold all of them unasked."""
+    """So many dead letters exist that a command holds all of them only if it is asked to."""
 
     def __init__(self, there: int) -> None:
         super().__init__(there)
@@ -398,7 +398,7 @@ class Redrive:
                 self.report.ended = Ended.SILENT
 
     def _listen(self) -> bool:
-        """Books the outcomes of ours that came."""
+        """Counts the outcomes of our commands that have come."""
         heard = False
         for told in self._parked.outcomes() if self._watching or self._waiting else ():
             if self._waiting[told.command_id] > 0:

@@ -476,7 +476,7 @@ class Dispatcher:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _probe(self, lane: str, now: float, *, again: bool = False) -> int:
-        """Chooses the probes that are due: commands that were none in this outage, of different merchants where there
+        """Chooses the probes that are due: commands not probed in this outage, of different merchants where there
         are several; ``again``: others, too. Returns how many are missing."""
         due = self._fleet.probes(lane) - sum(1 for task in self._probes if task.lane == lane)
         if due <= 0:

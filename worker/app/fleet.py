@@ -29,7 +29,7 @@ class Wire(Protocol):
         """Gives it back."""
 
     def read_orders(self) -> None:
-        """Looks what operators want: `Fleet.rested` follows."""
+        """Asks what operators want: `Fleet.rested` follows."""
 
 
 class Timers(Protocol):

@@ -161,7 +161,7 @@ def _show(text: str) -> int:
 
 
 def _nobody_reads() -> int:
-    """``… | head``: nobody reads our output any more, which is no error of ours."""
+    """``… | head``: nobody reads our output any more, which is not an error."""
     sys.stdout = None  # or the interpreter complains when it flushes at exit
     return 0
 

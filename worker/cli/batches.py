@@ -86,7 +86,7 @@ def existing(directory: Path, batch: str, home: Home) -> Path:
 
 
 def no_batch(directory: Path, batch: str, home: Home | None = None) -> str:
-    """Why there is none, for people."""
+    """Why it does not exist, for people."""
     from worker.shells.journal import Journal, journals_of
 
     elsewhere = []

@@ -123,7 +123,7 @@ def read(path: str, command: Function | Group, words: Sequence[str], documents: 
 
 
 def unknown(word: str, commands: Sequence[str] | Mapping[str, Any]) -> str:
-    """What to say about a word that is none of the commands."""
+    """What to say about a word that is not a command."""
     if not word or word.startswith("-"):
         return f"a command is missing: {', '.join(commands)}"
     nearest = difflib.get_close_matches(word, list(commands), n=1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
 RESUMED_SECONDS: Final = 86_400.0
-"""An unfinished batch of the same input is gone on with for a day, whatever the date in its id: a sweep that breaks off
+"""An unfinished batch of the same input is continued for a day, whatever the date in its id: a sweep that breaks off
 at midnight must not publish its bills under two ids."""
 
 

@@ -51,7 +51,7 @@ class Breaker:
         self.sent, self.out, self.failed = 0, 0, False
 
     def close(self) -> None:
-        """The lane goes on."""
+        """The lane continues."""
         self.state, self.failures = State.CLOSED, 0
         self.sent, self.out, self.failed = 0, 0, False
 

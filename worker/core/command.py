@@ -1,4 +1,4 @@
-"""What a delivery asks for: the body parsed to a `Command`, or to the contract's reason why it is none."""
+"""What a delivery asks for: the body parsed to a `Command`, or to the contract's reason why it is invalid."""
 
 from __future__ import annotations
 

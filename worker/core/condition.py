@@ -46,7 +46,7 @@ class Level(IntEnum):
 
     WELL = 0
     CAUTION = 1  # it works, and somebody should look
-    WAITING = 2  # it does not work now, and goes on by itself
+    WAITING = 2  # it does not work now, and will continue by itself
     TROUBLE = 3  # it does not work, and somebody must act
 
 

@@ -28,7 +28,7 @@ Schema = dict[str, Any]
 
 
 class Example(NamedTuple):
-    """A message as it was seen. ``payload`` is the JSON of its body, or the text where it is none."""
+    """A message as it was seen. ``payload`` is the JSON of its body, or the text if it is not JSON."""
 
     name: str
     summary: str

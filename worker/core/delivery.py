@@ -202,7 +202,7 @@ def delayed(names: Names, delivery: Delivery, seconds: int, round_: int, copy_id
 
 
 def returned(names: Names, delivery: Delivery, copy_id: str) -> Message:
-    """The command back to the end of its lane, unharmed: a fresh message, so no redelivery is counted against it."""
+    """The command goes to the end of its lane, unchanged: a fresh message, so no redelivery is counted against it."""
     ours = _progress_headers(delivery.progress, copy_id)
     return Message(names.commands, delivery.lane, delivery.body, _kept(delivery, ours, delivery.command_id))
 

@@ -58,7 +58,7 @@ def unwrapped(text: str) -> str:
     return found[1].strip() if found else text
 
 
-@lru_cache(maxsize=4096)  # merchants come again and again
+@lru_cache(maxsize=4096)  # the same merchants come again
 def cause(text: str) -> str | None:
     """What a spreadsheet did to a value, as the end of a sentence about it; None if it looks like an identifier."""
     if text.isdigit():

@@ -72,6 +72,6 @@ def suspicious(tally: Tally, percent: float) -> bool:
 
 
 def settled(tally: Tally, *, rejected: bool, percent: float) -> bool:
-    """Whether nobody has to do anything: all expired or, if ``rejected`` ones are none of our business, all final and
+    """Whether nobody has to do anything: all expired or, if ``rejected`` ones do not matter, all final and
     no more than ``percent`` of them unknown."""
     return tally.all_expired or (rejected and tally.all_final and not suspicious(tally, percent))

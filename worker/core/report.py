@@ -49,7 +49,7 @@ class Report:
         self._own = [column for column in REPORT_COLUMNS if column not in self._shared]
 
     def header(self) -> list[str]:
-        """The names of the columns. One of the input that has the name of one of ours is told apart."""
+        """The names of the columns. One of the input that has the name of one of ours gets another name."""
         columns = [f"{name} (input)" if name in self._own else name for name in self._facts.form.columns]
         return [*columns, *self._own]
 

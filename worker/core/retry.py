@@ -50,7 +50,7 @@ class Round:
     started: float
     calls: int = 0
     failures: int = 0  # answers that were followed by a backoff
-    instant: bool = True  # the one immediate resend (token, external id) is still to be had
+    instant: bool = True  # the one immediate resend (token, external id) is still allowed
     interrupted: float | None = None
     outages: int | None = None
 
@@ -139,7 +139,7 @@ def _exhausted(verdict: Verdict) -> Reason:
 
 def retry_after(value: str | None, now: float) -> float | None:
     """Seconds asked for by a ``Retry-After`` header (seconds or an HTTP date, RFC 9110 10.2.3), clamped to 0…600;
-    None when there is none that can be read. ``now`` is seconds since the epoch."""
+    None if none can be read. ``now`` is seconds since the epoch."""
     if value is None:
         return None
     text = value.strip()

@@ -105,7 +105,7 @@ class Ledger:
 
     def deliver(self, key: str, tag: Tag, *, redelivered: bool) -> tuple[Take, Entry]:
         """A message arrived. Only one that the broker marks as redelivered, and that a lost channel of ours had, can be
-        one that we already have: a producer may send the same command twice, and then it wants two answers. Taking
+        one that we already have: a producer may send the same command twice, and then expects two outcomes. Taking
         the second for the first would lose it, when another worker had it in between and gave it back."""
         known = self._open.get(key)
         if redelivered and known is not None and known.orphaned:

@@ -163,7 +163,7 @@ class Told(NamedTuple):
 
 
 def read_outcome(body: bytes) -> Told | None:
-    """None if it is no outcome of ours: anybody may publish to the exchange."""
+    """None if it is not our outcome: anybody may publish to the exchange."""
     try:
         fields = json.loads(body)
         status, reason = Status(fields["status"]), Reason(fields["reason"])

@@ -1,1 +1,1 @@
-"""What a newcomer and the tests use in place of the world: a gateway, a broker, a demonstration."""
+"""What a newcomer and the tests use in place of real services: a gateway, a broker, a demonstration."""

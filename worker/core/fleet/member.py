@@ -163,7 +163,7 @@ class Member:
         self._offset = Offset()
         self._sent: dict[int, float] = {}  # our latest reports to this leader
         self._seen = dict.fromkeys(LANES, 0)
-        self._known = dict.fromkeys(LANES, 0)  # what the leader knows of our wants
+        self._known = dict.fromkeys(LANES, 0)  # what the leader knows of what we want
         self._failures = dict.fromkeys(LANES, 0)
         self._streaks = dict.fromkeys(LANES, 0)
         self._since: dict[str, float] = {}
@@ -523,7 +523,7 @@ class Member:
             self._cure(now)
 
     def _no_leader(self, now: float) -> None:
-        """Nobody decides for us any more. Probes that are out may still come back to nobody, so those of the lane
+        """No leader decides for us any more. Probes that are out may still come back to nobody, so those of the lane
         wait."""
         self._drop_probes()
         for lane in LANES:
@@ -662,7 +662,7 @@ class Member:
             self._soon(now, SOON)
 
     def _answered_probe(self, lane: str, kind: Kind, now: float) -> None:
-        """A probe of ours came back, not good."""
+        """One of our probes failed."""
         if not self._taken[lane]:
             return
         number = self._taken[lane].pop(0)
@@ -877,7 +877,7 @@ class Member:
         return max(0, self._wanted[lane] - self._purse.held(lane))
 
     def _want(self, now: float) -> None:
-        """Our own wants, as leader."""
+        """What we ourselves want, as leader."""
         need = self.shares.need(self.me)
         for lane in LANES:
             need.wanted[lane] = 0 if self.sick else self._open(lane)

@@ -311,7 +311,7 @@ def encode_orders(orders: Orders) -> bytes:
 
 
 def decode_orders(body: bytes) -> Orders | None:
-    """The same back; None for what is none."""
+    """The same back; None for what is not a message."""
     try:
         document = json.loads(body[:LARGEST], parse_constant=_no_constant)
         return None if document.get("v") != VERSION else typing.cast(Orders, _read(Orders, document))
@@ -343,7 +343,7 @@ def _read(kind: Any, document: Mapping[str, Any]) -> Any:
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """``value`` as ``hint`` wants it."""
+    """``value`` as the type ``hint``."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _fit(value, next(each for each in inner if each is not type(None)))

@@ -89,7 +89,7 @@ class Shares:
         return self.needs.setdefault(member, Need())
 
     def forget(self, member: str) -> None:
-        """It is gone."""
+        """The member is gone."""
         self.needs.pop(member, None)
 
     def waits(self, me: str) -> bool:

@@ -133,7 +133,7 @@ class Terms:
     def took(self, term: int, now: float) -> None:
         """The broker gave us the queue of this term."""
         if self._locking != term:
-            self.steps.append(Unlock(term))  # it was asked for by another life of ours, or too late
+            self.steps.append(Unlock(term))  # it was asked for on an earlier connection, or too late
             return
         self._locking = None
         if term <= self.term and self.leader is not None:

@@ -41,7 +41,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the gateway knows about its one client, and how it wants to be signed to."""
+    """What the gateway knows about its one client, and which signatures it accepts."""
 
     client_id: str
     client_secret: bytes = field(repr=False)

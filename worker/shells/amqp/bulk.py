@@ -291,7 +291,7 @@ class Bulk:
         connection.channel(on_open_callback=self._guard(opened))
 
     def _listen(self, connection: Any) -> None:
-        """To the fleet, for what people should know of a pause. An older worker has none: then nothing is heard."""
+        """To the fleet, for what people should know of a pause. An older worker has no fleet: then nothing comes."""
 
         def heard(_channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
             self._errand.fleet(body)

@@ -1,7 +1,7 @@
 """Makes pika take every header that RabbitMQ lets a producer send, and write it again as it was.
 
 pika 1.4 raises on a timestamp beyond the year 9999 and on tables some hundred levels deep, and the connection is lost
-with it. The message comes back on the next connection and kills that one too, and after as many tries as the delivery
+with it. The message comes back on the next connection and ends that one too, and after as many tries as the delivery
 limit allows, it and its innocent neighbours in the prefetch window are dead letters. It also turns floats into whole
 numbers, and fails on those beyond 64 bits when they are to be published again: that would end the process.
 """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS: Final = 30.0  # for one answer of the broker; a confirm of a lost quorum never comes
 CLOSE_SECONDS: Final = 3.0
-SLICE: Final = 0.2  # seconds; how late a wish to stop is heard
+SLICE: Final = 0.2  # seconds; a request to stop is seen this late at most
 LOCKED: Final = 405
 
 

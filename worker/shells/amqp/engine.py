@@ -336,7 +336,7 @@ class Engine:
         self._prepare(connection, self._consume_link, lambda: self._consumer.open(connection, self._consume_link))
 
     def _prepare(self, connection: Any, link: Link, then: Callable[[], None]) -> None:
-        """Both links see to the topology: each may come back alone after a queue or exchange was deleted."""
+        """Both links declare the topology: each may come back alone after a queue or exchange was deleted."""
 
         def done(wrong: str | None) -> None:
             if wrong is None:
@@ -454,7 +454,7 @@ class Engine:
 
     def _give_back(self, task: Task) -> None:
         """To the end of its lane, as a copy that carries what is known of its calls: no delivery is counted against it,
-        and nobody suspects a call that was never made. Without a way to publish it stays here; in a drain, it goes back
+        and no call is suspected that was never made. Without a way to publish it stays here; in a drain, it goes back
         to its place in the queue."""
         if self._publisher.ready:
             self._settle(task, GiveBack())
@@ -477,7 +477,7 @@ class Engine:
 
     def _not_taken(self, publication: Publication[tuple[Task, Disposition]], why: str) -> bool:
         """The broker closes the channel on a message that settles a command. The command waits, since the reason may
-        pass, or the broker parks it: for that it needs no message of ours. Only a topology of our own is known to park
+        pass, or the broker parks it: for that it needs no message from us. Only a topology of our own is known to park
         what is rejected."""
         task, _ = publication.settles
         waits = publication.tries < PARK_AFTER and self._publisher.refused < PARK_BEYOND

@@ -1,4 +1,4 @@
-"""What pika's exceptions about a connection mean, in a few words for people and without the password that some hold."""
+"""What pika's exceptions about a connection mean, in a few words for people, without the password that some contain."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ class ParkedLetters:
     # -- waits
 
     def _await_returns(self) -> None:
-        """What a killed holder held returns a moment after its lock is free; a consumer that stays is none of us."""
+        """What a killed holder held returns a moment after its lock is free; one that stays is another program."""
         deadline = time.monotonic() + RETURN_SECONDS
         before = -1
         while (state := self._state()).consumer_count or state.message_count != before:

@@ -747,7 +747,7 @@ def test_slots_for_others() -> None:
 
 
 def test_a_member_that_comes_back_gets_slots() -> None:
-    """A member that lost its connection counts its slots anew, and so does the leader."""
+    """A member that lost its connection counts its slots again, and so does the leader."""
 
     one = leading(100.0, limit=10.0)
     one.receive(Letter("b", "client", Hello(10.0)), 100.0)

@@ -137,7 +137,7 @@ class Dispatcher:
         self.on_wait: Callable[[float], None] = lambda _seconds: None
         """A sender has waited so long for a permit."""
         self._parked: deque[Callable[[], None]] = deque()
-        self._failed: list[Task] = []  # failed on their own account while their lane was held: others go first
+        self._failed: list[Task] = []  # failed while others succeeded and their lane was held: others go first
         fleet.on_change = self._fleet_changed
         fleet.on_permit = self._permitted
         self._update()

@@ -428,7 +428,7 @@ class Member:
                     self._heard_grant(message, now)
             case Hello(limit):
                 if self._leads:
-                    self._forget(sender, now)  # it begins anew, and so do the counts of its slots
+                    self._forget(sender, now)  # it begins again, and so do the counts of its slots
                     self.peers[sender] = Peer(now, limit)
                     self._beat(now)
             case Good(lane, probe, age):

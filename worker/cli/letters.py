@@ -45,8 +45,10 @@ def tell_redrive(report: Report, order: Order) -> int:
     if outcomes:
         so_far = " so far" if report.unanswered else ""
         print(f"outcomes{so_far}: {outcomes}")
-    if report.homeless:
-        note(f"{report.homeless:,} match and stay: their lane is not known, or they cannot be published as they are")
+    if report.without_lane:
+        note(
+            f"{report.without_lane:,} match and stay: their lane is not known, or they cannot be published as they are"
+        )
     match report.ended:
         case Ended.DONE:
             return 0
@@ -75,8 +77,8 @@ def print_rehearsal(report: Report, census: Census) -> None:
     print(f"would redrive {census.total.count:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     for reason, lane, kind in census.lines():
         print(f"{kind.count:>9,}  {printable(reason)} to {lane}")
-    if report.homeless:
-        note(f"{report.homeless:,} match and would stay: their lane is not known")
+    if report.without_lane:
+        note(f"{report.without_lane:,} match and would stay: their lane is not known")
 
 
 def listing(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLetter]) -> dict[str, Any]:

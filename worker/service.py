@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from concurrent.futures import wait
 from typing import Any, Final
@@ -14,9 +15,11 @@ from worker import __version__, signals
 from worker.core import diagnosis
 from worker.core.condition import is_fine
 from worker.core.ports import TokenUnavailable
+from worker.core.topology import topology
 from worker.core.verdict import Kind, NoReply
 from worker.processes import SOCKET_VARIABLE
 from worker.settings import GatewaySettings, Settings
+from worker.shells.amqp.management import warn as warn_of_policies
 from worker.shells.amqp.session import BrokerError
 from worker.shells.certificates import Expiries
 from worker.shells.credentials import CredentialsError
@@ -110,6 +113,7 @@ def serve(settings: Settings) -> int:
         worker.pool.start()
         worker.engine.start()
         worker.fleet.start()
+        _look_at_policies(settings)
         code = _check_credentials(worker)
         if code is None:
             if not signals.received():
@@ -118,6 +122,13 @@ def serve(settings: Settings) -> int:
         return code
     finally:
         server.stop()
+
+
+def _look_at_policies(settings: Settings) -> None:
+    """Beside the start, which must not wait for an API that does not answer."""
+    amqp, delays = settings.amqp, settings.retry.delays_seconds
+    wanted = topology(amqp.prefix, amqp.queue_type, delays)
+    threading.Thread(target=warn_of_policies, args=(amqp, wanted), name="policies", daemon=True).start()
 
 
 def _watch(worker: Worker) -> int:

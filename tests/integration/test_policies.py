@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,9 @@ from tests.brokers import PrivateBroker
 from tests.conftest import running
 from tests.rabbit import new_prefix
 from tests.waiting import wait_until
+from tests.worker_process import WorkerProcess
 from worker.core.topology import topology
+from worker.sandbox.simulator import Simulator
 from worker.settings import AmqpSettings, Secret
 from worker.shells.amqp.management import NotVisible, policies, problems
 from worker.shells.amqp.session import apply, session
@@ -63,6 +66,35 @@ def test_policies_that_remove_messages(managed: PrivateBroker) -> None:
     own = ("set_policy", "own", f"^{re.escape(prefix)}", '{"queue-leader-locator": "balanced"}')
     managed.ctl(*own, "--apply-to", "queues", "--priority", "100")
     wait_until(lambda: not any("expires" in problem for problem in told()), 30, "the statistics have it")
+
+
+def test_a_worker_says_what_a_policy_removes(managed: PrivateBroker, tmp_path: Path) -> None:
+    """A worker that starts under a policy that removes messages says so, with the queues, and whether its broker is
+    fit."""
+    prefix = new_prefix()
+    amqp = settings(managed, prefix)
+    with session(amqp) as connection:
+        apply(connection, topology(prefix, "quorum", (1, 2)))
+    managed.ctl("set_policy", prefix, f"^{re.escape(prefix)}", '{"expires": 3600000}', "--apply-to", "queues")
+    wanted = topology(prefix, "quorum", (1, 2))
+    wait_until(lambda: problems(policies(amqp, wanted), wanted), 30, "the statistics have it")
+    assert amqp.management_url is not None
+    api = amqp.management_url.get_secret_value()
+    with (
+        Simulator() as gateway,
+        WorkerProcess(managed.url, prefix, gateway, tmp_path, AMQP_MANAGEMENT_URL=api) as worker,
+    ):
+        (line, *_) = worker.wait_for(lambda: worker.events("broker.policy"), 60, "the policy is told")
+        assert f"{prefix}.sweep.retry.1" in line["reason"]
+        assert "expires=3600000" in line["reason"]
+        worker.wait_ready()
+        worker.stop()
+        old = managed.ctl("version").startswith("3.")
+        assert [line["reason"].split(" is ")[1] for line in worker.events("broker.unfit")] == [
+            "out of support; go to 4.2.7 or 4.3.5, or later"
+        ] * old
+        assert "p%40ss" not in worker.log() + worker.errors()
+    managed.ctl("clear_policy", prefix)
 
 
 @pytest.mark.parametrize(

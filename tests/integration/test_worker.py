@@ -435,7 +435,7 @@ def test_properties_that_would_misroute_do_not_travel(desk: Desk) -> None:
     assert (outcome.fields["status"], outcome.fields["attempts"]) == ("expired", 5)
     assert outcome.message.properties.headers == {"batch-id": "B1"}
     assert desk.rabbit.depth(spy) == 0
-    assert not desk.worker.events("broker.bounce")
+    assert not desk.worker.events("broker.reconnect")
 
 
 def test_commands_with_one_id_do_not_replace_each_other(amqp_url: str, prefix: str, tmp_path: Path) -> None:
@@ -594,7 +594,7 @@ def test_a_missing_topology_is_named_and_waited_for(amqp_url: str, prefix: str, 
         assert worker.get("/readyz")[0] == 503
         assert worker.get("/livez")[0] == 200
         worker.wait_for(
-            lambda: any(missing in line["reason"] for line in worker.events("broker.bounce")), 30, "so says the log"
+            lambda: any(missing in line["reason"] for line in worker.events("broker.reconnect")), 30, "so says the log"
         )
         with Rabbit(amqp_url) as rabbit:
             assert not rabbit.has_exchange(missing)

@@ -112,7 +112,7 @@ def test_a_lane_queue_deleted(scene: Scene, broker: PrivateBroker) -> None:
     queue = scene.names.queue(CANCELLATION)
     with scene.cut_off(), Rabbit(broker.url) as operator:
         operator.delete_queue(queue)
-    scene.wait_said("broker.bounce", f"the broker cancelled the consumer of {queue}")
+    scene.wait_said("broker.reconnect", f"the broker cancelled the consumer of {queue}")
     scene.load(CANCELLATION)
     scene.settle()
 
@@ -122,7 +122,7 @@ def test_the_outcome_exchange_deleted(scene: Scene, broker: PrivateBroker) -> No
 
     with scene.cut_off(), Rabbit(broker.url) as operator:
         operator.delete_exchange(scene.names.outcomes)
-    scene.wait_said("broker.bounce", f"no exchange '{scene.names.outcomes}'")
+    scene.wait_said("broker.reconnect", f"no exchange '{scene.names.outcomes}'")
     scene.more_calls()
     scene.settle()
 
@@ -150,7 +150,7 @@ def test_the_dead_letters_deleted(what: str, scene: Scene, broker: PrivateBroker
     with Rabbit(broker.url) as operator:
         {"queue": operator.delete_queue, "exchange": operator.delete_exchange}[what](names.dead)
     poor = scene.producer.publish_body(b"?" + what.encode(), message_id=f"poor-{what}")
-    scene.wait_said(*{"queue": ("publish.refused", names.dead), "exchange": ("broker.bounce", names.dead)}[what])
+    scene.wait_said(*{"queue": ("publish.refused", names.dead), "exchange": ("broker.reconnect", names.dead)}[what])
     scene.wait_unready("publisher", names.dead)
     books = scene.settle()
     assert poor.id in books.dead
@@ -227,7 +227,7 @@ def test_confirms_that_never_come(broker: PrivateBroker, tmp_path: Path, impatie
             operator.bind(silent, scene.names.outcomes, "#")
             server = f"'%2F_{silent}'"
             broker.ctl("eval", f"sys:suspend({server}).")
-            scene.wait_said("broker.bounce", "no confirm for 2 s")
+            scene.wait_said("broker.reconnect", "no confirm for 2 s")
             scene.wait_unready("publisher", "no confirm")
             scene.wait_metric(lambda metrics: metrics("in_flight") == 0)
             assert scene.worker.metrics()("publishes_unconfirmed") <= 2 * CONCURRENCY * 2
@@ -262,7 +262,7 @@ def test_confirms_that_an_alarm_holds_up(broker: PrivateBroker, tmp_path: Path) 
         scene.wait_said("broker.unblocked", "")
         broker.ctl("eval", f"sys:resume({server}).")
         scene.wait_metric(lambda metrics: metrics("publishes_unconfirmed") == 0)
-        assert not scene.lines("broker.bounce")
+        assert not scene.lines("broker.reconnect")
         operator.delete_queue(silent)
         scene.settle(no_duplicates=True)
 
@@ -281,7 +281,7 @@ def test_a_silent_publish_path(broker: PrivateBroker, tmp_path: Path, impatient:
     ) as scene:
         scene.wait_metric(lambda metrics: metrics("in_flight") >= 2)
         scene.network.stall_towards_client()
-        scene.wait_said("broker.bounce", "no confirm for 2 s")
+        scene.wait_said("broker.reconnect", "no confirm for 2 s")
         scene.wait_said("broker.waiting", "no confirm for 2 s")
         scene.wait_unready("publisher")
         scene.network.resume()
@@ -326,7 +326,7 @@ def test_a_consumer_timeout(scene: Scene, broker: PrivateBroker) -> None:
         slow = scene.producer.publish("slow-1")
         # In a closed channel up to 4.2, in a cancel since: told in the same words.
         scene.wait_said("consumer.timeout", "")
-    scene.wait_said("broker.bounce", "consumer timeout of")
+    scene.wait_said("broker.reconnect", "consumer timeout of")
     scene.wait_unready("consumer", "consumer timeout of")
     scene.wait_ready()
     scene.wait_said("delivery.joined", slow.id)

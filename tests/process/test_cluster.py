@@ -119,7 +119,7 @@ def test_a_lost_quorum(cluster: PrivateCluster, tmp_path: Path) -> None:
         scene.wait_metric(lambda metrics: metrics("in_flight") >= 2)
         for node in cluster.nodes[1:]:
             node.kill()
-        scene.wait_said("broker.bounce", "no confirm for 5 s")
+        scene.wait_said("broker.reconnect", "no confirm for 5 s")
         scene.wait_unready("publisher", "no confirm for 5 s")
         scene.wait_metric(lambda metrics: metrics("in_flight") == 0)
         calls = scene.calls()
@@ -127,7 +127,8 @@ def test_a_lost_quorum(cluster: PrivateCluster, tmp_path: Path) -> None:
             node.launch()
         for node in cluster.nodes[1:]:
             node.wait_ready()
-        print(f"quorum lost: {scene.calls() - calls} calls meanwhile, {len(scene.lines('broker.bounce'))} bounces")
+        lost = len(scene.lines("broker.reconnect"))
+        print(f"quorum lost: {scene.calls() - calls} calls meanwhile, {lost} connections given up")
         for load in scene.loads.values():
             load.hang_up()
         scene.more_calls(timeout=90)

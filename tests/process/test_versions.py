@@ -187,5 +187,5 @@ def test_a_retry_queue_that_vanishes(broker: PrivateBroker, prefix: str, tmp_pat
         assert queue in line["reason"]
         wait_until(lambda: producer.rabbit.has_queue(queue), 30, "it is there again")
         worker.wait_ready()
-        assert not worker.events("broker.bounce"), "nobody had to connect again"
+        assert not worker.events("broker.reconnect"), "nobody had to connect again"
         worker.stop()

@@ -271,9 +271,9 @@ class Bulk:
 
         def ended(_channel: Any, why: BaseException) -> None:
             if not (isinstance(why, ChannelClosed) and why.reply_code == LOCKED):
-                link.bounce(f"channel of {queue} closed: {why}")
+                link.reconnect(f"channel of {queue} closed: {why}")
             elif self._held:  # most likely by our lost connection, until the broker notices that it is lost
-                link.bounce("another connection follows the batch, or the one that was lost is still open")
+                link.reconnect("another connection follows the batch, or the one that was lost is still open")
             else:
                 raise Followed(_followed(self._route.batch, ""))
 
@@ -316,12 +316,12 @@ class Bulk:
             self._channel = channel
             channel.add_on_close_callback(self._guard(lambda _, why: self._channel_lost(link, channel, str(why))))
             channel.add_on_cancel_callback(
-                self._guard(lambda _: link.bounce(f"the broker cancelled the consumer of {queue}"))
+                self._guard(lambda _: link.reconnect(f"the broker cancelled the consumer of {queue}"))
             )
             channel.basic_qos(prefetch_count=PREFETCH, callback=self._guard(lambda _: limited(channel)))
 
         def limited(channel: Any) -> None:
-            channel.basic_consume(queue, self._guard(self._delivered), callback=self._guard(lambda _: link.proven()))
+            channel.basic_consume(queue, self._guard(self._delivered), callback=self._guard(lambda _: link.works()))
 
         connection.channel(on_open_callback=self._guard(opened))
 
@@ -366,7 +366,7 @@ class Bulk:
 
     def _channel_lost(self, link: Link, channel: Any, reason: str) -> None:
         if channel is self._channel and link.up:
-            link.bounce(f"following channel closed: {reason}")
+            link.reconnect(f"following channel closed: {reason}")
 
     # -- both -------------------------------------------------------------------------------------------------------
 
@@ -379,7 +379,7 @@ class Bulk:
             if wrong is None:
                 then()
             else:
-                link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
+                link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
 
         Declaring(connection, topology, declare=declare, on_done=done, guard=self._guard)
 

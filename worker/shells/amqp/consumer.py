@@ -193,14 +193,14 @@ class Consumer:
             self._consume(lane)
 
     def _consume(self, lane: _Lane) -> None:
-        def proven(_: Any) -> None:
+        def began(_: Any) -> None:
             lane.consuming = lane.consumer_tag == tag
             if self._link is not None:
-                self._link.proven()
+                self._link.works()
 
-        tag = lane.consumer_tag = self._begin(lane, self._prefetch[lane.lane], lambda: None, proven)
+        tag = lane.consumer_tag = self._begin(lane, self._prefetch[lane.lane], lambda: None, began)
 
-    def _begin(self, lane: _Lane, prefetch: int, each: Callable[[], None], proven: Callable[[Any], None]) -> str:
+    def _begin(self, lane: _Lane, prefetch: int, each: Callable[[], None], began: Callable[[Any], None]) -> str:
         """A consumer with a prefetch of its own; returns its tag. ``each`` is called after each delivery."""
 
         def delivered(_: Any, method: Any, properties: Any, body: bytes) -> None:
@@ -208,7 +208,7 @@ class Consumer:
             each()
 
         lane.channel.basic_qos(prefetch_count=prefetch)
-        return str(lane.channel.basic_consume(lane.queue, self._guard(delivered), callback=self._guard(proven)))
+        return str(lane.channel.basic_consume(lane.queue, self._guard(delivered), callback=self._guard(began)))
 
     def _cancel(self, lane: _Lane) -> None:
         tag, lane.consumer_tag = lane.consumer_tag, None
@@ -292,7 +292,9 @@ class Consumer:
             action="raise the broker's consumer_timeout (30 minutes by default), or find what held the command",
         )
         if self._link is not None:
-            self._link.bounce(f"consumer timeout of {lane.queue}: the broker has taken back what it held for too long")
+            self._link.reconnect(
+                f"consumer timeout of {lane.queue}: the broker has taken back what it held for too long"
+            )
 
     def _closed(self, lane: _Lane, reason: Any) -> None:
         if self._link is None or not self._link.up:
@@ -301,8 +303,8 @@ class Consumer:
         if code == LOCKED and lane.fetching is not None:
             self._without_get.add(lane.lane)
         if lane.cancelled and code == MISSING:
-            self._link.bounce(f"the broker cancelled the consumer of {lane.queue}, which is gone: {said}")
+            self._link.reconnect(f"the broker cancelled the consumer of {lane.queue}, which is gone: {said}")
         elif "delivery acknowledgement" in said and "timed out" in said:
             self._timed_out(lane, said)
         else:
-            self._link.bounce(f"channel of {lane.queue} closed: {said}")
+            self._link.reconnect(f"channel of {lane.queue} closed: {said}")

@@ -342,7 +342,7 @@ class Engine:
             if wrong is None:
                 then()
             else:
-                link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
+                link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
 
         Declaring(connection, self._plan.topology, declare=self._plan.declare, on_done=done, guard=self._guard)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Final
 
 import structlog
 from pika.adapters.select_connection import IOLoop
 
+from worker.core.fitness import version_problem
 from worker.shells.amqp.connection import Connection
 from worker.shells.amqp.errors import reason as describe
 from worker.shells.amqp.errors import refusal
@@ -112,7 +114,7 @@ class Link:
             with self._connection.corked():
                 yield
 
-    def proven(self) -> None:
+    def works(self) -> None:
         """The connection does its work: the first consume-ok or confirm. Merely connecting proves nothing: a worker
         that is thrown out right after connecting would otherwise reconnect as fast as it can."""
         self._failures = 0
@@ -125,14 +127,14 @@ class Link:
             self._asked_at = now
         elif now - self._asked_at > ANSWER_SECONDS:
             self._asked_at = None
-            self.bounce(f"no answer from the broker for {ANSWER_SECONDS:.0f} s")
+            self.reconnect(f"no answer from the broker for {ANSWER_SECONDS:.0f} s")
 
-    def bounce(self, reason: str) -> None:
+    def reconnect(self, reason: str) -> None:
         """Drops the connection; a new one follows."""
         if not self.up:
             return  # it is being closed already
         self.trouble = reason
-        log.warning("broker.bounce", link=self.name, reason=reason)
+        log.warning("broker.reconnect", link=self.name, reason=reason)
         self._hang_up(reason)
 
     def later(self, seconds: float, callback: Callable[[], None]) -> None:
@@ -166,6 +168,7 @@ class Link:
         self.trouble = ""
         connection.add_on_connection_blocked_callback(self._guard(self._now_blocked))
         connection.add_on_connection_unblocked_callback(self._guard(self._now_unblocked))
+        _warn_of_version(connection.server_properties)
         self._on_up(connection)
 
     def _not_opened(self, _connection: Any, error: BaseException) -> None:
@@ -202,3 +205,16 @@ class Link:
         self.blocked = False
         log.info("broker.unblocked", link=self.name)
         self._on_blocked(False)
+
+
+def _warn_of_version(properties: Any) -> None:
+    version = (properties or {}).get("version", b"")
+    problem = version_problem(version.decode("utf-8", "replace") if isinstance(version, bytes) else str(version))
+    if problem is not None:
+        _warn_once(problem)
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    """Each reconnect finds the same broker."""
+    log.warning("broker.unfit", reason=problem)

@@ -12,6 +12,8 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+import structlog
+
 from worker.core.fitness import policy_problems
 from worker.core.topology import Topology
 from worker.core.urls import is_tls
@@ -24,6 +26,8 @@ PLAIN_PORT: Final = 15_672
 TLS_PORT: Final = 15_671
 SECONDS: Final = 3.0
 """For each step of a request: a port behind a firewall must not keep a start waiting."""
+
+log = structlog.get_logger()
 
 STATISTICS_SECONDS: Final = 10.0
 """The longest wait for a queue's policy: the API knows it with the queue's first statistics, each 5 s by default."""
@@ -60,6 +64,17 @@ def policies(amqp: AmqpSettings, topology: Topology) -> Policies:
         except NotVisible as reason:
             why = f"{place.host}:{place.port}: {reason}"
     raise NotVisible(f"policies cannot be seen ({why}); give AMQP_MANAGEMENT_URL, with a user tagged management")
+
+
+def warn(amqp: AmqpSettings, topology: Topology) -> None:
+    """Logs what the policies in force remove that should stay; may take some seconds, and raises nothing."""
+    try:
+        wrong = problems(policies(amqp, topology), topology)
+    except NotVisible as reason:
+        log.info("broker.policies_unseen", reason=str(reason))
+        return
+    for problem in wrong:
+        log.error("broker.policy", reason=problem)
 
 
 def problems(found: Policies, topology: Topology) -> list[str]:

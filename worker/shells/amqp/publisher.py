@@ -210,7 +210,7 @@ class Publisher(Generic[S]):
             self._blocked_at = now  # what it owes from before may take its time once it reads again
         elif now - max(oldest.published_at, self._blocked_at) > CONFIRM_SECONDS:
             self.trouble = f"no confirm for {CONFIRM_SECONDS:.0f} s"
-            self._link.bounce(self.trouble)
+            self._link.reconnect(self.trouble)
 
     def _send(self, publication: Publication[S]) -> None:
         message = publication.message
@@ -248,7 +248,7 @@ class Publisher(Generic[S]):
             if not self._refused:
                 self.trouble = ""
             if self._link is not None:
-                self._link.proven()
+                self._link.works()
         now = time.monotonic()
         for publication in confirmed:
             self._watch.confirmed(now - publication.published_at)
@@ -260,7 +260,7 @@ class Publisher(Generic[S]):
             self._reopen()
         elif again and self._link is not None:
             # Unroutable: a queue or binding is gone. A new connection declares it again, or says what is missing.
-            self._link.bounce(self.trouble)
+            self._link.reconnect(self.trouble)
         self.flush()  # the next suspect
         self._watch.unconfirmed(len(self))
 
@@ -363,7 +363,7 @@ class Publisher(Generic[S]):
         if isinstance(reason, ChannelClosedByBroker) and reason.reply_code != MISSING:
             self._open_again(0)
         else:  # a new connection declares what is missing, or says so
-            self._link.bounce(f"publishing channel closed: {getattr(reason, 'reply_text', reason)}")
+            self._link.reconnect(f"publishing channel closed: {getattr(reason, 'reply_text', reason)}")
 
 
 def _refusal(reason: object) -> str | None:

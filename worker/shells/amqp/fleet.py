@@ -232,7 +232,7 @@ class FleetLink:
             elif wrong is None:
                 pass  # it is being closed
             else:
-                self._link.bounce(f"topology: {wrong} (see `qris-expire topology`)")
+                self._link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
 
         Declaring(
             connection,
@@ -262,7 +262,7 @@ class FleetLink:
             if not channel.is_open:
                 return
             self._channel, self._joined = channel, True
-            self._link.proven()
+            self._link.works()
             self._fleet.joined()
 
         channel.queue_declare(
@@ -280,7 +280,7 @@ class FleetLink:
 
     def _closed(self, channel: Any, reason: Any) -> None:
         if channel is self._channel or self._channel is None:
-            self._link.bounce(f"the fleet's channel was closed: {getattr(reason, 'reply_text', reason)}")
+            self._link.reconnect(f"the fleet's channel was closed: {getattr(reason, 'reply_text', reason)}")
 
     def _came(self, _channel: Any, _method: Any, properties: Any, body: bytes) -> None:
         letter = decode(body)

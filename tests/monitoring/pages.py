@@ -92,7 +92,8 @@ def paused_by_an_operator(situation: Situation) -> None:
     situation.catalogue.paused("operator", True)
     situation.catalogue.waiting("cancellation", 412)
     situation.catalogue.waiting("sweep", 9800)
-    what = "paused by budi until 23:10 (+07:00): maintenance of the gateway"
+    since = "since 2026-11-22T05:10:00+07:00 (maintenance of the gateway), for 2400 s more"
+    what = f"ok, cancellation paused by budi@ops-1 {since}; sweep paused by budi@ops-1 {since}"
     situation.health = Health(True, {**FINE, "operator": what})
 
 

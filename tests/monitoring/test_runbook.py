@@ -61,4 +61,4 @@ def test_what_it_names_exists() -> None:
     for event in re.findall(r'"event":"([\w.]+)"', TEXT):
         assert f'"{event}"' in SOURCES
     reasons = {str(reason) for own in REASONS.values() for reason in own}
-    assert set(re.findall(r"--reason (\w+)", TEXT)) <= reasons
+    assert set(re.findall(r"dead redrive[^\n]*--reason (\w+)", TEXT)) <= reasons

@@ -303,8 +303,19 @@ def test_paused_by_an_operator(worker: Worker) -> None:
     assert found.text.startswith("An operator has paused the fleet. Commands wait in their queues")
     assert "qris-expire fleet resume" in found.action
     assert [other.key for other in found.others] == []
-    worker.is_wrong("operator", "paused by budi until 23:10: maintenance of the gateway")
-    assert "paused by budi until 23:10: maintenance of the gateway" in worker.look().text
+    worker.is_wrong("operator", "ok, sweep paused by budi since 23:10 (maintenance)")
+    assert "paused the fleet (sweep paused by budi since 23:10 (maintenance))." in worker.look().text
+
+
+def test_a_process_that_is_not_in_its_fleet(worker: Worker) -> None:
+    """Without its fleet a process may make no call under a limit: the page says so, with what is known."""
+
+    worker.is_wrong("fleet", "no permits without it: connection refused")
+    found = worker.look()
+    assert (found.level, found.key) == (Level.TROUBLE, "fleet")
+    assert "Not in the fleet: no permits without it: connection refused." in found.text
+    worker.metrics.started(NOW - 2)
+    assert worker.look().text == "Starting: joining the fleet."
 
 
 def test_a_lane_paused_by_an_operator(worker: Worker) -> None:

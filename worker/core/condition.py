@@ -356,11 +356,25 @@ def _throttled_often(situation: Situation) -> Concern | None:
     )
 
 
+def _fleet_lost(situation: Situation) -> Concern | None:
+    what, some = situation.wrong("fleet")
+    if situation.wrong("consumer")[0] or not what:
+        return None
+    if situation.age < STARTING_SECONDS:
+        return Concern(Level.WAITING, "starting", f"Starting: joining the fleet{some}.", "Wait some seconds.")
+    return Concern(
+        Level.CAUTION if some else Level.TROUBLE,
+        "fleet",
+        f"Not in the fleet: {what}{some}. Commands stay in their queues; nothing is lost.",
+        "Processes of a fleet speak through the broker: look at the log, and at qris-expire check.",
+    )
+
+
 def _operator(situation: Situation) -> Concern | None:
     if not situation.now.value("consumption_paused", reason="operator"):
         return None
-    what, _ = situation.wrong("operator")
-    who = f": {what}" if what else ""
+    told = [process.components.get("operator", "ok").removeprefix("ok, ") for process in situation.processes]
+    who = next((f" ({what})" for what in told if what != "ok"), "")
     action = "qris-expire fleet tells who, when and why; qris-expire fleet resume goes on."
     if situation.gained("outcomes_total"):
         return Concern(Level.CAUTION, "operator", f"An operator has paused a part of the fleet{who}.", action)
@@ -581,6 +595,7 @@ RULES: Final[Sequence[Callable[[Situation], Concern | None]]] = (
     _mute,
     _starting,
     _sick,
+    _fleet_lost,
     _operator,
     _outage,
     _throttled,

@@ -368,9 +368,9 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     """
     encoding = "utf-8" if body.startswith(b'{"') else json.detect_encoding(body)
     # An answer with two codes says two things. Looked for by hand, since such a hook costs more than the rest.
-    hook = _once_each if body.count(b"responseCode") > 1 else None
+    decode = _decode_once_each if body.count(b"responseCode") > 1 else _decode
     try:
-        value = json.loads(body.decode(encoding, "replace"), strict=False, object_pairs_hook=hook)
+        value = decode(body.decode(encoding, "replace"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -381,6 +381,11 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) < len(pairs):
         raise ValueError("a name twice in one object")
     return members
+
+
+# Made once: json.loads with options makes a decoder for every call.
+_decode: Final = json.JSONDecoder(strict=False).decode
+_decode_once_each: Final = json.JSONDecoder(strict=False, object_pairs_hook=_once_each).decode
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ import pika
 import structlog
 
 from worker.core.settlement import Acks, Tag
+from worker.shells.amqp.connection import still_deliver
 from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.link import Guard, Link
 
@@ -219,9 +220,7 @@ class Consumer:
     def _end(self, lane: _Lane, tag: str) -> None:
         if lane.channel.is_open:
             lane.channel.basic_cancel(tag, callback=self._guard(lambda _: None))
-            # pika 1.4 would reject what comes before the broker's answer: each a redelivery that counts up to the
-            # delivery limit, and a gap that acks cannot be joined over. Its mark is private; a test guards this.
-            lane.channel._cancelled.discard(tag)
+            still_deliver(lane.channel, tag)
 
     def _consume_single(self, lane: _Lane, fetch: _Fetch) -> None:
         """Like `_get`, by a consumer whose prefetch is what is wanted, ended when that came or after a while."""

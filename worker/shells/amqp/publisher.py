@@ -12,9 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-import pika
 import structlog
 from pika.adapters.select_connection import IOLoop
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionClosedByBroker
@@ -158,9 +158,10 @@ class Publisher(Generic[S]):
                 return
             channel.add_on_close_callback(self._guard(self._closed))
             channel.add_on_return_callback(self._guard(self._returned))
-            channel.confirm_delivery(
-                self._guard(lambda frame: self._settled(channel, frame)),
-                callback=self._guard(lambda _: selected(channel)),
+            connection.confirm(
+                channel,
+                self._guard(partial(self._settled, channel)),
+                self._guard(lambda _: selected(channel)),
             )
 
         def selected(channel: Any) -> None:
@@ -216,13 +217,7 @@ class Publisher(Generic[S]):
         message = publication.message
         publication.published_at = time.monotonic()
         try:
-            self._channel.basic_publish(
-                message.exchange,
-                message.routing_key,
-                message.body,
-                pika.BasicProperties(**message.properties),
-                mandatory=True,
-            )
+            self._connection.publish(self._channel, message)
         except UNWRITABLE as error:  # before a byte of it was sent
             self._alone = None
             publication.refusals += 1
@@ -230,13 +225,10 @@ class Publisher(Generic[S]):
             return
         self._confirms.published(publication)
 
-    def _settled(self, channel: Any, frame: Any) -> None:
+    def _settled(self, channel: Any, number: int, multiple: bool, ack: bool) -> None:
         if channel is not self._channel:
             return  # a channel given up: its numbers mean nothing on the new one
-        method = frame.method
-        confirmed, again = self._confirms.settle(
-            method.delivery_tag, multiple=method.multiple, ack=isinstance(method, pika.spec.Basic.Ack)
-        )
+        confirmed, again = self._confirms.settle(number, multiple=multiple, ack=ack)
         if not self._confirms:
             self._alone = None
         if confirmed:
@@ -256,7 +248,7 @@ class Publisher(Generic[S]):
         self._after_confirms()
         for publication in again:
             self._later(publication)
-        if again and not isinstance(method, pika.spec.Basic.Ack):
+        if again and not ack:
             self._reopen()
         elif again and self._link is not None:
             # Unroutable: a queue or binding is gone. A new connection declares it again, or says what is missing.

@@ -34,14 +34,14 @@ def hook(frame, event, argument):
         name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
         calls.append((os.path.relpath(frame.f_code.co_filename, here), name))
 
-deliver, ack = pika.channel.Channel._on_deliver, pika.channel.Channel.basic_ack
+decode, ack = pika.BasicProperties.decode, pika.channel.Channel.basic_ack
 
-def delivered(self, *arguments):
+def decoded(self, *arguments, **options):
     seen[0] += 1
     if seen[0] == int(os.environ["TRACE_AT"]):
         greenlet.settrace(lambda event, pair: sys.setprofile(hook))
         sys.setprofile(hook)
-    deliver(self, *arguments)
+    return decode(self, *arguments, **options)
 
 def acked(self, *arguments, **options):
     if calls:
@@ -53,7 +53,7 @@ def acked(self, *arguments, **options):
         calls.clear()
     ack(self, *arguments, **options)
 
-pika.channel.Channel._on_deliver = delivered
+pika.BasicProperties.decode = decoded  # once for each delivery
 pika.channel.Channel.basic_ack = acked
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import uuid
@@ -24,7 +25,7 @@ RFC3339: Final = (
 
 _IDENTIFIER = re.compile(IDENTIFIER + r"\Z")
 _RFC3339 = re.compile(RFC3339 + r"\Z")
-_COMMAND_NAMESPACE = uuid.UUID("5a1a31a2-2f4e-5f0f-9a53-8d6f2a0c0c93")
+_COMMAND_NAMESPACE = uuid.UUID("5a1a31a2-2f4e-5f0f-9a53-8d6f2a0c0c93").bytes
 
 InvalidReason = Literal["malformed_json", "invalid_command", "too_large"]
 
@@ -96,7 +97,15 @@ def parse(body: bytes, default_merchant: str | None = None) -> Command | Invalid
 
 def command_id(message_id: str | None, body: bytes) -> str:
     """The command's identity: its ``message_id``, else a UUID derived from the body."""
-    return message_id or str(uuid.uuid5(_COMMAND_NAMESPACE, body.hex()))
+    return message_id or name_uuid(_COMMAND_NAMESPACE, body.hex().encode())
+
+
+def name_uuid(namespace: bytes, name: bytes) -> str:
+    """The UUID of version 5 (RFC 9562) of this name, in the namespace with these 16 bytes. `uuid.uuid5` makes the same,
+    in four times the time."""
+    found = hashlib.sha1(namespace + name, usedforsecurity=False).hexdigest()
+    variant = "89ab"[int(found[16], 16) & 3]
+    return f"{found[:8]}-{found[8:12]}-5{found[13:16]}-{variant}{found[17:20]}-{found[20:32]}"
 
 
 def is_identifier(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from worker.core import jakarta
+from worker.core.command import name_uuid
 
 OUTCOME_TYPE: Final = "qris.expire.outcome.v1"
 _encode = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build one for every outcome
@@ -106,12 +106,9 @@ class Outcome(NamedTuple):
 def outcome_id(command_id: str, lane: str, body: bytes, status: Status) -> str:
     """The same UUID (version 5 of RFC 9562) for every redelivery of the same command with the same status, in any
     process: consumers dedupe by it. The body is part of the command: one id under two bills is two commands."""
-    # `uuid.uuid5` gives the same for a name of bytes (from Python 3.12 on) and takes four times as long. The length
-    # keeps an id that contains newlines apart from a body that begins with them.
+    # The length keeps an id that contains newlines apart from a body that begins with them.
     name = f"{status}\n{lane}\n{len(command_id)}\n{command_id}\n".encode("utf-8", "surrogatepass")
-    found = hashlib.sha1(_OUTCOME_NAMESPACE + name + body, usedforsecurity=False).hexdigest()
-    variant = "89ab"[int(found[16], 16) & 3]
-    return f"{found[:8]}-{found[8:12]}-5{found[13:16]}-{variant}{found[17:20]}-{found[20:32]}"
+    return name_uuid(_OUTCOME_NAMESPACE, name + body)
 
 
 def encode(outcome: Outcome) -> bytes:

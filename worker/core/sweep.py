@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from worker.core import jakarta
+from worker.core.command import name_uuid
 from worker.core.delivery import BATCH_ID, COPY_ID, EFFECT_UNKNOWN, Message, Progress
 from worker.core.lanes import SWEEP
 from worker.core.outcome import Reason, Status
@@ -21,7 +22,7 @@ BATCH_SIZE: Final = "batch-size"
 UNUSED_SECONDS: Final = 3 * 86_400
 """A batch's inbox takes the outcomes of all sweeps while it exists; one that nobody follows for so long goes away."""
 
-_COMMAND_NAMESPACE = uuid.UUID("b7a0c5b2-6a52-5c0e-9d0f-3f1c1b0f9316")
+_COMMAND_NAMESPACE = uuid.UUID("b7a0c5b2-6a52-5c0e-9d0f-3f1c1b0f9316").bytes
 _BATCH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 
@@ -40,7 +41,7 @@ def batch_id(digest: str, epoch: float) -> str:
 
 def command_id(batch: str, bill: str, merchant: str) -> str:
     """The same UUID whenever this batch publishes this bill (of this merchant; empty: the worker's own)."""
-    return str(uuid.uuid5(_COMMAND_NAMESPACE, f"{batch}\n{bill}\n{merchant}"))
+    return name_uuid(_COMMAND_NAMESPACE, f"{batch}\n{bill}\n{merchant}".encode())
 
 
 def inbox(names: Names, batch: str, queue_type: QueueType) -> Topology:

@@ -517,6 +517,11 @@ class _Headers(CaseInsensitiveDict[str]):
         """See the parent."""
         return iter(self._store.items())
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """See the parent, which raises and catches a KeyError for each header that an answer does not have."""
+        found = self._store.get(name.lower())
+        return default if found is None else found[1]
+
     def copy(self) -> CaseInsensitiveDict[str]:
         """See the parent, whose constructor is another."""
         return CaseInsensitiveDict(self.items())

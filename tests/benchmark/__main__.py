@@ -1,4 +1,4 @@
-"""Measure this worker, and beside it two others that do exactly the same job with the same guarantees.
+"""Measure this worker, and beside it others that do exactly the same job with the same guarantees.
 
 Each consumes persistent commands from a quorum queue, signs them, sends them over kept connections to a gateway that
 checks the signature, publishes a persistent, mandatory outcome, waits for its confirm, and acks only then. Without a
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from tests.benchmark import machine, packages, scenarios
-from tests.benchmark.contenders import CONTENDERS, BenchmarkError, Contender
+from tests.benchmark.contenders import CONTENDERS, BenchmarkError, Contender, here
 from tests.benchmark.scenarios import Plan
 from tests.benchmark.tables import Table
 from tests.brokers import PrivateBroker
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tests.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--contenders", type=_contenders, default=list(CONTENDERS.values()), help=f"some of {','.join(CONTENDERS)}")
+    add("--contenders", type=_contenders, help=f"some of {','.join(CONTENDERS)}; without: all that can run here")
     add("--rounds", type=int, default=3, help="how often each is measured, interleaved (3)")
     add("--commands", type=int, help="commands of each run, instead of about six seconds' worth")
     add("--scale", type=float, default=1.0, help="multiplies the number of commands of every scenario (1.0)")
@@ -72,10 +72,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(asked: argparse.Namespace, url: str, directory: Path) -> Plan:
+    contenders, missing = (asked.contenders, []) if asked.contenders else here(CONTENDERS.values())
     return Plan(
         url=url,
         directory=directory,
-        contenders=asked.contenders,
+        contenders=contenders,
+        missing=missing,
         rounds=asked.rounds,
         scale=asked.scale,
         commands=asked.commands,

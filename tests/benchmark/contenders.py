@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,29 +30,45 @@ class Contender:
 
     name: str
     title: str
-    module: str
-    arguments: tuple[str, ...]
+    argv: Callable[[], list[str]]
+    """Its command line, which may install or build it first. Raises `PackagesMissing` where it cannot run."""
     concurrency: int
     pace: int
 
     @property
     def ours(self) -> bool:
         """Whether it is this project."""
-        return self.module == "worker"
-
-    def argv(self) -> list[str]:
-        """Its command line; the peers' own packages may be in another virtual environment."""
-        return [sys.executable if self.ours else str(packages.python()), "-m", self.module, *self.arguments]
+        return self.name == "worker"
 
 
-WORKER: Final = Contender("worker", "this worker", "worker", ("run",), 32, 2600)
+def _peer(module: str) -> Callable[[], list[str]]:
+    """The peers' own packages may be in another virtual environment."""
+    return lambda: [str(packages.python()), "-m", f"tests.benchmark.peers.{module}"]
+
+
+WORKER: Final = Contender("worker", "this worker", lambda: [sys.executable, "-m", "worker", "run"], 32, 2600)
 TUTORIAL: Final = Contender(
-    "tutorial", "tutorial worker: pika blocking, requests, prefetch 1", "tests.benchmark.peers.tutorial", (), 1, 120
+    "tutorial", "tutorial worker: pika blocking, requests, prefetch 1", _peer("tutorial"), 1, 120
 )
 ASYNCHRONOUS: Final = Contender(
-    "asynchronous", "aiormq, aiohttp, uvloop, tuned by hand", "tests.benchmark.peers.asynchronous", (), 64, 1500
+    "asynchronous", "aiormq, aiohttp, uvloop, tuned by hand", _peer("asynchronous"), 64, 1500
 )
-CONTENDERS: Final = {one.name: one for one in (WORKER, TUTORIAL, ASYNCHRONOUS)}
+NODE: Final = Contender("node", "Node.js: amqplib, undici, tuned by hand", packages.node, 64, 4000)
+GO: Final = Contender("go", "Go: amqp091-go, fasthttp, tuned by hand", packages.golang, 64, 6000)
+CONTENDERS: Final = {one.name: one for one in (WORKER, TUTORIAL, ASYNCHRONOUS, NODE, GO)}
+
+
+def here(contenders: Iterable[Contender]) -> tuple[list[Contender], list[str]]:
+    """Those that can run on this machine, and for each of the others a line that says why it cannot."""
+    able, missing = [], []
+    for one in contenders:
+        try:
+            one.argv()
+        except packages.PackagesMissing as why:
+            missing.append(f"Not here: “{one.title}”: {why}.")
+        else:
+            able.append(one)
+    return able, missing
 
 
 class Process:

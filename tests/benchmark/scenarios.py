@@ -47,6 +47,8 @@ class Plan:
     url: str
     directory: Path
     contenders: Sequence[Contender]
+    missing: Sequence[str]
+    """Of each contender that cannot run here: why."""
     rounds: int
     scale: float
     commands: int | None
@@ -135,6 +137,7 @@ def comparison(plan: Plan) -> Table:
             "CPU is the worker's, user and system, for each command; spread is between its rounds.",
             f"p50 and p95 from publish to outcome, at {PER_SECOND:g} commands per second; MiB at the highest.",
             _circumstances([one for some in runs for one in some]),
+            *plan.missing,
         ),
     )
 

@@ -1,8 +1,12 @@
 """The benchmark measures; what it measures is no test's business."""
 
+from pathlib import Path
+
 import pytest
 
+from tests.benchmark import packages
 from tests.benchmark.__main__ import main
+from tests.benchmark.contenders import GO, NODE, WORKER, here
 from tests.benchmark.measure import Mark, middle
 
 
@@ -33,3 +37,16 @@ def test_a_run_too_short_to_have_a_middle_counts_whole() -> None:
     marks = [Mark(0.0, 0, 0.0), Mark(1.0, 0, 0.0), Mark(2.0, 50, 0.0)]
 
     assert middle(marks, 50) == (marks[1], marks[2])
+
+
+def test_peers_that_cannot_run_here_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With what is missing and how to install it; the others are measured."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packages.golang.cache_clear()
+    packages.node.cache_clear()
+
+    able, missing = here([WORKER, NODE, GO])
+
+    assert able == [WORKER]
+    assert [line.partition("; ")[0].rpartition(": ")[2] for line in missing] == ["there is no npm", "there is no go"]

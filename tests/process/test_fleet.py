@@ -146,12 +146,6 @@ def started_again(workers: list[WorkerProcess], _broker: PrivateBroker) -> None:
     workers[-1].start().wait_ready()
 
 
-def restarted(workers: list[WorkerProcess], broker: PrivateBroker) -> None:
-    broker.restart()
-    for worker in workers:
-        worker.wait_ready()
-
-
 def nothing(_workers: list[WorkerProcess], _broker: PrivateBroker) -> None:
     """All is well."""
 
@@ -209,6 +203,25 @@ def test_one_rate(
     assert most_in_a_second(gateway) <= LIMIT * (1 + lag.longest)
     assert rate(gateway, began, until) >= 0.6 * LIMIT
     assert slow < (8.0 if happens is frozen else 1.0) + SLACK
+
+
+def test_one_rate_over_a_restart_of_the_broker(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
+    """While the broker is away nobody calls, and afterwards the limit holds as before."""
+
+    settings = {"GATEWAY_MAX_REQUESTS_PER_SECOND": "40", "WORKER_CONCURRENCY": "8"}
+    with (
+        Simulator(Script(latency=0.05), keep_calls=10_000) as gateway,
+        fleet(fresh.url, prefix, gateway, tmp_path, 3, **settings) as workers,
+        Lag() as lag,
+    ):
+        backlog(fresh.url, prefix, 400)
+        wait_until(lambda: gateway.report().expire_calls > 100, 20, "calls")
+        fresh.restart()
+        for worker in workers:
+            worker.wait_ready()
+        wait_until(lambda: gateway.report().bills_expired == 400, 60, "all bills")
+
+    assert most_in_a_second(gateway) <= 40 * (1 + lag.longest) + 1
 
 
 def test_one_token(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:

@@ -592,6 +592,19 @@ def test_rate_limit() -> None:
     assert sum(bench.waited) == pytest.approx(0.5 / PACE, abs=0.006)
 
 
+def test_a_command_does_not_wait_for_a_permit_in_a_senders_hand() -> None:
+    """Where no permit comes for long, the sender gives its command back to the front of the lane: it does not hang."""
+
+    bench = Bench(rate=0.001)
+    bench.dispatcher.enter(SWEEP, probe=False, paced=False)
+    before = bench.clock.monotonic()
+    with pytest.raises(Held) as hold:
+        bench.dispatcher.enter(SWEEP, probe=False, paced=False)
+
+    assert not hold.value.outage
+    assert bench.clock.monotonic() - before < 60
+
+
 def test_probes_are_paced() -> None:
     """A probe is a call like any other to the partner's limit."""
 

@@ -34,12 +34,13 @@ LONGEST_WAIT: Final = 600.0
 """Seconds that a command waits in hand, for the end of a hold or for its turn under a low rate limit; then it goes back
 to the end of its lane. The broker closes the channel of a consumer that keeps a delivery for 30 minutes."""
 AGE_EVERY: Final = 5.0  # seconds between two looks at how long commands have waited
-CANDIDATES: Final = 3  # commands for probes that the fleet is told of; no breaker needs more
 SHARED_HOLD: Final = 3.0
 """The same while other processes take commands of the lane: they work, so the trouble is ours."""
-
-
+CANDIDATES: Final = 3  # commands for probes that the fleet is told of; no breaker needs more
 PATIENCE: Final = 1.0  # seconds that a sender waits for a permit before it looks again
+IN_HAND: Final = 20.0
+"""Seconds that a sender waits for a permit with a command in its hand; then the command goes back to the front of its
+lane. A fleet may share a low limit, or be out of reach, for as long as it likes: no sender hangs for that."""
 
 
 class Event(Protocol):
@@ -295,6 +296,8 @@ class Dispatcher:
         started = self._clock.monotonic()
         while self._fleet.limited and not self._pace(lane):
             self._check(lane, probe)
+            if self._clock.monotonic() - started > IN_HAND:
+                raise Held(outage=False)
         self._check(lane, probe)
         waited = self._clock.monotonic() - started
         self.on_wait(waited)

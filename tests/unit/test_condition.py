@@ -304,7 +304,7 @@ def test_paused_by_an_operator(worker: Worker) -> None:
     assert "qris-expire fleet resume" in found.action
     assert [other.key for other in found.others] == []
     worker.is_wrong("operator", "ok, sweep paused by budi since 23:10 (maintenance)")
-    assert "paused the fleet (sweep paused by budi since 23:10 (maintenance))." in worker.look().text
+    assert worker.look().action.endswith("Sweep paused by budi since 23:10 (maintenance).")
 
 
 def test_a_process_that_is_not_in_its_fleet(worker: Worker) -> None:

@@ -374,14 +374,14 @@ def _operator(situation: Situation) -> Concern | None:
     if not situation.now.value("consumption_paused", reason="operator"):
         return None
     told = [process.components.get("operator", "ok").removeprefix("ok, ") for process in situation.processes]
-    who = next((f" ({what})" for what in told if what != "ok"), "")
-    action = "qris-expire fleet tells who, when and why; qris-expire fleet resume goes on."
+    who = next((f" {what[0].upper()}{what[1:]}." for what in told if what != "ok"), "")
+    action = f"To go on: qris-expire fleet resume.{who}"
     if situation.gained("outcomes_total"):
-        return Concern(Level.CAUTION, "operator", f"An operator has paused a part of the fleet{who}.", action)
+        return Concern(Level.CAUTION, "operator", "An operator has paused a part of the fleet.", action)
     return Concern(
         Level.WAITING,
         "operator",
-        f"An operator has paused the fleet{who}. Commands wait in their queues; nothing is lost.",
+        "An operator has paused the fleet. Commands wait in their queues; nothing is lost.",
         action,
     )
 

@@ -36,7 +36,7 @@ from tests.servers import (
 from worker.core.answer import MAX_BODY_BYTES
 from worker.shells import transport
 from worker.shells.fibers import Fibers
-from worker.shells.transport import BoundedAdapter, Lost, NotSent, Proxy
+from worker.shells.transport import BoundedAdapter, Lost, NotSent, Proxy, _Headers
 
 BODY = b'{"billnumber":"10092081"}'
 TOTAL = 0.5  # seconds for an answer, in tests where it does not come
@@ -1196,3 +1196,13 @@ def test_the_timeout_bounds_a_trickle_through_a_tunnel(make: Make, authority: Au
         took = time.monotonic() - started
 
     assert took < TOTAL + 2 * SLACK
+
+
+def test_a_header_is_read_whole_whatever_its_case() -> None:
+    """A header's value is found under any case of its name; one that is not there has the default."""
+    headers = _Headers({"retry-after": "5", "date": "Fri, 27 Nov 2026 07:58:55 GMT"})
+
+    assert headers.get("Retry-After") == "5"
+    assert headers.get("date") == "Fri, 27 Nov 2026 07:58:55 GMT"
+    assert headers.get("www-authenticate") is None
+    assert headers.get("www-authenticate", "none") == "none"

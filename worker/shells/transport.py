@@ -519,8 +519,7 @@ class _Headers(CaseInsensitiveDict[str]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """See the parent, which raises and catches a KeyError for each header that an answer does not have."""
-        found = self._store.get(name.lower())
-        return default if found is None else found[1]
+        return self._store.get(name.lower(), default)
 
     def copy(self) -> CaseInsensitiveDict[str]:
         """See the parent, whose constructor is another."""

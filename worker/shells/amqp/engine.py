@@ -439,7 +439,7 @@ class Engine:
 
     def _settle(self, task: Task, disposition: Disposition) -> None:
         """Carries out what the desk says."""
-        if isinstance(disposition, GiveBack) and not self._publisher.ready:
+        if isinstance(disposition, GiveBack) and (self._dispatcher.settling or not self._publisher.ready):
             self._give_back(task)
             return
         if task.entry is not None and task.entry.orphaned:
@@ -455,8 +455,10 @@ class Engine:
     def _give_back(self, task: Task) -> None:
         """To the end of its lane, as a copy that carries what is known of its calls: no delivery is counted against it,
         and no call is suspected that was never made. Without a way to publish it stays here; in a drain, it goes back
-        to its place in the queue."""
-        if self._publisher.ready:
+        to its place in the queue. While we still consume in a drain, it waits: its copy would come to us."""
+        if self._dispatcher.settling:
+            self._dispatcher.offer(task)
+        elif self._publisher.ready:
             self._settle(task, GiveBack())
         elif self._dispatcher.draining:
             for tag in self._desk.abandon(task):

@@ -23,7 +23,7 @@ ON_EACH_BROKER = {
     "integration": {"broker", "dead", "hostile_input", "limits", "publisher", "sweep", "worker"},
     "process": {"broker_faults", "run"},
 }
-"""Files of tests that depend on what the broker does: `.ci/test --broker 4.3 -m each_broker` runs them on RabbitMQ 4.3."""
+"""Files of tests that depend on what the broker does: `.ci/test --broker 4.3 -m each_broker` runs them on another."""
 
 # A deadline or a slow draw measures the machine, and ours is shared.
 _UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

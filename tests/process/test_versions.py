@@ -125,7 +125,7 @@ def test_a_single_active_consumer(broker: PrivateBroker, prefix: str, tmp_path: 
         "BREAKER_FAILURES": "3",
         "BREAKER_COOLDOWN_SECONDS": "0.5",
         "BREAKER_MAX_COOLDOWN_SECONDS": "1",
-        **altered(tmp_path, "import worker.app.dispatch as d; d.PAUSE_AFTER = 0.0; d.LONGEST_HOLD = 1.0"),
+        **altered(tmp_path, "import worker.app.dispatch as d; d.PAUSE_AFTER = 0.0; d.LONGEST_WAIT = 1.0"),
     }
     broken = Script(patterns=(Pattern("", (Fault(code="5009300", repeat=True),)),))
     with (

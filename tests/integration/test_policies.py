@@ -65,7 +65,7 @@ def test_policies_that_remove_messages(managed: PrivateBroker) -> None:
     assert f"the policy in force on {prefix}.dead: message-ttl=60000" in ttl
 
     # One policy is in force at a time: a harmless one of a higher priority takes the queues out of the other.
-    own = ("set_policy", "own", f"^{re.escape(prefix)}", '{"queue-leader-locator": "balanced"}')
+    own = ("set_policy", "own", f"^{re.escape(prefix)}", '{"overflow": "reject-publish"}')
     managed.ctl(*own, "--apply-to", "queues", "--priority", "100")
     wait_until(lambda: not any("expires" in problem for problem in told()), 90, "the statistics have it")
 

@@ -1,6 +1,7 @@
 """Brokers for the tests, prefixes that clean up after themselves, and what runs only on request."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -45,6 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Processes that tests start inherit it: under nohup they would ignore the signal that some tests send.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for marker, why in ON_REQUEST.items():
         config.addinivalue_line("markers", f"{marker}: {why}")
     config.addinivalue_line("markers", "each_broker: depends on what the broker does")

@@ -459,14 +459,53 @@ def test_workbook_goes_in_and_comes_out(desk: Desk, declared: Rabbit) -> None:
     assert "0010092081" in piped.stdout, piped.stderr
 
 
-def test_header_alone_is_a_day_without_bills(desk: Desk) -> None:
-    """Nothing to do is no error."""
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        ("", (), "is empty: not even a header"),
+        ("\n\n", (), "is empty: not even a header"),
+        ("", ("--allow-empty",), "is empty: not even a header"),
+        ("billnumber\n", (), "has a header and no bills; nothing was sent"),
+        ("billnumber\n\n,\n", (), "has a header and no bills; nothing was sent"),
+        ("billnumber\n1 1\n2 2\n", ("--skip-invalid",), "2 rows, and none can be used; nothing was sent"),
+        ("billnumber\n1 1\n", ("--skip-invalid", "--allow-empty"), "1 row, and none can be used; nothing was sent"),
+    ],
+)
+@pytest.mark.parametrize("how", ["--wait", "--dry-run"])
+def test_input_without_bills_is_bad_input(
+    desk: Desk, at_once: Call, content: str, options: tuple[str, ...], said: str, how: str
+) -> None:
+    """It looks like an export that failed: exit code 2, and a line that says what is missing."""
 
-    (desk.directory / "bills.csv").write_text("billnumber\n")
+    (desk.directory / "bills.csv").write_text(content)
 
-    done = desk("sweep", "bills.csv", "--wait", AMQP_URL=NOBODY)
+    code, errors = at_once("bills.csv", how, *options)
 
-    assert (done.returncode, done.stdout) == (0, "bills.csv: no bills, nothing to publish\n")
+    assert code == 2
+    assert errors[-1].startswith("qris-expire: bills.csv: ")
+    assert said in errors[-1]
+
+
+@pytest.mark.usefixtures("declared")
+def test_day_without_bills_may_be_no_error(desk: Desk) -> None:
+    """With --allow-empty: exit code 0, the table's total is 0, and a report takes the place of yesterday's."""
+
+    (desk.directory / "bills.csv").write_text("billnumber,merchantId,name\n")
+    (desk.directory / "out.csv").write_text("yesterday\n")
+
+    done = desk("sweep", "bills.csv", "--wait", "--allow-empty", "--batch-id", "b", "--report", "out.csv", "--force")
+    again = desk("sweep", "bills.csv", "--allow-empty", "--batch-id", "b")
+    rehearsed = desk("sweep", "bills.csv", "--allow-empty", "--dry-run")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("nothing was sent: the input has no bills\n")
+    assert rows_of(done.stdout) == {"total rows of the input": 0}
+    assert (desk.directory / "out.csv").read_text().startswith("billnumber,merchantId,name,line,")
+    assert (again.returncode, again.stdout) == (0, "nothing was sent: the input has no bills (0 rows)\n")
+    assert (rehearsed.returncode, rehearsed.stdout.splitlines()[0]) == (
+        0,
+        "bills.csv: 0 rows: 0 bills, 0 duplicates, 0 invalid",
+    )
 
 
 def test_broker_that_is_away_costs_nothing(desk: Desk) -> None:
@@ -1054,6 +1093,45 @@ def test_status_shows_skipped_rows(desk: Desk) -> None:
     assert "3 rows, 2 skipped, 1 unsent, 0 expired" in listed
 
 
+@pytest.mark.usefixtures("rabbit")
+def test_status_says_which_unresolved_bills_have_no_dead_letter(desk: Desk, rabbit: Rabbit) -> None:
+    """A purged dead letter is not counted, whoever purged it; its bill is named, for it is still unresolved."""
+
+    script = Script.parse({"bills": {bill: [BROKEN] for bill in ("00000002", "00000003")}})
+    with Simulator(script) as gateway, worker(desk, gateway):
+        assert desk("sweep", desk.file(3), "--batch-id", "b", "--wait").returncode == 1
+    both = desk("status", "b")
+    assert desk("dead", "purge", "--bill", "00000003", "--yes").returncode == 0
+    one = desk("status", "b")
+    rabbit.purge(desk.names.dead)
+    none = desk("status", "b")
+
+    assert f"letters  2 of 2 unresolved bills have a dead letter in {desk.names.dead}\n" in both.stdout
+    assert "no dead letter" not in both.stdout
+    assert f"letters  1 of 2 unresolved bills have a dead letter in {desk.names.dead}\n" in one.stdout
+    assert "1 bill has none: it was purged, or redriven" in one.stdout
+    assert one.stdout.count("  line 4: 00000003 of M1: 5009300 General Error\n") == 2
+    assert f"letters  0 of 2 unresolved bills have a dead letter in {desk.names.dead}\n" in none.stdout
+    assert "2 bills have none: they were purged, or redriven" in none.stdout
+
+
+def test_status_without_the_dead_letters_says_why(desk: Desk, declared: Rabbit) -> None:
+    """While a redrive holds them, and where no broker answers, the rest is shown all the same."""
+
+    script = Script.parse({"bills": {"00000002": [BROKEN]}})
+    with Simulator(script) as gateway, worker(desk, gateway):
+        assert desk("sweep", desk.file(3), "--batch-id", "b", "--wait").returncode == 1
+    lock = declared.channel.queue_declare(f"{desk.names.dead}.lock", exclusive=True).method.queue
+    busy = desk("status", "b")
+    declared.delete_queue(lock)
+    away = desk("status", "b", AMQP_URL=NOBODY)
+
+    assert (busy.returncode, away.returncode) == (0, 0), busy.stderr + away.stderr
+    assert "letters  unknown: somebody holds the dead letters" in busy.stdout
+    assert "letters  " not in away.stdout
+    assert "no broker answers" in away.stdout
+
+
 def test_status_prunes(desk: Desk) -> None:
     """What can still be gone on with stays, and the rest is listed as ever."""
 
@@ -1062,7 +1140,7 @@ def test_status_prunes(desk: Desk) -> None:
     pruned = desk("status", "--prune", "1", AMQP_URL=NOBODY)
 
     assert pruned.returncode == 0
-    assert pruned.stdout.startswith("deleted 0 journals of finished batches, untouched for 1 days\n")
+    assert pruned.stdout.startswith("deleted 0 journals of finished batches, not changed for 1 day\n")
     assert "b " in pruned.stdout
 
 

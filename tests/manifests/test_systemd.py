@@ -179,9 +179,11 @@ def test_people_get_the_worker_s_settings(tmp_path: Path) -> None:
 def test_command_lines_parse(name: str) -> None:
     """The real command line takes what the unit calls."""
 
-    _, *arguments = shlex.split(unit(name)["ExecStart"][0])
+    lines = [shlex.split(line) for key in ("ExecStart", "ExecStartPre") for line in unit(name).get(key, [])]
+    ours = [arguments for program, *arguments in lines if program.endswith("/qris-expire")]
 
-    assert callable(read(arguments))
+    assert [arguments[0] for arguments in ours] == {"run": ["run"], "sweep": ["sweep", "status"]}[ours[0][0]]
+    assert all(callable(read(arguments)) for arguments in ours)
 
 
 def test_both_services_are_confined_alike() -> None:

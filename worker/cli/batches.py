@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -127,12 +128,18 @@ def print_needs(journal: Journal, tally: Tally, again: str) -> None:
             continue
         retry = f"; to send them again: {again}" if need.retry else ""
         paragraph(f"\n{need.title}: {plural(bills, 'bill')}; {need.what}{retry}")
-        for line, bill, merchant, said in journal.examples(need.reasons, EXAMPLES):
-            print(f"  line {line}: {bill}{f' of {merchant}' if merchant else ''}{f': {said}' if said else ''}")
-        if bills > EXAMPLES:
-            print(f"  … and {bills - EXAMPLES:,} more; the report has all of them")
+        print_bills(journal.examples(need.reasons, EXAMPLES), bills)
     if tally.invalid:
         paragraph(f"\ninvalid rows: {tally.invalid:,}; nothing was sent for them; the report says why")
+
+
+def print_bills(bills: Sequence[tuple[int, str, str, str]], count: int | None = None) -> None:
+    """The first ones of so many (else of those given): line, bill, merchant, and what the gateway said."""
+    for line, bill, merchant, said in bills[:EXAMPLES]:
+        print(f"  line {line}: {bill}{f' of {merchant}' if merchant else ''}{f': {said}' if said else ''}")
+    more = (len(bills) if count is None else count) - EXAMPLES
+    if more > 0:
+        print(f"  … and {more:,} more; the report has all of them")
 
 
 def paragraph(text: str) -> None:

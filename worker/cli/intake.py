@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from worker.cli import INVALID, Trouble
 from worker.cli.batches import check_batch_id
-from worker.cli.screen import output
+from worker.core.words import plural
 
 if TYPE_CHECKING:
     from worker.cli.meter import Meter
@@ -31,13 +31,14 @@ at midnight must not publish its bills under two ids."""
 @dataclass(frozen=True, slots=True)
 class Input:
     """What is to be read. ``file``: a path, or ``-``. ``merchant_id``: of the rows that have none. ``batch_id``: what
-    people named the batch. ``as_is``: what looks mangled is meant so."""
+    people named the batch. ``as_is``: what looks mangled is meant so. ``may_be_empty``: no bills are no mistake."""
 
     file: str
     merchant_id: str
     batch_id: str | None
     skip_invalid: bool
     as_is: bool
+    may_be_empty: bool
 
     @property
     def name(self) -> str:
@@ -55,19 +56,17 @@ class Intake(NamedTuple):
 
 
 @contextmanager
-def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Iterator[Journal | None]:
-    """The journal of the batch that the input is at its home, ours alone; None when it has no bills. ``find_home`` is
-    asked when the input is read, which may take minutes. Raises `Trouble`, `JournalError`."""
+def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Iterator[Journal]:
+    """The journal of the batch that the input is at its home, ours alone. ``find_home`` is asked when the input is
+    read, which may take minutes. Raises `Trouble`, `JournalError`."""
     from worker.shells.journal import Journal, find, lock
 
     if given.batch_id is not None:
         check_batch_id(given.batch_id)
     intake = take_in(given, directory)
     try:
-        if not intake.load.counts()[0]:
-            output().print(f"{given.name}: no bills, nothing to publish", highlight=False)
-            yield None
-            return
+        bills, _, invalid = intake.load.counts()
+        check_any(given, bills, invalid)
         home = find_home()
         name, path = _path_of(given, directory, intake.digest, home)
         with lock(path):
@@ -86,6 +85,18 @@ def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Itera
                 yield journal
     finally:
         intake.load.discard()
+
+
+def check_any(given: Input, bills: int, invalid: int) -> None:
+    """That there are bills: an input without them looks like an export that failed. Raises `Trouble`."""
+    if invalid and not bills:
+        raise Trouble(f"{given.name}: {plural(invalid, 'row')}, and none can be used; nothing was sent", code=INVALID)
+    if not bills and not given.may_be_empty:
+        raise Trouble(
+            f"{given.name}: has a header and no bills; nothing was sent; see what should have written them, or give "
+            "--allow-empty if there are days without bills",
+            code=INVALID,
+        )
 
 
 def take_in(given: Input, directory: Path) -> Intake:

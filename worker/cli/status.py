@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
-from worker.cli import INVALID, Trouble
-from worker.cli.batches import STATE_DIR_HELP, check_batch_id, no_batch, print_needs, print_tally, state_directory
+from worker.cli import INTERRUPTED, INVALID, Trouble
+from worker.cli.batches import (
+    STATE_DIR_HELP,
+    check_batch_id,
+    no_batch,
+    paragraph,
+    print_bills,
+    print_needs,
+    print_tally,
+    state_directory,
+)
 from worker.cli.command_line import Argument, Option
 from worker.core.words import plural
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
+
+PATIENCE: Final = 5.0
+"""Seconds to wait for others who look at the dead letters."""
 
 
 def status(
@@ -27,7 +39,8 @@ def status(
     """Shows how far a sweep is: its rows by status and reason, from its journal, and what waits at the broker.
 
     Changes nothing without --prune, and may be called while the sweep runs. Outcomes that nobody has taken in yet wait
-    in the batch's inbox: `sweep --follow` takes them.
+    in the batch's inbox: `sweep --follow` takes them. If bills of a batch are unresolved, it looks for their dead
+    letters as `dead list` does.
 
     Exit code 0: shown, whatever it is. 2: there is no such batch.
 
@@ -56,7 +69,7 @@ def _prune(directory: Path, days: int) -> None:
         gone = list(prune(directory, days, time.time()))
     except JournalError as error:
         raise Trouble(str(error)) from None
-    print(f"deleted {len(gone):,} journals of finished batches, untouched for {days} days")
+    print(f"deleted {plural(len(gone), 'journal')} of finished batches, not changed for {plural(days, 'day')}")
 
 
 def _list(directory: Path) -> None:
@@ -106,9 +119,13 @@ def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
             raise Trouble(no_batch(directory, batch), code=INVALID)
         for path in paths:
             _show_one(path)
+        depths, dead = _depths(amqp, batch)
+        if dead is not None:
+            for path in paths:
+                _show_letters(amqp, path, dead)
     except JournalError as error:
         raise Trouble(str(error)) from None
-    print(f"broker   {_depths(amqp, batch)}")
+    print(f"broker   {depths}")
 
 
 def _show_one(path: Path) -> None:
@@ -141,28 +158,84 @@ def _show_one(path: Path) -> None:
         print("state    published; nobody follows its outcomes")
 
 
-def _depths(amqp: AmqpSettings, batch: str) -> str:
-    """What waits in the queues that matter, in one line; or why that is unknown."""
+def _show_letters(amqp: AmqpSettings, path: Path, there: int) -> None:
+    """Which unresolved bills have no dead letter any more. ``there``: dead letters, of all batches."""
+    from worker.app.dead_letters import MOST_HELD
+    from worker.shells.amqp.session import BrokerError
+    from worker.shells.journal import Journal
+
+    with closing(Journal(path, read_only=True)) as journal:
+        facts, parked = journal.facts, dict(journal.dead_lettered())
+    if facts.direct or not parked:
+        return
+    batch, dead = facts.batch.id, amqp.names.dead
+    if there > MOST_HELD:
+        print(f"letters  not looked at, because there are {there:,}; `qris-expire dead list --batch {batch} --limit N`")
+        return
+    try:
+        found = _letters(amqp, batch) if there else frozenset[str]()
+    except BrokerError as error:
+        print(f"letters  unknown: {error}")
+        return
+    without = [row for command, row in parked.items() if command not in found]
+    bills = plural(len(parked), "unresolved bill")
+    verb = "has" if len(parked) == 1 else "have"
+    print(f"letters  {len(parked) - len(without):,} of {bills} {verb} a dead letter in {dead}")
+    if without:
+        have, were = ("has", "it was") if len(without) == 1 else ("have", "they were")
+        paragraph(
+            f"         {plural(len(without), 'bill')} {have} none: {were} purged, or redriven without an outcome that "
+            f"is taken in (`qris-expire sweep --follow {batch}` takes it in):"
+        )
+        print_bills(without)
+
+
+def _letters(amqp: AmqpSettings, batch: str) -> frozenset[str]:
+    """The ids of the batch's commands that lie in the dead letters. Raises `BrokerError`."""
+    from worker import signals
+    from worker.app.dead_letters import Held, look
+    from worker.core.dead_letter import read
+    from worker.shells.amqp.parked import Interrupted, ParkedLetters
+
+    found: set[str] = set()
+
+    def each(held: Held) -> None:
+        letter = read(amqp.names, held.parcel)
+        if letter.batch_id == batch:
+            found.add(letter.command_id)
+
+    signals.install()
+    try:
+        with ParkedLetters(amqp, "status", stop=signals.received, patience=PATIENCE) as parked:
+            look(parked, each, show=lambda *_: None)
+    except Interrupted:
+        raise Trouble("stopped; nothing was changed", code=INTERRUPTED) from None
+    return frozenset(found)
+
+
+def _depths(amqp: AmqpSettings, batch: str) -> tuple[str, int | None]:
+    """What waits in the queues that matter, in one line, or why that is unknown; and the number of dead letters, None
+    where the broker does not tell."""
     from pika.exceptions import ChannelClosed
 
     from worker.core.lanes import SWEEP
     from worker.core.sweep import inbox_name
     from worker.shells.amqp.session import BrokerError, session
 
-    names, shown = amqp.names, []
+    names = amqp.names
     queues = {
         names.queue(SWEEP): "command",
         names.dead: "dead letter",
         inbox_name(names, batch): "outcome",
     }
+    depths: dict[str, int] = {}
     try:
         with session(amqp, "status") as connection:
-            for queue, what in queues.items():
-                try:
-                    answer = connection.channel().queue_declare(queue, passive=True)
-                    shown.append(f"{plural(answer.method.message_count, what)} in {queue}")
-                except ChannelClosed:
-                    continue
+            for queue in queues:
+                with suppress(ChannelClosed):
+                    depths[queue] = connection.channel().queue_declare(queue, passive=True).method.message_count
     except BrokerError as error:
-        return str(error)
-    return f"{'; '.join(shown)} (of all batches)" if shown else f"none of the queues of {amqp.prefix} exist"
+        return str(error), None
+    shown = [f"{plural(count, queues[queue])} in {queue}" for queue, count in depths.items()]
+    said = f"{'; '.join(shown)} (of all batches)" if shown else f"none of the queues of {amqp.prefix} exist"
+    return said, depths.get(names.dead)

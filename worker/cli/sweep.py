@@ -25,7 +25,7 @@ from worker.cli.batches import (
     state_directory,
 )
 from worker.cli.command_line import Argument, Option
-from worker.cli.intake import Input, batch, take_in
+from worker.cli.intake import Input, batch, check_any, take_in
 from worker.cli.screen import note
 from worker.core import jakarta
 from worker.core.needs import SUSPICIOUS_PERCENT
@@ -57,6 +57,7 @@ class _Wish:
     delimiter: str | None
     accept_as_is: bool
     skip_invalid: bool
+    allow_empty: bool
     dry_run: bool
     direct: bool
     republish: bool
@@ -107,6 +108,9 @@ def sweep(
         Option("--accept-as-is", help="Send bills and merchants also where a spreadsheet seems to have changed them."),
     ] = False,
     skip_invalid: Annotated[bool, Option("--skip-invalid", help="Go on without the rows that cannot be used.")] = False,
+    allow_empty: Annotated[
+        bool, Option("--allow-empty", help="Exit with 0 also when the input has a header and no bills.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only check the input, and show what would be sent.")] = False,
     direct: Annotated[
         bool, Option("--direct", help="Without a broker and a worker: straight from here to the gateway.")
@@ -166,6 +170,7 @@ def sweep(
         delimiter=delimiter,
         accept_as_is=accept_as_is,
         skip_invalid=skip_invalid,
+        allow_empty=allow_empty,
         dry_run=dry_run,
         direct=direct,
         republish=republish,
@@ -189,8 +194,6 @@ def _run(wish: _Wish) -> int:
             return _dry_run(wish, amqp.prefix, settings)
         directory = state_directory(amqp.prefix, wish.state_dir)
         with _journal(wish, directory, settings) as journal:
-            if journal is None:
-                return 0
             if wish.report is not None:
                 report.check_existing(wish.report, journal, force=wish.force)
             try:
@@ -206,7 +209,9 @@ def _check(wish: _Wish) -> None:
         raise Trouble("give a FILE (or - for standard input), --follow BATCH or --stop BATCH", code=INVALID)
     if wish.window is not None and (wish.window < 1 or wish.direct or not (wish.wait or wish.follow)):
         raise Trouble("--window takes a number from 1, and goes with --wait; leave it out otherwise", code=INVALID)
-    if wish.follow is not None and (wish.dry_run or wish.batch_id or wish.merchant_id or wish.skip_invalid):
+    if wish.follow is not None and (
+        wish.dry_run or wish.batch_id or wish.merchant_id or wish.skip_invalid or wish.allow_empty
+    ):
         raise Trouble("--follow goes on with a batch as it is; leave out the options about its input", code=INVALID)
     if wish.allow_not_found is not None and not 0 <= wish.allow_not_found <= 100:
         raise Trouble("--allow-not-found takes a percentage from 0 to 100", code=INVALID)
@@ -252,8 +257,8 @@ def _told() -> Iterator[None]:
 
 
 @contextmanager
-def _journal(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal | None]:
-    """The batch's journal, ours alone. None when the input has no bills."""
+def _journal(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal]:
+    """The batch's journal, ours alone."""
     from worker.shells.journal import Journal, lock
 
     def home() -> Home:
@@ -271,7 +276,9 @@ def _journal(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal | 
 def _input(wish: _Wish, settings: Any) -> Input:
     assert wish.file is not None
     merchant = wish.merchant_id or (settings.gateway.merchant_id if wish.direct else _default_merchant())
-    return Input(wish.file, merchant or "", wish.batch_id, wish.skip_invalid, wish.accept_as_is)
+    return Input(
+        wish.file, merchant or "", wish.batch_id, wish.skip_invalid, wish.accept_as_is, may_be_empty=wish.allow_empty
+    )
 
 
 def _default_merchant() -> str | None:
@@ -301,6 +308,7 @@ def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
             with closing(Journal(path)) as journal:
                 report.check_existing(wish.report, journal, force=wish.force)
                 report.write(journal, wish.report, wish.delimiter)
+        check_any(given, bills, invalid)
     counts = _rows_in_words(bills, duplicates, invalid)
     where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
     print(f"{intake.source}: {plural(bills + duplicates + invalid, 'row')}: {counts}")
@@ -369,7 +377,8 @@ def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: T
         said = f"published {plural(fresh, 'bill')} to {lane} as batch {batch}"
     else:
         said = _nothing_sent(journal, after)
-    print(f"{said} ({plural(after.rows, 'row')}: {_rows_in_words(after.bills, after.duplicates, after.invalid)})")
+    counts = f": {_rows_in_words(after.bills, after.duplicates, after.invalid)}" if after.rows else ""
+    print(f"{said} ({plural(after.rows, 'row')}{counts})")
 
 
 # -- without a broker -----------------------------------------------------------------------------------------------
@@ -409,6 +418,8 @@ def _retry(journal: Journal) -> None:
 
 def _nothing_sent(journal: Journal, tally: Tally) -> str:
     """What leads where a batch was called for again that has nothing to send."""
+    if not tally.bills:
+        return "nothing was sent: the input has no bills"
     batch, begun = journal.facts.batch.id, jakarta.iso(journal.facts.created_at, milliseconds=False)
     state = "is finished" if tally.answered == tally.bills else "is published already"
     return f"nothing was sent: batch {batch}, begun {begun}, {state}; another --batch-id sends the input again"

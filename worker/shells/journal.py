@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from worker.core.delivery import Progress
 from worker.core.needs import RETRIED
-from worker.core.outcome import Reason, Status
+from worker.core.outcome import DEAD_LETTERED, REASONS, Reason, Status
 from worker.core.rows import BadRow, Form, Row
 from worker.core.sweep import (
     Batch,
@@ -229,10 +229,16 @@ class Journal:
         return recorded
 
     def examples(self, reasons: Iterable[Reason], limit: int) -> list[tuple[int, str, str, str]]:
-        """The first bills with one of these reasons: line, bill, merchant, and what the gateway said."""
+        """The first bills (-1: all) with one of these reasons: line, bill, merchant, and what the gateway said."""
         with _translated(self.path):
             found = self._db.execute(_EXAMPLES, (json.dumps(sorted(reasons)), limit))
             return [(row["line"], row["bill"], row["merchant"], row["said"]) for row in found]
+
+    def dead_lettered(self) -> Iterator[tuple[str, tuple[int, str, str, str]]]:
+        """Bills whose commands the worker parked: command id, then line, bill, merchant, and what the gateway said."""
+        reasons = [reason for status in DEAD_LETTERED for reason in REASONS[status]]
+        for line, bill, merchant, said in self.examples(reasons, -1):
+            yield command_id(self.facts.batch.id, bill, merchant), (line, bill, merchant, said)
 
     def tally(self) -> Tally:
         """The sum."""

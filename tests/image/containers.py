@@ -40,8 +40,9 @@ def find_tools() -> None:
     if missing and shutil.which("apt-get") and os.geteuid() == 0:
         packages = ("buildah", "podman", "runc", "conmon", "uidmap", "mmdebstrap")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        waiting = ("-o", "DPkg::Lock::Timeout=120")
         for arguments in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
-            subprocess.run(["apt-get", "-q", *arguments], env=environment, capture_output=True, check=False)
+            subprocess.run(["apt-get", "-q", *waiting, *arguments], env=environment, capture_output=True, check=False)
         missing = [tool for tool in missing if shutil.which(tool) is None]
     if missing:
         raise Unavailable(f"{' and '.join(missing)} not here; install buildah, podman and runc")

@@ -113,10 +113,18 @@ class Kubelet:
         group = self._pod.spec["securityContext"]["fsGroup"]
         directory.mkdir()
         if "secret" in volume:
-            data = self._manifests.one("Secret", re.sub(r"-[a-z0-9]{10}$", "", volume["secret"]["secretName"]))["data"]
-            for key, value in data.items():
+            for key, value in self._data_of(volume["secret"]).items():
                 (directory / key).write_bytes(base64.b64decode(value))
                 (directory / key).chmod(volume["secret"]["defaultMode"])
                 os.chown(directory / key, 0, group)
         os.chown(directory, 0, group)
         directory.chmod(0o2775)
+
+    def _data_of(self, secret: Mapping[str, Any]) -> Mapping[str, str]:
+        """Its keys and their values in base64; one that is optional may be missing, and is an empty directory then."""
+        found = [each for each in self._manifests.of("Secret") if each["metadata"]["name"] == secret["secretName"]]
+        if not found and secret.get("optional"):
+            return {}
+        (only,) = found
+        data: Mapping[str, str] = only["data"]
+        return data

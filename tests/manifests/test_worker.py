@@ -180,3 +180,19 @@ def test_retry_delays_are_the_default(production: Manifests) -> None:
     written = production.settings()["RETRY_DELAYS_SECONDS"]
 
     assert tuple(map(int, written.split(","))) == RetrySettings.declared()["delays_seconds"].default
+
+
+def test_queues_have_the_workers_namespace(rendered: dict[str, Manifests], tmp_path: Path) -> None:
+    """RabbitMQ's metrics of the worker's queues get the namespace of the worker, and those of other queues do not."""
+
+    (monitor,) = rendered["broker"].of("PodMonitor")
+    (rule,) = (rule for each in monitor["spec"]["podMetricsEndpoints"] for rule in each.get("metricRelabelings", []))
+    settings = settings_in(rendered["production"], tmp_path)
+
+    def matches(queue: str) -> bool:
+        return re.fullmatch(rule["regex"], f"/;{queue}") is not None
+
+    assert (rule["sourceLabels"], rule["targetLabel"]) == (["vhost", "queue"], "namespace")
+    assert rule["replacement"] == rendered["production"].one("Deployment", "qris-expire")["metadata"]["namespace"]
+    assert all(matches(queue.name) for queue in topology(settings.amqp.prefix, "quorum", (30,)).queues)
+    assert not matches("orders.outcomes")

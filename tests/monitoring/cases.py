@@ -21,7 +21,7 @@ FIVE: Final = tuple(
 STAGING: Final = {
     "namespace": "staging", "job": "staging/qris-expire", "pod": "qris-expire-9", "instance": "10.0.9.1:9108",
 }  # fmt: skip
-BROKER: Final = {"namespace": "rabbitmq", "job": "rabbitmq/detailed", "vhost": "/"}
+BROKER: Final = {"namespace": "shop", "job": "rabbitmq/detailed", "vhost": "/"}
 CRONJOB: Final = {"namespace": "shop", "cronjob": "qris-expire-sweep"}
 
 Labels = dict[str, str]
@@ -147,6 +147,9 @@ def unit(what: str) -> str:
 
 POD: Final = {"namespace": "shop", "pod": "qris-expire-1", "container": "worker"}
 
+NOBODY_CONSUMES: Final = {queue("messages_ready", "sweep"): "7x20", queue("consumers", "sweep"): "0x20"}
+"""Commands of the sweep wait, and nobody takes them."""
+
 UNCONFIRMED: Final = {
     worker("publishes_unconfirmed", ONE): "0x5 12x30",
     worker("publish_confirm_seconds_count", ONE): "0+60x5 300x30",
@@ -165,6 +168,20 @@ OUTAGE: Final = {
     worker("oldest_command_timestamp_seconds", ONE, lane="cancellation"): "0+60x10 600x49 600+180x24 5400+60x50",
 }
 """An outage that pages, and what follows from it."""
+
+SWEEP_OUTAGE: Final = {
+    # From minute 10 to 60 every command of the sweep fails. Cancellations are slow from minute 20 on, by themselves.
+    **there(ONE, values="1x130"),
+    **breaker("0x130"),
+    **breaker("0x10 2x49 0x70", "sweep"),
+    **waiting("300000x60 300000-4800x60", "sweep"),
+    **ended("0+4800x10 48000x49 48000+4800x70", "sweep"),
+    **waiting("0x20 0+300x109"),
+    **ended("0+300x130"),
+    **ages("0+300x20 6000x109", "0+300x130"),
+    worker("oldest_command_timestamp_seconds", ONE, lane="cancellation"): "0+60x20 1200x109",
+}
+"""The gateway fails for the sweep alone, and cancellations have trouble of their own."""
 
 CLOCK: Final = {
     **there(ONE, values="1x130"),
@@ -419,6 +436,20 @@ CASES: Final = (
     ),
     Case(
         "QrisExpireBacklog",
+        "the sweep's breaker is open, which somebody was paged for; cancellations wait, too",
+        SWEEP_OUTAGE,
+        "40m",
+        {**WORKER, "lane": "cancellation"},
+        "The lane cancellation needs 19m 0s to empty at its present rate",
+    ),
+    Case(
+        "QrisExpireBacklog",
+        "the sweep's breaker has closed, and its backlog drains",
+        {**SWEEP_OUTAGE, **waiting("0x130")},
+        "63m",
+    ),
+    Case(
+        "QrisExpireBacklog",
         "an operator has paused the fleet",
         {
             **waiting("0+60x60"),
@@ -444,7 +475,7 @@ CASES: Final = (
         "3 a second more come than go, for half an hour",
         {queue("messages_ready", "cancellation"): "0+180x60"},
         "40m",
-        {**BROKER, "queue": "qris.expire.cancellation"},
+        {**BROKER, "queue": "qris.expire.cancellation", "lane": "cancellation"},
         "4500 commands and more have waited in qris.expire.cancellation for 15 minutes, and they become more",
     ),
     Case("QrisExpireQueueGrows", "it drains", {queue("messages_ready", "cancellation"): "9000-100x60"}, "40m"),
@@ -507,12 +538,37 @@ CASES: Final = (
         "An outage is over and its backlog drains",
     ),
     Case("QrisExpireRecovering", "the outage lasts", OUTAGE, "50m"),
+    Case("QrisExpireRecovering", "the sweep's breaker has closed: no cancellation waited for it", SWEEP_OUTAGE, "62m"),
+    Case(
+        "QrisExpireRecovering",
+        "the backlog of cancellations drains, while the sweep's breaker is still open",
+        {**OUTAGE, **breaker("0x10 2x110", "sweep")},
+        "75m",
+        WORKER,
+        "An outage is over and its backlog drains",
+    ),
     Case("QrisExpireRecovering", "the backlog is gone", OUTAGE, "115m"),
     Case("QrisExpireObjectiveBurnsFast", "the backlog of an outage drains", OUTAGE, "70m"),
     Case("QrisExpireObjectiveBurnsFast", "the backlog is gone for five minutes", OUTAGE, "95m"),
+    Case(
+        "QrisExpireObjectiveBurnsFast",
+        "cancellations are late while the sweep's breaker is open",
+        SWEEP_OUTAGE,
+        "55m",
+        WORKER,
+        "63.64% of the cancellations of the last hour took longer than 1 s",
+    ),
     Case("QrisExpireObjectiveBurns", "the backlog of an outage drains", OUTAGE, "75m"),
     Case("QrisExpireObjectiveBurns", "the backlog is gone for ten minutes", OUTAGE, "100m"),
     Case("QrisExpireCommandOld", "the backlog of an outage drains", OUTAGE, "75m"),
+    Case(
+        "QrisExpireCommandOld",
+        "cancellations wait while the sweep's breaker is open",
+        SWEEP_OUTAGE,
+        "40m",
+        WORKER,
+        "A cancellation that is in hand was published 20m 0s ago",
+    ),
     Case(
         "QrisExpireObjectiveBurnsFast",
         "every command is late by its timestamp, 3 s, and nowhere else",
@@ -664,30 +720,61 @@ CASES: Final = (
     Case(
         "QrisExpireQueuesUnwatched",
         "only the aggregated metrics are scraped",
-        {series("rabbitmq_queue_messages", BROKER): "5x30"},
+        {**there(ONE, OTHER), series("rabbitmq_queue_messages", BROKER): "5x30"},
         "20m",
-        {"queue": "qris.expire.cancellation"},
-        "RabbitMQ's metrics of the lanes are not being scraped",
+        {"namespace": "shop"},
+        "The queues of the workers in shop are not being scraped",
+    ),
+    Case(
+        "QrisExpireQueuesUnwatched",
+        "production's queues are seen, staging's are not",
+        {**there(ONE, STAGING), queue("messages", "cancellation"): "0x30"},
+        "20m",
+        {"namespace": "staging"},
+        "The queues of the workers in staging are not being scraped",
     ),
     Case(
         "QrisExpireQueuesUnwatched",
         "a restart of the broker",
-        {queue("messages", "cancellation"): "0x5 stale _x30"},
+        {**there(ONE), queue("messages", "cancellation"): "0x5 stale _x30"},
         "15m",
     ),
     Case(
         "QrisExpireQueuesUnwatched",
         "the lane is seen",
-        {queue("messages", "cancellation"): "0x30"},
+        {**there(ONE), queue("messages", "cancellation"): "0x30"},
         "20m",
     ),
     Case(
         "QrisExpireQueueWithoutConsumer",
         "commands wait and nobody consumes",
-        {queue("messages_ready", "sweep"): "7x20", queue("consumers", "sweep"): "0x20"},
+        NOBODY_CONSUMES,
         "6m",
-        {**BROKER, "queue": "qris.expire.sweep"},
+        {**BROKER, "queue": "qris.expire.sweep", "lane": "sweep"},
         "7 commands wait in qris.expire.sweep and nobody consumes it",
+    ),
+    Case(
+        "QrisExpireQueueWithoutConsumer",
+        "the other lane's breaker is open, one of two workers is blocked, and staging is paused",
+        {
+            **NOBODY_CONSUMES,
+            **breaker("2x20"),
+            worker("consumption_paused", ONE, reason="broker_blocked"): "1x20",
+            worker("consumption_paused", OTHER, reason="broker_blocked"): "0x20",
+            worker("consumption_paused", STAGING, reason="operator"): "1x20",
+        },
+        "6m",
+        {**BROKER, "queue": "qris.expire.sweep", "lane": "sweep"},
+        "7 commands wait in qris.expire.sweep and nobody consumes it",
+    ),
+    Case(
+        "QrisExpireQueueWithoutConsumer", "its breaker is open", {**NOBODY_CONSUMES, **breaker("2x20", "sweep")}, "15m"
+    ),
+    Case(
+        "QrisExpireQueueWithoutConsumer",
+        "an operator has paused the fleet",
+        {**NOBODY_CONSUMES, worker("consumption_paused", ONE, reason="operator"): "1x20"},
+        "15m",
     ),
     Case(
         "QrisExpireQueueWithoutConsumer",

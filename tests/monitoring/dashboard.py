@@ -69,7 +69,8 @@ def _rate(name: str, more: str = "") -> str:
 
 
 def _queue(name: str, selector: str) -> str:
-    return f"rabbitmq_detailed_queue_{name}{{{selector}}}"
+    """RabbitMQ's metric of queues of the chosen namespace."""
+    return f'rabbitmq_detailed_queue_{name}{{namespace=~"$namespace", {selector}}}'
 
 
 def _messages(pattern: str) -> str:

@@ -83,7 +83,7 @@ def alertmanager_manifest() -> str:
             {
                 "sourceMatch": [_matcher(each) for each in rule["source_matchers"]],
                 "targetMatch": [_matcher(each) for each in rule["target_matchers"]],
-                **({"equal": rule["equal"]} if "equal" in rule else {}),
+                "equal": rule["equal"],
             }
             for rule in config["inhibit_rules"]
         ],
@@ -100,8 +100,7 @@ def alertmanager_manifest() -> str:
 
 
 _ALERTMANAGER_HEAD: Final = """\
-# Made from ../monitoring/alertmanager.yaml by `python -m tests.monitoring generate`; change it there. Alertmanager's
-# strategy for AlertmanagerConfigs must not be OnNamespace: the alerts about queues have the broker's namespace.
+# Made from ../monitoring/alertmanager.yaml by `python -m tests.monitoring generate`; change it there.
 """
 
 

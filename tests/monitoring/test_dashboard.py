@@ -143,12 +143,13 @@ def test_legends_name_labels_that_are_there() -> None:
 
 
 def test_queries_choose_the_job() -> None:
-    """Every metric of the worker is asked for with the chosen workers, every queue with the chosen prefix."""
+    """Every metric of the worker is asked for with the chosen workers, every queue with namespace and prefix."""
 
     for _, expr in QUERIES:
         chosen = 'namespace=~"$namespace", job=~"$job", pod=~"$pod"'
         assert all(chosen in one for one in re.findall(r"qris_expire_\w+(?:{[^}]*})?", expr))
-        assert all("$prefix." in one for one in re.findall(r"rabbitmq_\w+(?:{[^}]*})?", expr))
+        queue = '{namespace=~"$namespace", queue=~"$prefix.'
+        assert all(queue in one for one in re.findall(r"rabbitmq_\w+(?:{[^}]*})?", expr))
 
 
 @EXPRESSIONS

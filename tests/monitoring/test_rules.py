@@ -1,6 +1,7 @@
 """The alerts: sound, each proven to fire and to keep silent, and the same in both of their forms."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from tests.monitoring import rules
 from tests.monitoring.__main__ import write_cases
 from tests.monitoring.cases import CASES
 from tests.monitoring.metrics import counters, exported, grouped, wrong
-from tests.monitoring.programs import run
+from tests.monitoring.programs import alertmanager, run
 from tests.monitoring.schemas import faults
+from tests.waiting import wait_until
 from worker.core.catalogue import AGE_BUCKETS
 from worker.core.lanes import LANES
 from worker.core.topology import Names
@@ -170,10 +172,8 @@ def test_the_alertmanagerconfig_says_what_the_example_says() -> None:
     def patterns(matchers: list[str]) -> list[str]:
         return [re.sub(r'^(\w+)="', r'\1=~"', each) for each in matchers]
 
-    assert [
-        (text(rule["sourceMatch"]), text(rule["targetMatch"]), rule.get("equal")) for rule in spec["inhibitRules"]
-    ] == [
-        (patterns(rule["source_matchers"]), patterns(rule["target_matchers"]), rule.get("equal"))
+    assert [(text(rule["sourceMatch"]), text(rule["targetMatch"]), rule["equal"]) for rule in spec["inhibitRules"]] == [
+        (patterns(rule["source_matchers"]), patterns(rule["target_matchers"]), rule["equal"])
         for rule in example["inhibit_rules"]
     ]
     assert [(route["receiver"], text(route["matchers"])) for route in spec["route"]["routes"]] == [
@@ -194,7 +194,69 @@ def test_inhibitions_name_alerts() -> None:
 
     names = {alert.name for alert in ALERTS}
     for rule in yaml.safe_load((MONITORING / "alertmanager.yaml").read_text())["inhibit_rules"]:
-        for (matcher,) in (rule["source_matchers"], rule["target_matchers"]):
+        for matcher, *_ in (rule["source_matchers"], rule["target_matchers"]):
             pattern = re.fullmatch(r'alertname=~?"(.+)"', matcher)
             assert pattern
             assert any(re.fullmatch(pattern[1], name) for name in names)
+
+
+SILENCED = (
+    ("BreakerOpen lane=cancellation", "Backlog lane=cancellation"),
+    ("BreakerOpen lane=sweep", "Backlog lane=sweep"),
+    ("BreakerOpen lane=cancellation", "QueueGrows lane=cancellation"),
+    ("BreakerOpen lane=cancellation", "CommandOld"),
+    ("Throttled", "Backlog lane=sweep"),
+    ("Throttled", "ObjectiveBurns"),
+    ("BrokerBlocked", "QueueGrows lane=cancellation"),
+    ("WorkerAbsent", "QueueWithoutConsumer lane=cancellation"),
+    ("WorkerAbsent", "WorkersMissing"),
+    ("PublishesUnconfirmed", "Backlog lane=cancellation"),
+    ("Backlog lane=cancellation", "QueueGrows lane=cancellation"),
+    ("Backlog lane=cancellation", "ObjectiveBurnsFast"),
+)
+"""What somebody is paged for, and what only follows from it."""
+
+LOUD = (
+    ("BreakerOpen lane=sweep", "Backlog lane=cancellation"),
+    ("BreakerOpen lane=sweep", "QueueGrows lane=cancellation"),
+    ("BreakerOpen lane=sweep", "ObjectiveBurnsFast"),
+    ("BreakerOpen lane=sweep", "CommandOld"),
+    ("Backlog lane=sweep", "ObjectiveBurnsFast"),
+    ("Backlog lane=sweep", "QueueGrows lane=cancellation"),
+    ("Recovering", "Backlog lane=cancellation"),
+    ("Recovering", "QueueGrows lane=cancellation"),
+    ("WorkersMissing", "QueueWithoutConsumer lane=sweep"),
+)
+"""What is paged for beside the first one."""
+
+
+@pytest.mark.usefixtures("tools")
+def test_who_silences_whom(tmp_path: Path) -> None:
+    """A consequence is silent beside its cause, of its own environment and lane only; with or without namespaces."""
+
+    def add(alert: str, namespace: str) -> tuple[str, ...]:
+        name, *labels = f"QrisExpire{alert}".split()
+        return (f"alertname={name}", *labels, *([f"namespace={namespace}"] if namespace else []))
+
+    pairs = [(*pair, f"here-{number}", f"here-{number}") for number, pair in enumerate((*SILENCED, *LOUD))]
+    pairs += [(*pair, f"there-{number}", f"elsewhere-{number}") for number, pair in enumerate(SILENCED)]
+    pairs += [("BreakerOpen lane=cancellation", "QueueGrows lane=cancellation", "", "")]
+    wanted = ["suppressed"] * len(SILENCED) + ["active"] * (len(LOUD) + len(SILENCED)) + ["suppressed"]
+    config = yaml.safe_load((MONITORING / "alertmanager.yaml").read_text())
+    for receiver in config["receivers"]:
+        receiver.pop("webhook_configs", None)
+    with alertmanager(tmp_path, config) as manager:
+        for cause, victim, here, there in pairs:
+            for labels in (add(cause, here), add(victim, there)):
+                run("amtool", f"--alertmanager.url=http://127.0.0.1:{manager.port}", "alert", "add", *labels)
+
+        def states() -> list[str]:
+            told = {
+                frozenset(f"{name}={value}" for name, value in each["labels"].items()): each["status"]["state"]
+                for each in manager.get("/api/v2/alerts")
+            }
+            return [told.get(frozenset(add(victim, there)), "") for _, victim, _, there in pairs]
+
+        with suppress(AssertionError):  # the next line says which are not
+            wait_until(lambda: states() == wanted, 15, "all are as they should be")
+        assert dict(zip(pairs, states(), strict=True)) == dict(zip(pairs, wanted, strict=True))

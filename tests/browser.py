@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.waiting import wait_until
+from tests.waiting import one_at_a_time, wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL = ("apt-get", "install", "-y", "--no-install-recommends", "chromium")
@@ -44,8 +44,11 @@ class BrowserUnavailable(Exception):
 
 def find() -> str:
     """Chromium's path; installed where we may, as RabbitMQ is. Raises `BrowserUnavailable`."""
-    if found := next(filter(None, map(shutil.which, NAMES)), None):
-        return found
+    with one_at_a_time("apt"):
+        return next(filter(None, map(shutil.which, NAMES)), None) or _install()
+
+
+def _install() -> str:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise BrowserUnavailable(f"no Chromium here; run as root: {' '.join(INSTALL)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

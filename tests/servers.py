@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import ipaddress
 import itertools
@@ -141,7 +142,10 @@ def _accept(listener: socket.socket, server: Server, handler: Handler, tls: ssl.
     while True:
         try:
             sock, _ = listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EMFILE:  # a test has taken every descriptor of this process, for a while
+                select.select([], [], [], 0.01)
+                continue
             return
         peer = Peer(sock, len(server.peers) + 1)
         server.peers.append(peer)

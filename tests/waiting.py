@@ -1,7 +1,12 @@
 """Wait for a fact instead of sleeping for a while."""
 
+import fcntl
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,3 +22,11 @@ def wait_until(predicate: Callable[[], T], timeout: float, what: str) -> T:
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
     return value
+
+
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Of all test processes of this user, only one does `what` (a word, such as "apt") at a time; the others wait."""
+    with (Path(tempfile.gettempdir()) / f"qris-expire-tests-{os.geteuid()}-{what}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

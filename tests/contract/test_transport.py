@@ -866,9 +866,11 @@ def test_the_socket_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
         come.set()
         peer.gone(GENEROUS)
 
-    def late(*_: Any) -> None:
+    wait = transport.Blocking.wait
+
+    def late(waiting: transport.Blocking, connection: socket.socket, events: int, _deadline: float) -> None:
         come.wait(GENEROUS)
-        time.sleep(0.05)
+        wait(waiting, connection, events, time.monotonic() + GENEROUS)
         raise TimeoutError("timed out")
 
     adapter = BoundedAdapter()

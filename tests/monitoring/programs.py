@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import yaml
 
-from tests.waiting import wait_until
+from tests.waiting import one_at_a_time, wait_until
 from worker.sandbox.broker import LOOPBACK, free_port
 
 PROGRAMS: Final = ("promtool", "prometheus", "prometheus-alertmanager", "amtool")
@@ -46,11 +46,14 @@ def install() -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     waiting = ["-o", "DPkg::Lock::Timeout=120"]
     said = ""
-    for arguments in (["update"], INSTALL.split()[1:]):
-        done = subprocess.run(
-            ["apt-get", *waiting, *arguments], env=environment, capture_output=True, text=True, check=False
-        )
-        said = (done.stderr.strip().splitlines() or [said])[-1]
+    with one_at_a_time("apt"):
+        if not missing():  # somebody else has installed them meanwhile
+            return
+        for arguments in (["update"], INSTALL.split()[1:]):
+            done = subprocess.run(
+                ["apt-get", *waiting, *arguments], env=environment, capture_output=True, text=True, check=False
+            )
+            said = (done.stderr.strip().splitlines() or [said])[-1]
     if missing():
         raise Unavailable(f"apt could not install {', '.join(missing())} ({said}); try: {INSTALL}")
 

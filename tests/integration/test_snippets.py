@@ -107,6 +107,7 @@ class Program:
 
     def __init__(self, language: Language, project: Path, url: str) -> None:
         self._language = language
+        self.suffix = language.suffix
         self._project = project
         self._environment = {
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
@@ -123,15 +124,8 @@ class Program:
 
     def publish(self, bill: str, order: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """One command published, or not."""
-        return self._run(self._command("publish", bill, "M1", order), environ)
-
-    def consume(self, target: str) -> subprocess.CompletedProcess[str]:
-        """A consumer that is expected to end by itself."""
-        return self._run(self._command("consume", target), {})
-
-    def _run(self, command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command,
+            self._command("publish", bill, "M1", order),
             cwd=self._project,
             env=self._environment | environ,
             capture_output=True,
@@ -152,12 +146,12 @@ class Program:
         )
 
     @contextmanager
-    def consuming(self, target: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The consumer runs meanwhile, started again when it ends, as a service manager does."""
+    def consuming(self, target: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """The consumer runs meanwhile."""
         log = self._project / "consume.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                ["bash", "-c", 'while true; do "$@"; sleep 0.5; done', "_", *self._command("consume", target)],
+                self._command("consume", str(target)),
                 cwd=self._project,
                 env=self._environment,
                 stdout=output,
@@ -251,55 +245,68 @@ def test_the_prefix_comes_from_the_environment(program: Program, fresh: PrivateB
         assert rabbit.consume(other.queue("cancellation"), 1, 30)
 
 
-def test_a_consumer_without_the_exchange_says_so(program: Program, tmp_path: Path) -> None:
-    """One line, and an exit code that is not 0."""
-    assert "exchange" in complaint(program.consume(str(tmp_path / "kept")))
+def test_a_consumer_without_the_exchange_says_so_and_tries_again(
+    program: Program, fresh: PrivateBroker, kept: Path
+) -> None:
+    """It names the exchange, and consumes once the topology is declared; also after its queue was deleted."""
+
+    with program.consuming(kept) as consumer, Rabbit(fresh.url) as rabbit:
+        wait_until(lambda: "exchange" in program.said(), SECONDS, "the consumer says what is missing")
+        rabbit.declare(topology(NAMES.prefix, "quorum", ()))
+        wait_until(lambda: listens(program, consumer, fresh), SECONDS, "the consumer listens")
+        rabbit.delete_queue(INBOX)
+        wait_until(lambda: listens(program, consumer, fresh), SECONDS, "the consumer listens again")
 
 
-def test_outcomes_come_once(program: Program, fresh: PrivateBroker, tmp_path: Path) -> None:
+def test_outcomes_come_once(program: Program, fresh: PrivateBroker, tmp_path: Path, kept: Path) -> None:
     """A command that is published twice has two outcomes with one id, and the consumer keeps one; it gets the next one
-    although its connection was lost in between."""
+    although its connection was lost in between, and although the broker was away."""
 
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    database = kept / "outcomes.db"
-    target = str(database if program._language.suffix == "py" else kept)
     with (
         Simulator() as gateway,
         WorkerProcess(fresh.url, NAMES.prefix, gateway, tmp_path) as worker,
     ):
         worker.wait_ready()
-        with program.consuming(target) as consumer:
-
-            def listens() -> bool:
-                assert consumer.poll() is None, program.said()
-                # Not before it consumes: a queue that is not bound yet misses outcomes.
-                with Rabbit(fresh.url) as rabbit:
-                    return rabbit.has_queue(INBOX) and bool(
-                        rabbit.channel.queue_declare(INBOX, passive=True).method.consumer_count
-                    )
-
-            wait_until(listens, SECONDS, "the consumer listens")
-            for order in ("ORD-1", "ORD-1", "ORD-2"):
+        with program.consuming(kept) as consumer:
+            wait_until(lambda: listens(program, consumer, fresh), SECONDS, "the consumer listens")
+            for order in ("ORD-1", "ORD-1", "ORD-2", "ORD-3"):
                 if order == "ORD-2":
                     fresh.ctl("close_all_connections", "maintenance")
-                    wait_until(listens, SECONDS, "the consumer listens again")
-                    worker.wait_ready()
+                if order == "ORD-3":
+                    fresh.kill()
+                    wait_until(lambda: program.said().count("not consuming") > 1, SECONDS, "the consumer has noticed")
+                    fresh.start()
+                wait_until(lambda: listens(program, consumer, fresh), SECONDS, "the consumer listens again")
+                worker.wait_ready()
                 done = program.publish(f"bill-{order}", order)
                 assert done.returncode == 0, done.stderr
             # In order: when the last one is there, both of the first were handled.
-            wait_until(lambda: any("ORD-2" in text for text in _kept(kept)), SECONDS, "the last outcome is kept")
-            wait_until(lambda: worker.metrics()("outcomes_total") == 3, 30, "all three are counted")
-    assert sorted("ORD-1" in text for text in _kept(kept)) == [False, True]
-    assert all('"status":"expired"' in text for text in _kept(kept))
+            wait_until(lambda: any("ORD-3" in text for text in outcomes(kept)), SECONDS, "the last outcome is kept")
+            wait_until(lambda: worker.metrics()("outcomes_total") == 4, 30, "all four are counted")
+    assert [sum(order in text for text in outcomes(kept)) for order in ("ORD-1", "ORD-2", "ORD-3")] == [1, 1, 1]
+    assert all('"status":"expired"' in text for text in outcomes(kept))
 
 
-def _kept(directory: Path) -> list[str]:
+def listens(program: Program, consumer: subprocess.Popen[bytes], broker: PrivateBroker) -> bool:
+    """Whether the consumer, which never ends, has a queue. Before that the queue is not bound, and misses outcomes."""
+    assert consumer.poll() is None, program.said()
+    with Rabbit(broker.url) as rabbit:
+        return rabbit.has_queue(INBOX) and bool(rabbit.channel.queue_declare(INBOX, passive=True).method.consumer_count)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, program: Program) -> Path:
+    """Where a consumer keeps outcomes: a database, or a directory of files."""
+    directory = tmp_path / "kept"
+    directory.mkdir()
+    return directory / "outcomes.db" if program.suffix == "py" else directory
+
+
+def outcomes(kept: Path) -> list[str]:
     """The outcomes that a consumer has, from its files or its table."""
-    database = directory / "outcomes.db"
-    if not database.exists():
-        return [file.read_text() for file in directory.iterdir()]
-    connection = sqlite3.connect(database)
+    if kept.is_dir():
+        return [file.read_text() for file in kept.iterdir()]
+    connection = sqlite3.connect(kept)
     try:
         return [row[0] for row in connection.execute("SELECT outcome FROM outcomes")]
     except sqlite3.OperationalError:  # not created yet

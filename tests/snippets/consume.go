@@ -1,17 +1,18 @@
-// Consumes outcomes of cancellations: go run consume.go DIRECTORY
+// Consumes outcomes of cancellations, and connects again after any error: go run consume.go DIRECTORY
 package main
 
 import (
 	"log"
 	"os"
 	"path/filepath"
+	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
 // snippet
-// consume keeps each outcome of a queue once, however often it is delivered. It returns when the connection is lost:
-// connect and call it again; what was not acknowledged comes again.
+// consume keeps each outcome of a queue once, however often it is delivered. When it returns, the
+// connection is lost; main connects and calls it again, and what was not acknowledged comes again.
 func consume(channel *amqp.Channel, directory string) error {
 	deliveries, err := channel.Consume("orders.outcomes", "", false, false, false, false, nil)
 	if err != nil {
@@ -44,21 +45,28 @@ func bind(channel *amqp.Channel, prefix string) error {
 }
 
 func main() {
+	for ; ; time.Sleep(2 * time.Second) {
+		log.Printf("not consuming: %v", run(os.Args[1]))
+	}
+}
+
+// run consumes until the connection is lost, or until the broker cancels the consumer because the queue was deleted.
+func run(directory string) error {
 	connection, err := amqp.Dial(os.Getenv("AMQP_URL"))
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer connection.Close()
+	prefix := os.Getenv("AMQP_PREFIX")
+	if prefix == "" {
+		prefix = "qris.expire"
+	}
 	channel, err := connection.Channel()
-	if err == nil {
-		prefix := os.Getenv("AMQP_PREFIX")
-		if prefix == "" {
-			prefix = "qris.expire"
-		}
-		err = bind(channel, prefix)
+	if err != nil {
+		return err
 	}
-	if err == nil {
-		err = consume(channel, os.Args[1])
+	if err := bind(channel, prefix); err != nil {
+		return err
 	}
-	log.Fatal(err)
+	return consume(channel, directory)
 }

@@ -256,7 +256,10 @@ def test_batch_is_not_mixed_with_other_input(desk: Desk, declared: Rabbit) -> No
             b"billnumber,name\n1,Caf\xe9\n",
             "bills.csv:2: is not UTF-8 text: byte 0xE9, 'é' in Windows-1252 (as in '1,Café')",
         ),
-        (gzip.compress(b"billnumber\n1\n", mtime=0), "bills.csv: is compressed with gzip; unpack it: gzip -dc bills.csv | "),
+        (
+            gzip.compress(b"billnumber\n1\n", mtime=0),
+            "bills.csv: is compressed with gzip; unpack it: gzip -dc bills.csv | ",
+        ),
         (bz2.compress(b"billnumber\n1\n"), "bills.csv: is compressed with bzip2"),
         (lzma.compress(b"billnumber\n1\n"), "bills.csv: is compressed with xz"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "bills.csv: is an Excel workbook of the old form (.xls)"),

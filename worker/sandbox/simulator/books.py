@@ -118,10 +118,11 @@ class Books:
         """The gateway's clock, Unix seconds."""
         return time.time() + self.script.clock_offset
 
-    def expire(self, claim: Claim) -> Fault:
-        """Judge one expire call and enter it. The caller owes a `leave` once it is answered."""
+    def expire(self, claim: Claim, at: float) -> Fault:
+        """Judge one expire call that came ``at`` (Unix seconds), and enter it. The caller owes a `leave` once it is
+        answered."""
         with self._lock:
-            at = self._arrived(claim.bill)
+            self._arrived(claim.bill, at)
             fault = self._judged(claim)
             answer = fault.label or "2009300"
             self._by_code[answer] += 1
@@ -180,20 +181,18 @@ class Books:
             report.calls_by_bill[name.decode(errors="surrogatepass")] = entry >> 1
         return report
 
-    def _arrived(self, bill: str) -> float:
-        at, instant = time.time(), time.monotonic()
+    def _arrived(self, bill: str, at: float) -> None:
+        instant = time.monotonic()
         self._expire_calls += 1
         self._in_flight += 1
         self._max_in_flight = max(self._max_in_flight, self._in_flight)
         self._recent.add(instant)
         self._peak = max(self._peak, self._recent.count(instant))
-        if self._first is None:
-            self._first = at
-        self._last = at
+        self._first = min(at, at if self._first is None else self._first)
+        self._last = max(at, self._last or at)
         if bill:
             key = bill.encode(errors="surrogatepass")
             self._bills[key] = self._bills.get(key, 0) + 2
-        return at
 
     def _judged(self, claim: Claim) -> Fault:
         if self.script.requests_per_second and (throttled := self._over_rate()):

@@ -10,6 +10,7 @@ import socket
 import socketserver
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from email.utils import formatdate
@@ -30,6 +31,7 @@ HEAD_LIMIT: Final = 64 * 1024  # a client that never ends its headers must not f
 BODY_LIMIT: Final = 1024 * 1024  # nor one that announces a huge body; scripts for many bills still fit
 DAY: Final = 86_400.0  # the longest wait; poll() cannot count further than 24 days
 BACKLOG: Final = 1024  # a worker opens all its connections at once; a short queue drops some for a second
+STAMPS: Final = 35  # SO_TIMESTAMPNS of Linux: the kernel says when bytes came, however late they are read
 
 
 class _Unreadable(Exception):
@@ -82,6 +84,7 @@ class _Connection(socketserver.BaseRequestHandler):
         # Without it, an answer can wait 40 ms for the peer's delayed acknowledgement.
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._rest = b""
+        self._came = 0.0
         self._poll: select.poll | None = None
         self._in_flight = False
 
@@ -113,7 +116,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def _expire(self, request: Request, simulator: Simulator) -> bool:
         books = simulator.books
         script = books.script
-        fault = books.expire(claim_of(request, simulator.rules, books.now(), script.skew))
+        fault = books.expire(claim_of(request, simulator.rules, books.now(), script.skew), self._came)
         self._in_flight = True
         try:
             return self._act(fault, SUCCESS, request.keep, script.latency)
@@ -220,7 +223,7 @@ class _Connection(socketserver.BaseRequestHandler):
         while (end := data.find(b"\r\n\r\n")) < 0:
             if len(data) > HEAD_LIMIT:
                 raise _Unreadable(431)
-            more = self.request.recv(65536)
+            more = self._receive()
             if not more:
                 return None
             data += more
@@ -235,12 +238,22 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body_at = end + 4
         while len(data) < body_at + length:
-            more = self.request.recv(65536)
+            more = self._receive()
             if not more:
                 return None
             data += more
         self._rest = data[body_at + length :]
         return Request(method, path, query, headers, data[body_at : body_at + length], keep)
+
+    def _receive(self) -> bytes:
+        """What has come, and notes when: at the edge, not when this thread has its turn."""
+        data, notes, _, _ = self.request.recvmsg(65536, 64)
+        self._came = time.time()
+        for level, kind, value in notes:
+            if (level, kind) == (socket.SOL_SOCKET, STAMPS):
+                seconds, nanoseconds = struct.unpack("@ll", value[: struct.calcsize("@ll")])
+                self._came = seconds + nanoseconds / 1e9
+        return data
 
 
 def _head(head: str) -> tuple[str, str, bool, dict[str, str]]:
@@ -304,6 +317,8 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         # HTTPServer's own looks up the host's full name: seconds where there is no name server.
         socketserver.TCPServer.server_bind(self)
+        if sys.platform == "linux":  # its connections inherit it
+            self.socket.setsockopt(socket.SOL_SOCKET, STAMPS, 1)
         self.server_name, self.server_port = self.server_address[0], self.server_address[1]  # type: ignore[assignment]
 
     def date(self) -> bytes:

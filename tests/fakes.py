@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -99,10 +100,14 @@ class FakeGateway:
         self._clock = clock
         self._answers = deque(answers)
         self.takes = takes
+        self.connecting: deque[float] = deque()  # seconds that the next connections take to open
         self.sent: list[SignedRequest] = []
         self.sent_at: list[float] = []
 
-    def send(self, request: SignedRequest) -> Reply | NoReply:
+    def send(self, request: SignedRequest, until: float = math.inf) -> Reply | NoReply:
+        self._clock.sleep(self.connecting.popleft() if self.connecting else 0.0)
+        if self._clock.monotonic() > until:
+            return NoReply(False, "too late", late=True)
         self.sent.append(request)
         self.sent_at.append(self._clock.monotonic())
         self._clock.sleep(self.takes)
@@ -168,6 +173,7 @@ class FakeGate:
         self.before_enter: Callable[[], None] = lambda: None
         self.during_slot: Callable[[], None] = lambda: None
         self.entered: list[tuple[bool, bool]] = []
+        self.permit = math.inf  # seconds in which a call has to begin that may
         self.recorded: list[tuple[Kind, bool]] = []
         self.recorded_for: list[tuple[str, bool]] = []  # lane, and whether the token service answered
         self.slept: list[float] = []
@@ -188,6 +194,10 @@ class FakeGate:
             raise Draining
         if self.hold is not None and not (probe and self.hold.outage):
             raise self.hold
+
+    @property
+    def until(self) -> float:
+        return self._clock.monotonic() + self.permit
 
     def record(self, lane: str, verdict: Verdict, *, probe: bool, token: bool = False) -> None:
         self.recorded.append((verdict.kind, probe))

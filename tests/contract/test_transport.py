@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import math
 import os
 import resource
 import socket
@@ -36,7 +37,7 @@ from tests.servers import (
 from worker.core.answer import MAX_BODY_BYTES
 from worker.shells import transport
 from worker.shells.fibers import Fibers
-from worker.shells.transport import BoundedAdapter, Lost, NotSent, Proxy, _Headers
+from worker.shells.transport import BoundedAdapter, Lost, NotSent, Proxy, TooLate, _Headers
 
 BODY = b'{"billnumber":"10092081"}'
 TOTAL = 0.5  # seconds for an answer, in tests where it does not come
@@ -101,12 +102,13 @@ def post(
     body: Any = BODY,
     connect: float = GENEROUS,
     total: float = GENEROUS,
+    until: float = math.inf,
 ) -> requests.Response:
     """One call, as the gateway's client makes it."""
     prepared = requests.PreparedRequest()
     prepared.method, prepared.url, prepared.body = "POST", url, body
     prepared.headers = dict(headers or {"Content-Type": "application/json"})  # type: ignore[assignment]
-    response: requests.Response = adapter.send(prepared, timeout=(connect, total))
+    response: requests.Response = adapter.send(prepared, timeout=(connect, total, until))
     return response
 
 
@@ -182,6 +184,17 @@ def test_a_connection_that_the_server_closed_while_idle_is_replaced(adapter: Any
         assert post(adapter, server.url).content == b"ok"
 
     assert (len(server.requests), server.connections) == (2, 2)
+
+
+def test_a_request_that_may_not_begin_any_more_is_not_sent(adapter: Any) -> None:
+    """The connection that took too long to open is kept for the next call."""
+
+    with serving(always(answer())) as server:
+        with pytest.raises(TooLate):
+            post(adapter, server.url, until=time.monotonic())
+        post(adapter, server.url, until=time.monotonic() + GENEROUS)
+
+    assert (len(server.requests), server.connections) == (1, 1)
 
 
 def test_a_connection_that_the_server_reset_while_idle_is_replaced(adapter: Any) -> None:

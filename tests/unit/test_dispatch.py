@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections import Counter
@@ -18,7 +19,7 @@ from tests.builders import verdict
 from tests.fakes import FakeClock, Stepping, lone_fleet
 from worker.app.dispatch import LONGEST_WAIT, PAUSE_AFTER, SETTLE_FOR, SHARED_HOLD, Dispatcher, Wishes
 from worker.core.breaker import State, Throttle
-from worker.core.fleet.permits import PACE
+from worker.core.fleet.permits import LATE, PACE
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes
 from worker.core.ports import Draining, Held
 from worker.core.retry import Round
@@ -588,8 +589,18 @@ def test_rate_limit() -> None:
     waited = [bench.dispatcher.enter(SWEEP, probe=False, paced=False) for _ in range(3)]
     bench.dispatcher.enter(SWEEP, probe=False, paced=True)
 
+    assert bench.clock.monotonic() < bench.dispatcher.until <= bench.clock.monotonic() + LATE
     assert waited == pytest.approx([0.0, 0.25 / PACE, 0.25 / PACE], abs=0.003)
     assert sum(bench.waited) == pytest.approx(0.5 / PACE, abs=0.006)
+
+
+def test_no_rate_limit() -> None:
+    """Without one a call may begin at any time."""
+
+    bench = Bench()
+    bench.dispatcher.enter(SWEEP, probe=False, paced=False)
+
+    assert bench.dispatcher.until == math.inf
 
 
 def test_a_command_does_not_wait_for_a_permit_in_a_senders_hand() -> None:

@@ -29,7 +29,7 @@ from tests.builders import (
     throttled,
 )
 from tests.fakes import Ceiling, FakeClock, FakeGate, FakeGateway, FakeTokens, RecordingObserver
-from worker.app.expire import STARVED_SECONDS, Expire
+from worker.app.expire import LOST_PERMITS, STARVED_SECONDS, Expire
 from worker.core import jakarta
 from worker.core.delivery import Delivery, Message, delayed, receive, returned
 from worker.core.lanes import CANCELLATION, SWEEP
@@ -111,6 +111,19 @@ def next_round(message: Message) -> Delivery:
     """The delivery of a message that we published."""
     properties = Properties(message_id=message.properties["message_id"], headers=message.properties["headers"])
     return receive("cancellation", message.body, properties, redelivered=False, epoch=NOON + 30, monotonic=1_030.0)
+
+
+@pytest.mark.parametrize(("lost", "entered"), [(0, 1), (1, 2), (5, 1 + LOST_PERMITS)])
+def test_a_permit_that_is_over_before_the_connection_is_open(lost: int, entered: int) -> None:
+    """It is lost, and the call waits for the next one; but a gateway that closes every connection is called at last."""
+    bench = Bench(SUCCESS)
+    bench.gate.permit = 0.02
+    bench.gateway.connecting.extend([0.3] * lost)
+    outcome = bench.outcome()
+
+    assert bench.gate.entered == [(False, True), *[(False, False)] * (entered - 1)]
+    assert (outcome.status, outcome.attempts, len(outcome.external_ids)) == (Status.EXPIRED, 1, 1)
+    assert bench.calls == 1
 
 
 STARVED = NoReply(False, "Too many open files", starved=True)
@@ -1151,12 +1164,12 @@ def lost_in_call(bench: Bench, owner: Task, number: int = 1) -> None:
     """The channel is lost while call ``number`` is out."""
     send = bench.gateway.send
 
-    def sent(request: Any) -> Reply | NoReply:
+    def sent(request: Any, *_: object) -> Reply | NoReply:
         if bench.calls == number - 1:
             lose(owner)
         return send(request)
 
-    bench.gateway.send = sent  # type: ignore[method-assign]
+    bench.gateway.send = sent  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize("probe", [False, True])
@@ -1264,11 +1277,11 @@ def test_drain_does_not_stop_a_call() -> None:
     bench = Bench()
     send = bench.gateway.send
 
-    def drained(request: Any) -> Reply | NoReply:
+    def drained(request: Any, *_: object) -> Reply | NoReply:
         bench.gate.draining = True
         return send(request)
 
-    bench.gateway.send = drained  # type: ignore[method-assign]
+    bench.gateway.send = drained  # type: ignore[assignment, method-assign]
 
     assert bench.outcome().reason is Reason.SUCCESS
 

@@ -8,6 +8,7 @@ one thread, but for `begin`, `drain` and what only reads.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -302,6 +303,11 @@ class Dispatcher:
         waited = self._clock.monotonic() - started
         self.on_wait(waited)
         return waited
+
+    @property
+    def until(self) -> float:
+        """See `Gate`."""
+        return self._permit if self._fleet.limited else math.inf
 
     def record(self, lane: str, verdict: Verdict, *, probe: bool, token: bool = False) -> None:
         """See `Gate`."""

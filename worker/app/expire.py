@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from worker.core.settlement import Delay, Disposition, GiveBack, Hold, Report, T
 from worker.core.signing import Sign
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 
+LOST_PERMITS: Final = 2
+"""So many permits may be over before a command's connection is open; then its call goes out late. A gateway that closes
+every connection between two rare permits would else never see it."""
 STARVED_SECONDS: Final = 0.1  # between two tries of a command for which there was no descriptor
 TOKEN_AT_HAND: Final = 0.1  # seconds: a token that took longer was fetched, and other senders waited for it too
 
@@ -153,7 +157,7 @@ class Expire:
 
     def _attempt(self, job: _Job) -> Verdict:
         """Gate, token, sign, send, judge, report."""
-        self._enter(job, paced=job.paced)
+        until = self._enter(job, paced=job.paced)
         job.paced = False
         progress = job.task.delivery.progress
         started = self._clock.monotonic()
@@ -170,16 +174,22 @@ class Expire:
         job.round.waited(waited)
         if waited > TOKEN_AT_HAND:
             # All senders may have waited for this token: they must not call together now, nor into a hold or drain.
-            self._enter(job, paced=False)
-        job.round.calls += 1
-        signed = self._sign(job.command, token.value)
-        progress.sent(signed.external_id)
-        started = self._clock.monotonic()
-        answer = self._gateway.send(signed)
-        if _starved(answer):
+            until = self._enter(job, paced=False)
+        lost = 0
+        while True:
+            job.round.calls += 1
+            signed = self._sign(job.command, token.value)
+            progress.sent(signed.external_id)
+            started = self._clock.monotonic()
+            answer = self._gateway.send(signed, until if lost < LOST_PERMITS else math.inf)
+            if not isinstance(answer, NoReply) or not (answer.starved or answer.late):
+                break
             progress.unsent()
             job.round.calls -= 1
-            self._hold_starved(job, started)
+            if answer.starved:
+                self._hold_starved(job, started)
+            lost += 1
+            until = self._enter(job, paced=False)
         verdict = judge(answer)
         if verdict.kind is Kind.TOKEN:
             self._tokens.refused(token.generation)
@@ -198,9 +208,9 @@ class Expire:
         job.round.waited(self._clock.monotonic() - started)
         raise Held(outage=False)
 
-    def _enter(self, job: _Job, *, paced: bool) -> None:
-        """Returns when the call may begin; the wait for a slot is no part of the round's budget, even when a hold
-        begins meanwhile."""
+    def _enter(self, job: _Job, *, paced: bool) -> float:
+        """Returns when the call may begin, and until when it may; the wait for a slot is no part of the round's budget,
+        even when a hold begins meanwhile."""
         self._check(job)
         started = self._clock.monotonic()
         try:
@@ -211,6 +221,7 @@ class Expire:
         if waited:
             job.round.waited(waited)
         self._check(job)
+        return self._gate.until
 
     def _check(self, job: _Job) -> None:
         if job.task.orphaned:

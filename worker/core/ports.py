@@ -5,6 +5,7 @@ All senders share one of each, and take turns on one thread: while one waits ins
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -58,8 +59,9 @@ class Gateway(Protocol):
     """Sends one signed expire call: no retries of its own, bounded in time and size; never raises for what the network
     or the gateway does."""
 
-    def send(self, request: SignedRequest) -> Reply | NoReply:
-        """The answer, or that there was none."""
+    def send(self, request: SignedRequest, until: float = math.inf) -> Reply | NoReply:
+        """The answer, or that there was none: there is no call when it cannot begin ``until`` this monotonic second,
+        since a connection had to be opened first, or the process stood still."""
 
 
 class Clock(Protocol):
@@ -88,8 +90,12 @@ class Gate(Protocol):
     """What every expire call has to pass."""
 
     def enter(self, lane: str, *, probe: bool, paced: bool) -> float:
-        """Returns when a call may go out now; waits for a slot of the rate limit unless ``paced``. Returns the seconds
-        that it waited. Raises `Held`, `Draining`."""
+        """Returns when a call may go out now, and until when: see `until`. Waits for a slot of the rate limit unless
+        ``paced``. Returns the seconds that it waited. Raises `Held`, `Draining`."""
+
+    @property
+    def until(self) -> float:
+        """Until which monotonic second the call may begin that has just entered; infinite without a rate limit."""
 
     def record(self, lane: str, verdict: Verdict, *, probe: bool, token: bool = False) -> None:
         """Learns from the answer: of the expire call, or (``token``) of the token service."""

@@ -54,12 +54,14 @@ class Reply(NamedTuple):
 class NoReply(NamedTuple):
     """It did not. ``sent`` says whether it may have seen the request; ``error`` is for people.
 
-    ``starved``: this process had no descriptor for a connection, so there was no call at all.
+    ``starved``: this process had no descriptor for a connection, so there was no call at all. ``late``: nor was there
+    when the time of its permit was over before the request could be sent.
     """
 
     sent: bool
     error: str
     starved: bool = False
+    late: bool = False
 
 
 class Verdict(NamedTuple):

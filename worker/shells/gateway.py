@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -24,7 +25,7 @@ from worker.core.ports import TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.urls import is_loopback
 from worker.core.verdict import NoReply, Reply, printable, read
-from worker.shells.transport import BoundedAdapter, NotSent, Proxy, Starved
+from worker.shells.transport import BoundedAdapter, NotSent, Proxy, Starved, TooLate
 
 COMMON_HEADERS: Final = {
     # The default rules of AWS WAF refuse a request without one.
@@ -81,9 +82,9 @@ class GatewayClient:
         self._skew_read_at = float("-inf")
         self._starved_told_at = float("-inf")
 
-    def send(self, request: SignedRequest) -> Reply | NoReply:
-        """One expire call."""
-        return self._post(self._endpoint.expire_url, request.headers, request.body)
+    def send(self, request: SignedRequest, until: float = math.inf) -> Reply | NoReply:
+        """One expire call; see `Gateway`."""
+        return self._post(self._endpoint.expire_url, request.headers, request.body, until)
 
     def fetch_token(self, client_id: str, timestamp: str, signature: str) -> Grant:
         """One token request. Raises `TokenUnavailable` with the judgement of what came instead of a token."""
@@ -117,11 +118,11 @@ class GatewayClient:
                 action="raise the limit of open files (ulimit -n, LimitNOFILE=), or lower WORKER_CONCURRENCY",
             )
 
-    def _post(self, url: str, headers: dict[str, str], body: bytes) -> Reply | NoReply:
+    def _post(self, url: str, headers: dict[str, str], body: bytes, until: float = math.inf) -> Reply | NoReply:
         prepared = requests.PreparedRequest()
         prepared.method, prepared.url, prepared.body = "POST", url, body
         prepared.headers = {**headers, **COMMON_HEADERS}  # type: ignore[assignment]  # a plain dict does
-        timeout = (self._endpoint.connect_timeout, self._endpoint.read_timeout)
+        timeout: Any = (self._endpoint.connect_timeout, self._endpoint.read_timeout, until)
         started = time.monotonic()
         session = self._session()
         try:
@@ -130,6 +131,8 @@ class GatewayClient:
         except Starved as error:
             self._tell_starved()
             return NoReply(False, printable(str(error)), starved=True)
+        except TooLate as error:
+            return NoReply(False, str(error), late=True)
         except NotSent as error:
             return NoReply(False, printable(str(error)))
         except requests.RequestException as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import math
 import os
 import select
 import socket
@@ -143,6 +144,10 @@ class Starved(NotSent):
     """This process may open no more files, so there was no call."""
 
 
+class TooLate(NotSent):
+    """The time in which the request was to begin was over when the connection was open, and nothing was sent."""
+
+
 class Lost(exceptions.ConnectionError):
     """The request went out, at least in part, and no complete answer came back."""
 
@@ -151,7 +156,8 @@ class BoundedAdapter(BaseAdapter):
     """One keep-alive connection to one origin, for one call at a time, through a proxy where one is given.
 
     ``send(timeout=(connect, total))``: seconds for connecting (the proxy's CONNECT and TLS included), then for
-    everything else, body included. Raises `NotSent` or `Lost`; redirects and cookies are not its business.
+    everything else, body included; a third one is the moment by `time.monotonic` until which the request must begin.
+    Raises `NotSent` or `Lost`; redirects and cookies are not its business.
     """
 
     def __init__(
@@ -176,10 +182,12 @@ class BoundedAdapter(BaseAdapter):
     ) -> requests.Response:
         """See `requests.adapters.BaseAdapter.send`; ``verify``, ``cert`` and ``proxies`` are the constructor's, given
         once."""
-        connect, total = timeout
+        connect, total, *latest = timeout
         origin, target = _target(request.url or "")
         data = self._serialised(request, origin, target)
         line = self._connected(origin, connect)
+        if latest and latest[0] < math.inf and time.monotonic() > latest[0]:
+            raise TooLate("the time of its permit was over before it could be sent")
         line.begin(total)
         try:
             line.send(data)
@@ -236,7 +244,7 @@ class BoundedAdapter(BaseAdapter):
             line = None
         if line is None:
             line = self._line = _Line(self._open(origin, timeout), self._waiting)
-            self._origin = origin
+            self._origin, self._idle_since = origin, time.monotonic()
         return line
 
     def _open(self, origin: tuple[str, str, int], timeout: float) -> socket.socket:

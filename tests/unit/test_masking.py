@@ -69,6 +69,18 @@ def test_a_code_beside_a_secret_stays_readable() -> None:
     assert json.loads(masked(body, (JWT,))) == {"responseCode": "4019300", "responseMessage": "bad token ***"}
 
 
+@pytest.mark.parametrize("quoted", ['"{}"', '{{"authorization":"Bearer {}"}}', "'{}'", "\\{}\\", '\\"{}\\"', "{}\n"])
+@pytest.mark.parametrize("secret", [JWT, SIGNATURE, SHORT], ids=["token", "signature", "secret"])
+def test_json_with_a_quoted_secret_stays_json(secret: str, quoted: str) -> None:
+    """A backslash behind the secret belongs to the mark that follows: without it the code would be lost."""
+    body = json.dumps({"responseCode": "4019301", "responseMessage": f"bad token {quoted.format(secret)}"})
+
+    for text in (body, body.replace("/", "\\/")):
+        found = json.loads(masked(text.encode(), (secret,)))
+        assert found["responseCode"] == "4019301"
+        assert secret not in found["responseMessage"]
+
+
 def test_all_secrets_are_masked_wherever_they_stand() -> None:
     """Each of them, each time."""
     text = f"{JWT} {SIGNATURE} hush {JWT} hush".encode()

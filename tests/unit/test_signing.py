@@ -178,6 +178,12 @@ PASTED: dict[str, Callable[[bytes], bytes]] = {
     "single quotes": lambda raw: b"'" + raw + b"'\n",
     "typographic quotes": lambda raw: f"\u201c{raw.decode()}\u201d".encode(),
     "dashes of a word processor": lambda raw: raw.replace(b"-----", "\u2014\u2014-".encode()),
+    "invisible blanks": lambda raw: raw.replace(b"\n", "\u200b\n".encode()),
+    "slashes escaped, as in JSON": lambda raw: raw.replace(b"\n", b"\\n").replace(b"/", b"\\/"),
+    "bare base64 for URLs": lambda raw: bare(raw).translate(bytes.maketrans(b"+/", b"-_")),
+    "bare base64 without padding": lambda raw: bare(raw).rstrip(b"="),
+    "base64 of the file without padding": lambda raw: base64.b64encode(raw).rstrip(b"="),
+    "base64 of base64": lambda raw: base64.b64encode(base64.b64encode(raw)),
     "other dashes": lambda raw: raw.replace(b"-----", ("\u2013" * 5).encode()),
     "behind a certificate": lambda raw: b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n" + raw,
     "with attributes": lambda raw: b"Bag Attributes\n    localKeyID: 01\nKey Attributes: <No Attributes>\n" + raw,
@@ -207,6 +213,14 @@ def test_encrypted_keys(format_: PrivateFormat) -> None:
     raw = pem(format_, BestAvailableEncryption("päss".encode()))
 
     assert load_private_key(raw, "päss").private_numbers() == key().private_numbers()
+
+
+@pytest.mark.parametrize("damage", ["clean", "one line", "literal crlf", "base64 of the file", "indented"])
+def test_old_encrypted_keys_as_people_paste_them(damage: str) -> None:
+    """PKCS#1 with a passphrase has headers of its own, which a blank line ends."""
+    raw = PASTED[damage](pem(PrivateFormat.TraditionalOpenSSL, BestAvailableEncryption(b"right")))
+
+    assert load_private_key(raw, "right").private_numbers() == key().private_numbers()
 
 
 def unusable() -> dict[str, tuple[bytes, str | None, str]]:
@@ -242,7 +256,14 @@ def unusable() -> dict[str, tuple[bytes, str | None, str]]:
             "no RSA key",
         ),
         "short": (key(1024).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, PLAIN), None, "1024 bits"),
-        "empty": (b"", None, "no PEM"),
+        "empty": (b"", None, "is empty"),
+        "blank lines": (b" \n" * 40, None, "is empty"),
+        "wrong passphrase of bare base64": (bare(locked), "wrong", "passphrase"),
+        "base64 of a public key": (
+            bare(key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)),
+            None,
+            "give the private key",
+        ),
         "cut": (pem()[:400], None, "cut off"),
     }
 
@@ -255,7 +276,7 @@ def test_unusable_keys(case: str) -> None:
 
     with pytest.raises(KeyUnusable, match=reason) as refused:
         load_private_key(raw, passphrase)
-    assert raw[40:60].decode("latin-1") not in str(refused.value) or not raw
+    assert not raw.strip() or raw[40:60].decode("latin-1") not in str(refused.value)
     assert "right" not in str(refused.value)
 
 

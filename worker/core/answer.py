@@ -115,9 +115,9 @@ class Answer:
     def body(self) -> bytes:
         """Decoded, and at most `MAX_BODY_BYTES` of it."""
         body = bytes(self._body)
-        if self._codings or body.startswith(_GZIP_MAGIC):
-            return decoded(body, self._codings or ["gzip"])
-        return body
+        if self._codings:
+            body = decoded(body, self._codings)
+        return decoded(body, ["gzip"]) if body.startswith(_GZIP_MAGIC) else body
 
     # -- the head -------------------------------------------------------------------------------------------------
 
@@ -309,11 +309,12 @@ def decoded(body: bytes, codings: list[str]) -> bytes:
     """The body without its content codings, the last one first, cut at `MAX_BODY_BYTES`.
 
     What is not in the coding that its header names stays as it is: some servers decode a body and leave the header.
+    Names that are no coding of ours, such as a character set, are passed over.
     """
     for coding in reversed(codings):
-        if coding == "identity":
+        if coding not in _CODINGS:
             continue
-        plain = _inflated(body, _BY_CONTENT) if coding in _CODINGS else None
+        plain = _inflated(body, _BY_CONTENT)
         if plain is None and coding == "deflate":  # some servers send it without zlib's frame
             plain = _inflated(body, _RAW_DEFLATE)
         if plain is None:

@@ -43,6 +43,9 @@ def _without_words(text: bytes, found: bytes) -> bytes:
         kept += [text[start : max(left, start)], MASK]
         ends = [end for mark in _MARKS if (end := text.find(mark, at)) >= 0]
         start = min(ends, default=len(text))
+        word = text[at:start]
+        if start < len(text) and (len(word) - len(word.rstrip(b"\\"))) % 2:
+            start -= 1  # the backslash belongs to the mark: JSON without it would be no JSON
     return b"".join([*kept, text[start:]])
 
 

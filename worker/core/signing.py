@@ -28,7 +28,10 @@ _DASHES: Final = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 _BLOCK: Final = re.compile(
     rf"[{_DASHES}]+\s*BEGIN ([A-Z0-9 ]*?)\s*[{_DASHES}]+(.*?)[{_DASHES}]+\s*END [A-Z0-9 ]*?\s*[{_DASHES}]+", re.DOTALL
 )
-_BASE64: Final = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/]{64,}")
+_OF_URLS: Final = str.maketrans("-_", "+/")
+_INVISIBLE: Final = str.maketrans("", "", "\u200b\u200c\u200d\u2060\ufeff")
+_OLD_HEADERS: Final = re.compile(r"\s*Proc-Type:\s*(\S+)\s+DEK-Info:\s*(\S+)\s+(.*)", re.DOTALL)
 
 
 def load_private_key(data: bytes, passphrase: str | None = None) -> RSAPrivateKey:
@@ -67,8 +70,10 @@ def _text_of(data: bytes) -> str:
         encoding = "utf-16-le"
     elif data[:1] == b"\0":
         encoding = "utf-16-be"
-    text = data.decode(encoding, "replace").replace("\\r", "").replace("\\n", "\n").replace("\r\n", "\n")
-    return text.strip(" \t\r\n\"'`\u2018\u2019\u201c\u201d\ufeff") + "\n"
+    text = data.decode(encoding, "replace").translate(_INVISIBLE)
+    for written, meant in (("\\r", ""), ("\\n", "\n"), ("\\/", "/"), ("\r\n", "\n")):
+        text = text.replace(written, meant)
+    return text.strip(" \t\r\n\"'`\u2018\u2019\u201c\u201d") + "\n"
 
 
 def _load(data: bytes, text: str, passphrase: bytes | None) -> object:
@@ -77,25 +82,27 @@ def _load(data: bytes, text: str, passphrase: bytes | None) -> object:
         return serialization.load_der_private_key(data, passphrase)
     blocks = _BLOCK.findall(text)
     if not blocks:
-        return _load_bare("".join(text.split()), passphrase)
+        raw = _unwrapped(text)
+        if raw is None:
+            raise ValueError("no key")
+        return _load(raw, _text_of(raw), passphrase)
     label, body = next((block for block in blocks if block[0].endswith("PRIVATE KEY")), blocks[0])
     if "," in body or not label.endswith("PRIVATE KEY") or label.startswith("OPENSSH"):
         # An old PEM with headers of its own (Proc-Type, DEK-Info), or no private key: read as it is labelled.
+        headers = _OLD_HEADERS.fullmatch(body)
+        if headers is not None:  # a blank line ends them, which is gone where all is on one line
+            body = f"Proc-Type: {headers[1]}\nDEK-Info: {headers[2]}\n\n{''.join(headers[3].split())}"
         pem = f"-----BEGIN {label}-----\n{body.strip()}\n-----END {label}-----\n"
         return serialization.load_pem_private_key(pem.encode(), passphrase)
     return serialization.load_der_private_key(base64.b64decode("".join(body.split()), validate=True), passphrase)
 
 
-def _load_bare(text: str, passphrase: bytes | None) -> object:
-    """Base64 without BEGIN and END, of the key or of a whole file."""
-    if not _BASE64.fullmatch(text):
-        raise ValueError("no key")
-    raw = base64.b64decode(text, validate=True)
-    return (
-        _load(raw, _text_of(raw), passphrase)
-        if b"BEGIN" in raw
-        else serialization.load_der_private_key(raw, passphrase)
-    )
+def _unwrapped(text: str) -> bytes | None:
+    """What base64 without BEGIN and END holds: the key, or a whole file; None for what is no base64."""
+    whole = "".join(text.split()).rstrip("=").translate(_OF_URLS)
+    if not _BASE64.fullmatch(whole) or len(whole) % 4 == 1:
+        return None
+    return base64.b64decode(whole + "=" * (-len(whole) % 4))
 
 
 _INSTEAD: Final = (
@@ -115,9 +122,13 @@ def _instead(text: str) -> str:
     """What content that is no readable key looks like, and what to do. Never shows any of it."""
     if not text:
         return "it is DER that holds no private key, or an encrypted one with another passphrase; give the private key"
+    if not text.strip():
+        return "it is empty; give the whole file as it was made"
     for mark, words in _INSTEAD:
         if mark.search(text):
             return words
+    if "BEGIN" not in text and _unwrapped(text) is not None:
+        return "it is base64 of no private key, or of an encrypted one with another passphrase; give the private key"
     if "BEGIN" not in text:
         return "it is no PEM: it has no line -----BEGIN PRIVATE KEY-----; give the whole file as it was made"
     if "END" not in text.partition("BEGIN")[2]:

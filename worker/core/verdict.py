@@ -366,16 +366,31 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     """The JSON object that the whole body is, else None.
 
     Read leniently, since the code counts and not the text around it: bytes that are not in the encoding are replaced,
-    raw control characters in strings are accepted. An object that gives its code twice is none.
+    raw control characters in strings are accepted, and so are backslashes that escape nothing and NULs around the
+    object. An object that gives its code twice is none.
     """
     encoding = "utf-8" if body.startswith(b'{"') else json.detect_encoding(body)
     # An answer with two codes says two things. Looked for by hand, since such a hook costs more than the rest.
     decode = _decode_once_each if body.count(b"responseCode") > 1 else _decode
+    text = body.decode(encoding, "replace")
     try:
-        value = decode(body.decode(encoding, "replace"))
-    except (ValueError, RecursionError):
+        value = decode(text)
+    except RecursionError:
         return None
+    except ValueError:
+        try:
+            value = decode(_ESCAPE.sub(_escaped, text).strip("\0 \t\r\n"))
+        except (ValueError, RecursionError):
+            return None
     return value if isinstance(value, dict) else None
+
+
+_ESCAPE: Final = re.compile(r"\\(?:[\"\\/bfnrt]|u[0-9A-Fa-f]{4})|\\")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """An escape as it is; a backslash that begins none, as a backslash."""
+    return "\\\\" if found[0] == "\\" else found[0]
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

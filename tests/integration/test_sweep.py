@@ -755,12 +755,10 @@ def test_full_queue_slows_it_down_and_loses_nothing(desk: Desk, rabbit: Rabbit) 
     """A lane that refuses more than it can hold is published to as it empties: each nack is tried again."""
 
     names, bills = desk.names, 60
-    for exchange in topology(names.prefix, "classic", ()).exchanges:
-        rabbit.channel.exchange_declare(exchange.name, exchange.type, durable=True, arguments=dict(exchange.arguments))
+    rabbit.declare(topology(names.prefix, "classic", ()))
+    rabbit.delete_queue(names.queue("sweep"))
     rabbit.declare_queue(names.queue("sweep"), "classic", max_length=20, overflow="reject-publish")
     rabbit.bind(names.queue("sweep"), names.commands, "sweep")
-    for queue in (names.queue("cancellation"), names.dead, names.unrouted):
-        rabbit.declare_queue(queue, "classic")
 
     taken: set[str] = set()
     with desk.calling("sweep", desk.file(bills), "--batch-id", "b", AMQP_DECLARE="false") as process:
@@ -769,9 +767,9 @@ def test_full_queue_slows_it_down_and_loses_nothing(desk: Desk, rabbit: Rabbit) 
             waiting = rabbit.depth(names.queue("sweep"))
             assert waiting <= 20
             taken |= {message.properties.message_id for message in rabbit.take(names.queue("sweep"), waiting, 30)}
-        out, _ = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=30)
 
-    assert (process.returncode, len(taken)) == (0, bills), out
+    assert (process.returncode, len(taken)) == (0, bills), said
 
 
 @pytest.mark.usefixtures("rabbit")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.core.reading import Change, Histogram, Reading, Sample
-from worker.core.words import duration, plural, quantile, rate, share
+from worker.core.words import duration, folded, plural, quantile, rate, share
 from worker.shells.metrics import samples
 
 
@@ -136,3 +136,22 @@ def test_other_words() -> None:
         "2 processes",
     ]
     assert [quantile(math.inf, 30), quantile(0.2, 30)] == ["over 30 s", "0.2 s"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_a_sentence_is_broken_between_words(width: int) -> None:
+    """No word is cut or lost, no line is too wide, and a command stays in one piece."""
+    sentence = "to send the rest: `qris-expire sweep --follow b`; the others wait, and nothing is lost"
+
+    lines = folded(sentence, width, 4).split("\n")
+
+    assert " ".join(" ".join(lines).split()) == sentence
+    assert all(len(line) <= width or "`" in line for line in lines)
+    assert all(line.startswith("    ") for line in lines[1:])
+    assert any("`qris-expire sweep --follow b`" in line for line in lines)
+
+
+def test_a_sentence_that_fits_stays_as_it_is() -> None:
+    """What is at its beginning stays, too."""
+
+    assert folded("  line 4: 7 of M1", 80) == "  line 4: 7 of M1"

@@ -167,8 +167,10 @@ def _nobody_reads() -> int:
 
 
 def _tell(*lines: str) -> None:
+    from worker.cli.screen import note
+
     for line in lines:
-        print(f"qris-expire: {line}", file=sys.stderr)
+        note(line)
 
 
 def _failed(error: Exception, *, debug: bool) -> int:

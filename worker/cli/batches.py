@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli import INVALID, Trouble
-from worker.cli.screen import output
+from worker.cli.screen import output, tell
 from worker.core.words import plural
 
 if TYPE_CHECKING:
@@ -126,11 +126,13 @@ def print_needs(journal: Journal, tally: Tally, again: str) -> None:
         bills = count(tally, need.reasons)
         if not bills:
             continue
-        retry = f"; to send them again: {again}" if need.retry else ""
-        paragraph(f"\n{need.title}: {plural(bills, 'bill')}; {need.what}{retry}")
+        retry = f"; to send them again: `{again}`" if need.retry else ""
+        print()
+        tell(f"{need.title}: {plural(bills, 'bill')}; {need.what}{retry}")
         print_bills(journal.examples(need.reasons, EXAMPLES), bills)
     if tally.invalid:
-        paragraph(f"\ninvalid rows: {tally.invalid:,}; nothing was sent for them; the report says why")
+        print()
+        tell(f"invalid rows: {tally.invalid:,}; nothing was sent for them; the report says why")
 
 
 def print_bills(bills: Sequence[tuple[int, str, str, str]], count: int | None = None) -> None:
@@ -140,9 +142,3 @@ def print_bills(bills: Sequence[tuple[int, str, str, str]], count: int | None = 
     more = (len(bills) if count is None else count) - EXAMPLES
     if more > 0:
         print(f"  … and {more:,} more; the report has all of them")
-
-
-def paragraph(text: str) -> None:
-    """Broken between words on a terminal, on one line in a pipe, where people search in it."""
-    console = output()
-    console.print(text, markup=False, soft_wrap=not console.is_terminal)

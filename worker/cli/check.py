@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling
 from worker.cli.command_line import Option
+from worker.cli.screen import tell
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 from worker.core.scheme import NO_TOKEN, oddity_of
 
@@ -126,7 +127,7 @@ class _Report:
     @staticmethod
     def say(subject: str, state: str, text: str) -> None:
         """One line."""
-        print(f"{subject:<9} {state:<8} {text}".rstrip())
+        tell(f"{subject:<9} {state:<8} {text}".rstrip(), indent=19)
 
 
 def _fail(*lines: str) -> str:

@@ -309,7 +309,7 @@ def summary(command: Function | Group) -> str:
     """The first sentence of a command's help."""
     text = command.help if isinstance(command, Group) else command.__doc__ or ""
     first = " ".join(text.strip().split("\n\n")[0].split())
-    return re.split(r"(?<=[.:;])\s", first)[0].rstrip(":;")
+    return re.split(r"(?<=[.:;])\s", first)[0].rstrip(".:;")
 
 
 def paragraphs(docstring: str) -> str:

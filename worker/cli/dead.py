@@ -215,7 +215,8 @@ def redrive(
         print_rehearsal(report, census)
         check_reasons(chosen, report.matching)
         return 0
-    with _parked(amqp, "redrive", alone=True) as parked, _Progress(parked, "redriving") as progress:
+    with _parked(amqp, "redrive", alone=True) as parked:
+        progress = _Progress(parked, "redriving")
         run = Redrive(
             parked,
             amqp.names,
@@ -226,7 +227,8 @@ def redrive(
             show=progress.show,
             each=census.add,
         )
-        with audit("dead.redrive", chosen, lambda: redrive_facts(run.report, order)):
+        # The line of the audit comes when the picture has gone, which would break it.
+        with audit("dead.redrive", chosen, lambda: redrive_facts(run.report, order)), progress:
             run.run()
     code = tell_redrive(run.report, order)
     check_reasons(chosen, run.report.matching)
@@ -294,14 +296,15 @@ def purge(
     if not yes and not sys.stdin.isatty():
         raise Trouble("deleting is for good and nobody can be asked here; give --yes", code=INVALID)
     matching = removed = 0
-    with _parked(amqp, "purge", alone=True) as parked, _Progress(parked, "looking") as progress:
+    with _parked(amqp, "purge", alone=True) as parked:
+        progress = _Progress(parked, "looking")
 
         def sure(count: int) -> bool:
             progress.pause()
             return yes or _ask(f"Delete {count:,} of {parked_there:,} dead letters for good? [y/N] ", parked)
 
         parked_there = parked.count()
-        with audit("dead.purge", chosen, lambda: {"matching": matching, "removed": removed}):
+        with audit("dead.purge", chosen, lambda: {"matching": matching, "removed": removed}), progress:
             total, matching, removed = dead_letters.purge(
                 parked,
                 lambda held: chosen.matches(read(amqp.names, held.parcel)),

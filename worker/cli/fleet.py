@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Argument, Group, Option
-from worker.cli.screen import output
+from worker.cli.screen import output, plain_table, tell
 from worker.core import jakarta
 from worker.core.fleet.messages import Card, Limit, Orders, Pause
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
-from worker.core.words import plural
+from worker.core.words import duration, plural
 
 if TYPE_CHECKING:
     from worker.shells.amqp.fleet_tool import FleetTool
@@ -133,7 +133,7 @@ def probe() -> int:
         qris-expire fleet probe
     """
     _with(lambda tool: tool.probe())
-    print("the fleet probes the gateway; `qris-expire fleet` shows what the breakers say then")
+    tell("the fleet probes the gateway; `qris-expire fleet` shows what the breakers say then")
     return 0
 
 
@@ -175,9 +175,9 @@ def _order(change: Callable[[Orders], Orders]) -> int:
     orders, cards = _with(carry_out)
     late = [f"{card.host} process {card.process}" for card in cards if card.orders.revision < orders.revision]
     for line in _wishes(orders) or ["nothing is paused, and the workers' own limit holds"]:
-        print(line)
+        tell(line, indent=2)
     if not cards:
-        print("no worker answered; those that start later obey")
+        tell("no worker answered; those that start later obey")
     elif late:
         raise Trouble(f"{', '.join(late)} did not obey within {ACTS_WITHIN:g} s; look at it there")
     else:
@@ -213,28 +213,30 @@ def _seconds(text: str) -> float:
 
 def _show(cards: Sequence[Card]) -> None:
     if not cards:
-        print("no worker answered within a second; see whether one runs with this AMQP_URL and AMQP_PREFIX")
+        tell("no worker answered within a second; see whether one runs with this AMQP_URL and AMQP_PREFIX")
         return
     for client in dict.fromkeys(card.client for card in cards):
         _show_one([card for card in cards if card.client == client])
 
 
 def _show_one(cards: Sequence[Card]) -> None:
-    from rich.table import Table
-
     leader = next((card for card in cards if card.role == "leads"), None)
     best = leader or cards[0]
-    print(f"{plural(best.members, 'member')}, {'led by ' + _name(leader) if leader else 'without a leader for now'}")
+    tell(f"{plural(best.members, 'member')}, {'led by ' + _name(leader) if leader else 'without a leader for now'}")
     print(f"rate: {best.used:.1f} calls/s used" + (f" of {best.limit:g} allowed" if best.limit else ", no limit"))
     for lane, told in sorted(best.breakers.items()):
         state = STATES[told.state] if 0 <= told.state < len(STATES) else str(told.state)
-        more = f", next probes in {told.left:.0f} s" if told.state == STATES.index("open") else ""
+        more = f", next probes in {duration(told.left)}" if told.state == STATES.index("open") else ""
         print(f"breaker of {lane}: {state}{more}")
     if best.hold:
-        print(f"throttled: no call for {best.hold:.0f} s more")
+        print(f"throttled: no call for {duration(best.hold)} more")
     for line in _wishes(best.orders):
-        print(line)
-    table = Table("member", "version", "role", "state", "own limit", "calls", "waiting for a permit")
+        tell(line, indent=2)
+    table = plain_table()
+    for name in ("member", "version", "role", "state", "own limit", "calls", "waiting for a permit"):
+        table.add_column(
+            name, overflow="fold", no_wrap=name == "version", justify="right" if name == "calls" else "left"
+        )
     for card in cards:
         table.add_row(
             _name(card),
@@ -258,7 +260,7 @@ def _wishes(orders: Orders) -> list[str]:
     for lane, each in sorted(orders.pauses.items()):
         left = _left(each, now)
         if left != 0:
-            until = "until resumed" if left is None else f"for {left:.0f} s more"
+            until = "until resumed" if left is None else f"for {duration(left)} more"
             lines.append(f"{lane} is paused {until}, by {each.by} since {_when(each.since)}{_why(each.reason)}")
     if orders.limit is not None:
         each_ = orders.limit

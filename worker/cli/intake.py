@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from worker.cli import INVALID, Trouble
 from worker.cli.batches import check_batch_id
+from worker.cli.screen import note
 from worker.core.words import plural
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def take_in(given: Input, directory: Path) -> Intake:
             reading = _Reading(given, source, meter)
             load.fill(reading.rows())
         for remark in reading.remarks():
-            print(f"qris-expire: {name}: {remark}", file=sys.stderr)
+            note(f"{name}: {remark}")
         if reading.invalid and not given.skip_invalid:
             raise Trouble(
                 f"{name}: {reading.invalid:,} of {reading.count:,} rows cannot be used, so nothing was sent; "
@@ -127,7 +128,7 @@ def take_in(given: Input, directory: Path) -> Intake:
         raise Trouble(f"{where}: {error.reason}; nothing was sent", code=INVALID) from None
     except KeyboardInterrupt:
         load.discard()
-        print(f"qris-expire: stopped while reading {name}; nothing was sent", file=sys.stderr)
+        note(f"stopped while reading {name}; nothing was sent")
         raise
     except BaseException:
         load.discard()

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli import INTERRUPTED, INVALID, Trouble
-from worker.cli.screen import note, output
+from worker.cli.screen import note, output, plain_table
 from worker.core.dead_letter import (
     AGES,
     BROKER_REASONS,
@@ -33,6 +33,9 @@ KNOWN_REASONS: Final = frozenset(
 )
 """Every reason that the worker or the broker gives a dead letter."""
 
+BILL: Final = 8
+REASON: Final = max(map(len, KNOWN_REASONS))
+"""Columns that a bill and a reason have even where message ids are long."""
 WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
 
 
@@ -129,7 +132,7 @@ def print_list(amqp: AmqpSettings, total: int, census: Census, rows: list[DeadLe
 
 
 def _counts(census: Census) -> Any:
-    table = _table()
+    table = plain_table()
     for name in ("reason", "lane"):
         table.add_column(name, overflow="fold")
     for name in (
@@ -148,10 +151,11 @@ def _counts(census: Census) -> Any:
 
 
 def _rows(letters: list[DeadLetter], now: float, *, wide: bool) -> Any:
-    table = _table()
-    table.add_column("message id", overflow="fold", no_wrap=True)
-    table.add_column("bill", overflow="fold")
-    table.add_column("reason", overflow="fold", no_wrap=wide)
+    table = plain_table()
+    longest = max((len(letter.reason) for letter in letters), default=0)
+    table.add_column("message id", overflow="fold")
+    table.add_column("bill", overflow="fold", min_width=BILL)
+    table.add_column("reason", overflow="fold", no_wrap=wide, min_width=min(longest, REASON))
     table.add_column("age", justify="right", no_wrap=True)
     if wide:
         table.add_column("lane", no_wrap=True)
@@ -177,13 +181,6 @@ def _rows(letters: list[DeadLetter], now: float, *, wide: bool) -> Any:
             ]
         table.add_row(*cells)
     return table
-
-
-def _table() -> Any:
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _cell(value: str) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TextIO
+
+from worker.core.words import folded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,9 +31,26 @@ def output() -> Console:
     return console
 
 
+def plain_table() -> Any:
+    """A table without lines between its columns, which takes few of the terminal's."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def tell(text: str, *, indent: int = 0, file: TextIO | None = None) -> None:
+    """A sentence on standard output (or ``file``): on a terminal broken between words, elsewhere one line, where people
+    search in it. ``indent``: columns before all lines but the first."""
+    file = file or sys.stdout
+    if file.isatty():
+        text = folded(text, shutil.get_terminal_size().columns, indent)
+    print(text, file=file, flush=file is sys.stderr)
+
+
 def note(text: str) -> None:
-    """A line beside what is printed, on standard error."""
-    print(f"qris-expire: {text}", file=sys.stderr, flush=True)
+    """A sentence beside what is printed, on standard error."""
+    tell(f"qris-expire: {text}", file=sys.stderr)
 
 
 class Display:
@@ -64,7 +84,8 @@ class Display:
     def line(self, text: str) -> None:
         """A line that stays, above the picture."""
         if self._live is not None:
-            self._live.console.print(text, soft_wrap=True, markup=False, highlight=False)
+            width = self._live.console.width
+            self._live.console.print(folded(text, width), soft_wrap=True, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
 

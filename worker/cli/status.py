@@ -12,13 +12,13 @@ from worker.cli.batches import (
     STATE_DIR_HELP,
     check_batch_id,
     no_batch,
-    paragraph,
     print_bills,
     print_needs,
     print_tally,
     state_directory,
 )
 from worker.cli.command_line import Argument, Option
+from worker.cli.screen import tell
 from worker.core.words import plural
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _list(directory: Path) -> None:
         try:
             print("\n".join(_lines(path)))
         except JournalError as error:
-            print(f"{path.stem}  {error}")
+            tell(f"{path.stem}  {error}", indent=2)
     if not paths:
         print(f"no batches in {directory}")
 
@@ -125,7 +125,7 @@ def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
                 _show_letters(amqp, path, dead)
     except JournalError as error:
         raise Trouble(str(error)) from None
-    print(f"broker   {depths}")
+    _fact("broker", f"{depths}")
 
 
 def _show_one(path: Path) -> None:
@@ -138,24 +138,29 @@ def _show_one(path: Path) -> None:
         print_tally(f"sweep {batch}", tally)
         way = " --direct" if facts.direct else ""
         print_needs(journal, tally, f"qris-expire sweep --follow {batch}{way} --retry-unresolved")
-    print(f"input    {facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
-    print(f"sent to  {'; '.join(filter(None, (facts.place, facts.gateway))) or 'nowhere yet'}")
+    _fact("input", f"{facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
+    _fact("sent to", f"{'; '.join(filter(None, (facts.place, facts.gateway))) or 'nowhere yet'}")
     if tally.answered == tally.bills:
         print("state    every bill has its outcome")
     elif tally.unsent and facts.stopped:
-        print(
-            f"state    stopped by {facts.stopped}; {tally.unsent:,} bills are not sent; to send them: "
-            f"`qris-expire sweep --follow {batch} --resume`"
+        _fact(
+            "state",
+            f"stopped by {facts.stopped}; {tally.unsent:,} bills are not sent; to send them: "
+            f"`qris-expire sweep --follow {batch} --resume`",
         )
     elif tally.unsent:
-        print(f"state    {tally.unsent:,} bills are not sent; go on with `qris-expire sweep --follow {batch}`")
+        _fact("state", f"{tally.unsent:,} bills are not sent; go on with `qris-expire sweep --follow {batch}`")
     elif facts.inbox or facts.direct:
         how = " --direct" if facts.direct else ""
-        print(
-            f"state    {tally.waiting:,} bills wait for an outcome; `qris-expire sweep --follow {batch}{how}` goes on"
+        _fact(
+            "state", f"{tally.waiting:,} bills wait for an outcome; `qris-expire sweep --follow {batch}{how}` goes on"
         )
     else:
-        print("state    published; nobody follows its outcomes")
+        _fact("state", "published; nobody follows its outcomes")
+
+
+def _fact(name: str, text: str) -> None:
+    tell(f"{name:<9}{text}", indent=9)
 
 
 def _show_letters(amqp: AmqpSettings, path: Path, there: int) -> None:
@@ -170,22 +175,25 @@ def _show_letters(amqp: AmqpSettings, path: Path, there: int) -> None:
         return
     batch, dead = facts.batch.id, amqp.names.dead
     if there > MOST_HELD:
-        print(f"letters  not looked at, because there are {there:,}; `qris-expire dead list --batch {batch} --limit N`")
+        _fact(
+            "letters", f"not looked at, because there are {there:,}; `qris-expire dead list --batch {batch} --limit N`"
+        )
         return
     try:
         found = _letters(amqp, batch) if there else frozenset[str]()
     except BrokerError as error:
-        print(f"letters  unknown: {error}")
+        _fact("letters", f"unknown: {error}")
         return
     without = [row for command, row in parked.items() if command not in found]
     bills = plural(len(parked), "unresolved bill")
     verb = "has" if len(parked) == 1 else "have"
-    print(f"letters  {len(parked) - len(without):,} of {bills} {verb} a dead letter in {dead}")
+    _fact("letters", f"{len(parked) - len(without):,} of {bills} {verb} a dead letter in {dead}")
     if without:
         have, were = ("has", "it was") if len(without) == 1 else ("have", "they were")
-        paragraph(
-            f"         {plural(len(without), 'bill')} {have} none: {were} purged, or redriven without an outcome that "
-            f"is taken in (`qris-expire sweep --follow {batch}` takes it in):"
+        _fact(
+            "",
+            f"{plural(len(without), 'bill')} {have} none: {were} purged, or redriven without an outcome that "
+            f"is taken in (`qris-expire sweep --follow {batch}` takes it in):",
         )
         print_bills(without)
 

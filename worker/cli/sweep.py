@@ -26,7 +26,7 @@ from worker.cli.batches import (
 )
 from worker.cli.command_line import Argument, Option
 from worker.cli.intake import Input, batch, check_any, take_in
-from worker.cli.screen import note
+from worker.cli.screen import note, tell
 from worker.core import jakarta
 from worker.core.needs import SUSPICIOUS_PERCENT
 from worker.core.pace import WINDOW
@@ -341,7 +341,7 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
     before, batch = journal.tally(), journal.facts.batch.id
     follow = wish.wait or (wish.follow is not None and (journal.facts.inbox or wish.republish))
     if follow and not before.unsent:
-        print(_nothing_sent(journal, before))
+        tell(_nothing_sent(journal, before))
     if before.unsent or (follow and before.waiting):
         try:
             ended = through_broker.send(amqp, journal, follow=follow, window=wish.window or WINDOW)
@@ -360,10 +360,9 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
     through_broker.close_inbox(amqp, batch, after)
     code = _conclude(wish, journal, after)
     if after.unsent and journal.facts.stopped:
-        print(
-            f"qris-expire: batch {batch} was stopped by {journal.facts.stopped}; {after.unsent:,} bills are not sent; "
-            f"to send them: qris-expire sweep --follow {batch} --resume",
-            file=sys.stderr,
+        note(
+            f"batch {batch} was stopped by {journal.facts.stopped}; {after.unsent:,} bills are not sent; to send them: "
+            f"`qris-expire sweep --follow {batch} --resume`"
         )
     return code
 
@@ -378,7 +377,7 @@ def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: T
     else:
         said = _nothing_sent(journal, after)
     counts = f": {_rows_in_words(after.bills, after.duplicates, after.invalid)}" if after.rows else ""
-    print(f"{said} ({plural(after.rows, 'row')}{counts})")
+    tell(f"{said} ({plural(after.rows, 'row')}{counts})")
 
 
 # -- without a broker -----------------------------------------------------------------------------------------------
@@ -393,7 +392,7 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
         _retry(journal)
     before = journal.tally()
     if before.answered == before.bills:
-        print(_nothing_sent(journal, before))
+        tell(_nothing_sent(journal, before))
     else:
         journal.sent_to(gateway_of(settings.gateway))
         try:
@@ -413,7 +412,7 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
 def _retry(journal: Journal) -> None:
     """Unresolved bills are to be sent again, under their ids."""
     retried = journal.retry()
-    print(f"{plural(retried, 'bill')} of batch {journal.facts.batch.id} stayed unresolved and will be sent again")
+    tell(f"{plural(retried, 'bill')} of batch {journal.facts.batch.id} stayed unresolved and will be sent again")
 
 
 def _nothing_sent(journal: Journal, tally: Tally) -> str:

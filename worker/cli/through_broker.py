@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import socket
-import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from worker import signals
 from worker.cli import Trouble
 from worker.cli.batches import check_batch_id, home_at
+from worker.cli.screen import note, tell
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended
@@ -85,7 +85,7 @@ def take_late(amqp: AmqpSettings, journal: Journal) -> None:
             for bodies in take(connection, inbox_name(amqp.names, batch), batch):
                 journal.record([told for told in map(read_outcome, bodies) if told is not None])
     except BrokerError as error:
-        print(f"qris-expire: later outcomes could not be looked for: {error}", file=sys.stderr)
+        note(f"later outcomes could not be looked for: {error}")
 
 
 def close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
@@ -116,18 +116,18 @@ def stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
     except BrokerError as error:
         raise Trouble(str(error)) from None
     if said:
-        print(f"batch {batch}: nothing more is published; {said}")
+        tell(f"batch {batch}: nothing more is published; {said}")
         return 0
     path = find(directory, batch, home)
     if path is not None:
         with lock(path), closing(Journal(path)) as journal:
             journal.stop(who)
             unsent = journal.tally().unsent
-        print(f"batch {batch}: no process has it now; {unsent:,} bills are unsent, and stay so until --resume")
+        tell(f"batch {batch}: no process has it now; {unsent:,} bills are unsent, and stay so until --resume")
         return 0
     if said is None:
         raise Trouble(f"nobody follows batch {batch} at {home.place}, so nothing of it is being published there")
-    print(f"batch {batch}: no process answered; the next one that follows it will publish nothing more")
+    tell(f"batch {batch}: no process answered; the next one that follows it will publish nothing more")
     return 0
 
 

@@ -86,6 +86,8 @@ def _print(amqp: AmqpSettings, wanted: Topology) -> None:
         title_justify="left",
     )
     table.columns[0].no_wrap = True  # names are copied from here
+    for column in table.columns[1:]:
+        column.overflow = "fold"  # an argument that is cut says nothing
     for exchange in wanted.exchanges:
         table.add_row(exchange.name, exchange.type, "", _arguments(exchange.arguments))
     table.add_section()

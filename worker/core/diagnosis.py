@@ -33,6 +33,7 @@ from worker.core.verdict import (
     rule_for,
 )
 
+CLOCK_ERROR: Final = "± 0.5 s"
 SKEW_WORTH_A_WARNING: Final = 30.0
 SKEW_REFUSED: Final = 110.0
 """Seconds. Some providers allow two minutes; the Date header that we compare with has no fractions."""
@@ -274,8 +275,11 @@ def expire(answer: Reply | NoReply, call: Call) -> Finding:
 
 
 def clock(skew: float) -> Finding:
-    """How far our clock is off, in seconds ahead of the gateway's."""
-    text = f"{skew:+.1f} s off the gateway's"
+    """How far our clock is off, in seconds ahead of the gateway's, which tells whole seconds only."""
+    way = "ahead of" if skew > 0 else "behind"
+    text = f"the same as the gateway's ({CLOCK_ERROR})"
+    if abs(skew) > 0.5:
+        text = f"{abs(skew):.1f} s {way} the gateway's ({CLOCK_ERROR})"
     if abs(skew) <= SKEW_WORTH_A_WARNING:
         return Finding(True, text, "")
     cure = "set this machine's clock by NTP, since some providers take no more than two minutes"

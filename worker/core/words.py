@@ -1,11 +1,15 @@
-"""Numbers and times as people read them."""
+"""Numbers, times and sentences as people read them."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Final
 
 UNKNOWN: Final = "–"
+
+_WORD: Final = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+"""A word; a command between backticks is one, so that it can be copied from a terminal."""
 
 
 def number(value: float) -> str:
@@ -62,3 +66,17 @@ def plural(count: float, noun: str) -> str:
     if count == 1:
         return f"1 {noun}"
     return f"{number(count)} {noun}{'es' if noun.endswith(('s', 'h')) else 's'}"
+
+
+def folded(text: str, width: int, indent: int = 0) -> str:
+    """A sentence in lines of at most ``width`` columns, broken between words; a word that is longer has its own line.
+
+    ``indent``: columns before all lines but the first.
+    """
+    lines, line = [], text[: len(text) - len(text.lstrip())]
+    for word in _WORD.findall(text):
+        if line.strip() and len(line) + len(word) > width:
+            lines.append(line.rstrip())
+            line = " " * indent
+        line += f"{word} "
+    return "\n".join([*lines, line.rstrip()])

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import Names, Topology, topology
+from worker.core.words import folded, plural
 from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port
 from worker.sandbox.simulator import Script, Simulator
 from worker.settings import AmqpSettings, Secret
@@ -151,7 +152,7 @@ def run(size: int, given: AmqpSettings | None, console: Console) -> list[Seen]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qris-expire-demo-")))
         amqp = replace(_broker(stack, given, console), prefix=f"demo.{secrets.token_hex(4)}")
         simulator = stack.enter_context(Simulator(Script.parse(FAULTS)))
-        console.print(f"gateway    simulated at {simulator.base_url}, with faults on one call in ten")
+        fact(console, "gateway", f"simulated at {simulator.base_url}, with faults on one call in ten")
         channel, inbox = stack.enter_context(_prepared(amqp))
         port = free_port()
         environment = {
@@ -164,7 +165,7 @@ def run(size: int, given: AmqpSettings | None, console: Console) -> list[Seen]:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
         }
         worker = stack.enter_context(_worker(environment, directory))
-        console.print(f"worker     process {worker.pid} on {amqp.prefix}, metrics at http://127.0.0.1:{port}/metrics")
+        fact(console, "worker", f"process {worker.pid} on {amqp.prefix}, metrics at http://127.0.0.1:{port}/metrics")
         tally = Tally(size)
         started = time.monotonic()
         orders = batch(size)
@@ -200,7 +201,7 @@ def _broker(stack: ExitStack, given: AmqpSettings | None, console: Console) -> A
         raise NoBroker
     console.print("broker     starting a private RabbitMQ node …")
     private = stack.enter_context(PrivateBroker())
-    console.print(f"broker     private node at 127.0.0.1:{private.port}, gone when the demo ends")
+    fact(console, "broker", f"private node at 127.0.0.1:{private.port}, gone when the demo ends")
     return AmqpSettings(url=Secret(private.url))
 
 
@@ -398,13 +399,15 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
     table.add_section()
     table.add_row("total", f"of {tally.expected} commands published", str(counts.total()))
     console.print(table)
-    console.print(seen_by_gateway(simulator))
+    fact(console, "gateway", seen_by_gateway(simulator))
     cancelled = sorted(tally.seconds[CANCELLATION])
-    console.print(
-        f"speed      {took:.1f} s in all; half of the cancellations had their outcome within "
-        f"{cancelled[len(cancelled) // 2]:.2f} s, while the sweep was queued"
+    fact(
+        console,
+        "speed",
+        f"{took:.1f} s in all; half of the cancellations had their outcome within "
+        f"{cancelled[len(cancelled) // 2]:.2f} s, while the sweep was queued",
     )
-    console.print(f"dead       {dead} dead letters, each with its reason: the commands that are unresolved or invalid")
+    fact(console, "dead", f"{dead} dead letters, each with its reason: the commands that are unresolved or invalid")
     retried = next((o for o in tally.outcomes.values() if o["attempts"] > 1 and o["status"] == "expired"), None)
     if retried is not None:
         console.print("an outcome, as a consumer receives it:")
@@ -416,11 +419,17 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
     console.print(f"the worker drained and ended with 0: {tally.expected} commands, {counts.total()} outcomes.")
 
 
+def fact(console: Console, name: str, text: str) -> None:
+    """One line; on a terminal broken between words."""
+    line = f"{name:<11}{text}"
+    console.print(folded(line, console.width, 11) if console.is_terminal else line)
+
+
 def seen_by_gateway(simulator: Simulator) -> str:
     """The calls that it got and what it answered, in one line that adds up."""
     seen = simulator.report(bills=False)
     answered = ", ".join(f"{code} ×{count}" for code, count in seen.by_code.items())
-    return f"gateway    {seen.expire_calls} expire calls: {answered}; {seen.token_calls} token calls"
+    return f"{plural(seen.expire_calls, 'expire call')}: {answered}; {plural(seen.token_calls, 'token call')}"
 
 
 def _body(bill: str, **more: str) -> bytes:

@@ -14,7 +14,7 @@ from typing import Final
 
 from rich.console import Console
 
-from worker.sandbox.demo import FAULTS, FOREIGN, HOME, LONGEST, SETTINGS, DemoError, seen_by_gateway
+from worker.sandbox.demo import FAULTS, FOREIGN, HOME, LONGEST, SETTINGS, DemoError, fact, seen_by_gateway
 from worker.sandbox.simulator import Script, Simulator
 
 MERCHANT: Final = "121000001"
@@ -28,9 +28,9 @@ def run(size: int, console: Console) -> None:
         bills = _bills(size)
         file = directory / "bills.csv"
         file.write_text("billnumber,merchantId\n" + "".join(f"{bill},{MERCHANT}\n" for bill in bills))
-        console.print("broker     none: this shows the engine without one; with a RabbitMQ, `demo` shows everything")
-        console.print(f"gateway    simulated at {simulator.base_url}, with faults on one call in ten")
-        console.print(f"bills      {size} in a file; now runs: qris-expire sweep bills.csv --direct --report {REPORT}")
+        fact(console, "broker", "none: this shows the engine without one; with a RabbitMQ, `demo` shows everything")
+        fact(console, "gateway", f"simulated at {simulator.base_url}, with faults on one call in ten")
+        fact(console, "bills", f"{size} in a file; now runs: qris-expire sweep bills.csv --direct --report {REPORT}")
         started = time.monotonic()
         code = _sweep(directory, simulator)
         took = time.monotonic() - started
@@ -38,8 +38,8 @@ def run(size: int, console: Console) -> None:
         counts = Counter((row["status"], row["reason"]) for row in rows)
         if code not in (0, 1) or len(rows) != size or any(not row["status"] for row in rows):
             raise DemoError(f"the sweep ended with exit code {code} and {len(rows)} of {size} rows in its report")
-        console.print(seen_by_gateway(simulator))
-        console.print(f"speed      {took:.1f} s in all")
+        fact(console, "gateway", seen_by_gateway(simulator))
+        fact(console, "speed", f"{took:.1f} s in all")
         console.print("a line of the report, of a bill that needed more than one call:")
         retried = next((row for row in rows if row["status"] == "expired" and int(row["attempts"]) > 1), rows[0])
         for column in ("billnumber", "status", "reason", "responseCode", "attempts", "effectUnknown", "completedAt"):

@@ -151,13 +151,14 @@ def test_wrong_usage_is_one_line(cli: Cli, arguments: list[str]) -> None:
 
 
 def test_topology_prints_every_name(cli: Cli) -> None:
-    """Without an option it prints a table and speaks to nobody."""
+    """Without an option it prints lines, of which a narrow terminal cuts nothing, and speaks to nobody."""
 
     done = cli("topology", AMQP_URL="amqp://127.0.0.1:1", RETRY_DELAYS_SECONDS="7")
 
     assert done.returncode == 0, done.stderr
-    assert "qris.expire.sweep.retry.7" in done.stdout
-    assert "x-delivery-limit=50" in done.stdout
+    assert "queue     qris.expire.sweep.retry.7  quorum\n" in done.stdout
+    assert "          x-delivery-limit=50\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_topology_exports_definitions(cli: Cli) -> None:

@@ -152,6 +152,6 @@ def test_a_sentence_is_broken_between_words(width: int) -> None:
 
 
 def test_a_sentence_that_fits_stays_as_it_is() -> None:
-    """What is at its beginning stays, too."""
+    """Its blanks, too: they may be columns."""
 
-    assert folded("  line 4: 7 of M1", 80) == "  line 4: 7 of M1"
+    assert folded("  broker   ok       good", 80) == "  broker   ok       good"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
-from worker.cli.screen import output
 from worker.core.topology import Topology, definitions
 from worker.core.topology import topology as plan
 
@@ -21,9 +21,9 @@ def topology(
         bool, Option("--definitions", help="Print it as RabbitMQ definitions (JSON), to import.")
     ] = False,
 ) -> None:
-    """What must exist at the broker: prints it, declares it, or exports it.
+    """Prints, declares or exports what must exist at the broker.
 
-    Prints a table unless told otherwise; only --apply speaks to the broker. Applying twice changes nothing;
+    Only --apply speaks to the broker. Applying twice changes nothing;
     queues that exist with other arguments are named and left alone.
 
     Examples:
@@ -39,7 +39,7 @@ def topology(
     elif as_definitions:
         print(json.dumps(definitions(wanted, _vhost(amqp)), indent=2))
     else:
-        _print(amqp, wanted)
+        _print(wanted)
 
 
 def _settings() -> tuple[AmqpSettings, Topology]:
@@ -74,30 +74,19 @@ def _apply(amqp: AmqpSettings, wanted: Topology) -> None:
     )
 
 
-def _print(amqp: AmqpSettings, wanted: Topology) -> None:
-    from rich.table import Table
-
-    table = Table(
-        "exchange or queue",
-        "what",
-        "bound to",
-        "arguments",
-        title=f"topology of {amqp.prefix}",
-        title_justify="left",
-    )
-    table.columns[0].no_wrap = True  # names are copied from here
-    for column in table.columns[1:]:
-        column.overflow = "fold"  # an argument that is cut says nothing
+def _print(wanted: Topology) -> None:
+    """Lines instead of a table: names and arguments are copied, and a narrow terminal would cut them."""
     for exchange in wanted.exchanges:
-        table.add_row(exchange.name, exchange.type, "", _arguments(exchange.arguments))
-    table.add_section()
+        _print_one(f"exchange  {exchange.name}  {exchange.type}", exchange.arguments)
     bound = {binding.queue: f"{binding.exchange} {binding.routing_key}".strip() for binding in wanted.bindings}
     for queue in wanted.queues:
         arguments = dict(queue.arguments)
-        kind = f"{arguments.pop('x-queue-type')} queue"
-        table.add_row(queue.name, kind, bound.get(queue.name, ""), _arguments(arguments))
-    output().print(table)
+        _print_one(f"queue     {queue.name}  {arguments.pop('x-queue-type')}", arguments)
+        if queue.name in bound:
+            print(f"          bound to {bound[queue.name]}")
 
 
-def _arguments(arguments: object) -> str:
-    return "\n".join(f"{name}={value}" for name, value in dict(arguments).items())  # type: ignore[call-overload]
+def _print_one(line: str, arguments: Mapping[str, object]) -> None:
+    print(line)
+    for name, value in arguments.items():
+        print(f"          {name}={value}")

@@ -8,8 +8,8 @@ from typing import Final
 
 UNKNOWN: Final = "–"
 
-_WORD: Final = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
-"""A word; a command between backticks is one, so that it can be copied from a terminal."""
+_WORD: Final = re.compile(r"(\s*)([^\s`]*`[^`]*`\S*|\S+)")
+"""The blanks before a word, and the word; a command between backticks is one, so that people can copy it."""
 
 
 def number(value: float) -> str:
@@ -73,10 +73,11 @@ def folded(text: str, width: int, indent: int = 0) -> str:
 
     ``indent``: columns before all lines but the first.
     """
-    lines, line = [], text[: len(text) - len(text.lstrip())]
-    for word in _WORD.findall(text):
-        if line.strip() and len(line) + len(word) > width:
-            lines.append(line.rstrip())
-            line = " " * indent
-        line += f"{word} "
-    return "\n".join([*lines, line.rstrip()])
+    lines, line = [], ""
+    for gap, word in _WORD.findall(text):
+        if line.strip() and len(line) + len(gap) + len(word) > width:
+            lines.append(line)
+            line = " " * indent + word
+        else:
+            line += gap + word
+    return "\n".join([*lines, line])

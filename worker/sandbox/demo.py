@@ -411,7 +411,7 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
     retried = next((o for o in tally.outcomes.values() if o["attempts"] > 1 and o["status"] == "expired"), None)
     if retried is not None:
         console.print("an outcome, as a consumer receives it:")
-        console.print(json.dumps(retried))
+        fact(console, "", json.dumps(retried))
     console.print("some of its metrics:")
     for line in metrics.splitlines():
         if line.startswith(("qris_expire_outcomes_total", "qris_expire_retries_total")) and not line.endswith(" 0.0"):

@@ -147,7 +147,9 @@ class Client:
 
     def pool(self, finish: Finish) -> Pool:
         """The senders; ``finish`` hears of every command that they are done with."""
-        return Pool(self.dispatcher, self._expire, finish, self.fibers, self.metrics, senders=self._senders)
+        pool = Pool(self.dispatcher, self._expire, finish, self.fibers, senders=self._senders)
+        self.metrics.in_hand = pool.in_hand
+        return pool
 
     def take_over_secrets(self, *, asked: bool = False) -> None:
         """Looks whether mounted secrets have changed; to be called again and again, it knows how often to look. When an

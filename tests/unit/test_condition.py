@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -67,7 +68,7 @@ def test_working(worker: Worker) -> None:
 def test_working_at_the_first_look(worker: Worker) -> None:
     """Without an earlier look there is no rate, and none is made up."""
 
-    worker.metrics.in_hand("sweep", 12)
+    worker.metrics.in_hand = Counter(sweep=12).__getitem__
     assert worker.look(first=True).text == "Working: 12 commands in hand."
 
 
@@ -84,7 +85,7 @@ def test_the_oldest_in_hand(worker: Worker) -> None:
 def test_after_an_idle_hour_nobody_is_stuck(worker: Worker) -> None:
     """Commands that have just come are no trouble, however long ago the last outcome was."""
 
-    worker.metrics.in_hand("cancellation", 3)
+    worker.metrics.in_hand = Counter(cancellation=3).__getitem__
     worker.oldest(NOW - 5)
     assert worker.look().level is Level.WELL
 
@@ -143,7 +144,7 @@ def no_exchange(worker: Worker) -> None:
 
 def draining(worker: Worker) -> None:
     worker.is_wrong("drain", "draining")
-    worker.metrics.in_hand("sweep", 12)
+    worker.metrics.in_hand = Counter(sweep=12).__getitem__
 
 
 def starting(worker: Worker) -> None:
@@ -160,7 +161,7 @@ def unconfirmed(worker: Worker) -> None:
 
 
 def stuck(worker: Worker) -> None:
-    worker.metrics.in_hand("sweep", 32)
+    worker.metrics.in_hand = Counter(sweep=32).__getitem__
     worker.oldest(NOW - 180)
 
 
@@ -356,7 +357,7 @@ def test_causes_stand_before_their_effects(worker: Worker) -> None:
     """When the broker is gone, what follows from it is not the headline."""
 
     broker_gone(worker)
-    worker.metrics.in_hand("sweep", 3)
+    worker.metrics.in_hand = Counter(sweep=3).__getitem__
     worker.metrics.unconfirmed(3)
     found = worker.look()
     assert found.key == "disconnected"

@@ -17,6 +17,7 @@ from pika.frame import Body, Header, Heartbeat, Method
 
 from worker.core.delivery import Message
 from worker.shells.amqp.connection import KNOWN, Connection, new_loop, still_deliver
+from worker.shells.amqp.publisher import UNWRITABLE
 
 LARGEST = 2_000
 """Bytes of a body in one frame here, so that large ones are small."""
@@ -95,9 +96,13 @@ PROPERTIES = st.builds(
     pika.BasicProperties,
     content_type=st.none() | TEXTS,
     headers=st.none() | st.dictionaries(TEXTS, TEXTS | st.integers(-9, 2**40) | st.booleans(), max_size=3),
-    delivery_mode=st.none() | st.just(2),
-    message_id=st.none() | TEXTS,
     timestamp=st.none() | st.integers(0, 2**40),
+    **dict.fromkeys(("delivery_mode", "priority"), st.none() | st.integers(0, 255)),
+    **dict.fromkeys(
+        ("content_encoding", "correlation_id", "reply_to", "expiration", "message_id"),
+        st.none() | TEXTS | st.binary(max_size=20),
+    ),
+    **dict.fromkeys(("type", "user_id", "app_id", "cluster_id"), st.none() | TEXTS),
 )
 BODIES = st.binary(max_size=40) | st.sampled_from([b"x" * LARGEST, b"x" * (LARGEST + 1), b"x" * (3 * LARGEST)])
 NUMBERS = st.integers(1, 2**40)
@@ -137,6 +142,34 @@ def test_what_is_published(exchange: str, routing_key: str, properties: Any, bod
 
         assert short.wire.written == usual.wire.written
         assert short.connection.bytes_sent == usual.connection.bytes_sent
+
+
+@pytest.mark.parametrize(
+    "properties", [{"message_id": "x" * 256}, {"timestamp": -1}, {"type": 5}, {"headers": {"id": 1j}}], ids=str
+)
+def test_properties_that_amqp_has_no_form_for(properties: dict[str, Any]) -> None:
+    """Raise one of the same errors, and nothing is sent."""
+    with both() as peers:
+        for peer in peers:
+            before = peer.wire.written
+            with pytest.raises(UNWRITABLE):
+                peer.connection.publish(peer.channel, Message("", "lane", b"body", properties))
+
+            assert peer.wire.written == before
+
+
+@given(NUMBERS, st.booleans())
+def test_what_is_acknowledged(number: int, multiple: bool) -> None:
+    """The same bytes."""
+    with both() as (short, usual):
+        for peer in (short, usual):
+            peer.connection.acknowledge(peer.channel, number, multiple)
+
+        assert short.wire.written == usual.wire.written
+        assert (short.connection.bytes_sent, short.connection.frames_sent) == (
+            usual.connection.bytes_sent,
+            usual.connection.frames_sent,
+        )
 
 
 def test_frames_of_another_channel_between_those_of_a_delivery() -> None:

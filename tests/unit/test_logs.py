@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -186,6 +187,46 @@ def test_lines_of_several_threads_stay_whole() -> None:
         collector.join(30)
 
     assert [json.loads(line)["text"] for line in read] == ["x" * 500] * 800
+
+
+def test_lines_of_a_turn_are_written_together() -> None:
+    """Whoever has turns writes once for each: in the order of the lines, and each write is whole lines."""
+
+    reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)  # a read gives one write
+    with os.fdopen(writer, "w") as stream:
+        logs.configure("json", "info", stream)
+        log = structlog.get_logger()
+        with logs.by_turn() as end_turn:
+            for number in range(30):
+                log.info("attempt", number=number, text="x" * 400)
+            with pytest.raises(BlockingIOError):
+                os.read(reader, select.PIPE_BUF)
+            end_turn()
+            written = [os.read(reader, select.PIPE_BUF) for _ in range(4)]
+    os.close(reader)
+
+    assert [json.loads(line)["number"] for line in b"".join(written).splitlines()] == list(range(30))
+    assert all(each.startswith(b"{") and each.endswith(b"}\n") for each in written)
+
+
+def test_warnings_and_other_threads_do_not_wait_for_the_end_of_a_turn() -> None:
+    """A warning brings out what waits before it; a line of another thread is none of this one's turn."""
+
+    stream = io.StringIO()
+    logs.configure("json", "info", stream)
+    log = structlog.get_logger()
+    with logs.by_turn():
+        log.info("first")
+        other = threading.Thread(target=lambda: log.info("other thread"))
+        other.start()
+        other.join()
+        assert [line["event"] for line in lines(stream)] == ["other thread"]
+        log.warning("second")
+        assert [line["event"] for line in lines(stream)] == ["other thread", "first", "second"]
+        log.info("third")
+    log.info("fourth")
+
+    assert [line["event"] for line in lines(stream)] == ["other thread", "first", "second", "third", "fourth"]
 
 
 def test_closed_pipe_does_not_stop_the_worker() -> None:

@@ -1,7 +1,5 @@
 """The catalogue of metrics: names, labels and what is there before anything happened."""
 
-import threading
-
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -39,7 +37,6 @@ def every_call(metrics: Metrics) -> None:
         metrics.received(lane)
         metrics.undated(lane)
         metrics.waiting(lane, 7)
-        metrics.in_hand(lane, 1)
         metrics.settled(lane, 0.2)
         metrics.acked(lane, 2)
         metrics.oldest(lane, 1_800_000_000.0)
@@ -62,6 +59,7 @@ def every_call(metrics: Metrics) -> None:
         metrics.paused(pause, True)
     for certificate in catalogue.CERTIFICATES:
         metrics.certificate(certificate, 1_900_000_000.0)
+    metrics.in_hand = lambda _lane: 3
     metrics.senders(32)
     metrics.token_expiry(1_800_000_900.0)
     metrics.broker_connected(True)
@@ -180,7 +178,6 @@ def test_seconds_are_told_by_response_code(metrics: Metrics) -> None:
     "call",
     [
         lambda metrics, bill: metrics.received(bill),
-        lambda metrics, bill: metrics.in_hand(bill, 1),
         lambda metrics, bill: metrics.settled(bill, 1.0),
         lambda metrics, bill: metrics.acked(bill, 1),
         lambda metrics, bill: metrics.oldest(bill, 1.0),
@@ -259,19 +256,23 @@ def test_two_instances_do_not_meet() -> None:
     assert value(other, "commands_total", lane="sweep") == 0
 
 
-def test_threads_lose_no_increment(metrics: Metrics) -> None:
-    """Increments from several threads all count."""
+def test_what_is_in_hand_is_asked_at_each_scrape(metrics: Metrics) -> None:
+    """The number in flight is that of the moment of the scrape."""
 
-    def count() -> None:
-        for _ in range(2_000):
-            metrics.received("sweep")
-            metrics.in_hand("sweep", 1)
-            metrics.in_hand("sweep", -1)
+    hands = {"sweep": 2, "cancellation": 0}
+    metrics.in_hand = hands.__getitem__
+    assert value(metrics, "in_flight", lane="sweep") == 2
+    hands["sweep"] = 1
+    assert value(metrics, "in_flight", lane="sweep") == 1
 
-    threads = [threading.Thread(target=count) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert value(metrics, "commands_total", lane="sweep") == 8_000
-    assert value(metrics, "in_flight", lane="sweep") == 0
+
+def test_an_observation_counts_in_every_bucket_that_holds_it(metrics: Metrics) -> None:
+    """Buckets are cumulative, and a bound belongs to the bucket that it closes."""
+
+    for seconds in (0.005, 0.0051, 1_000.0):
+        metrics.settled("sweep", seconds)
+    counts = {
+        bound: value(metrics, "command_duration_seconds_bucket", lane="sweep", le=bound)
+        for bound in ("0.005", "0.01", "120.0", "+Inf")
+    }
+    assert counts == {"0.005": 1, "0.01": 2, "120.0": 2, "+Inf": 3}

@@ -28,16 +28,6 @@ from worker.shells.pool import Pool
 SOON = 20.0  # seconds: far more than a loaded machine needs
 
 
-class InHand:
-    """The metrics of the senders."""
-
-    def __init__(self) -> None:
-        self.now = Counter[str]()
-
-    def in_hand(self, lane: str, change: int) -> None:
-        self.now[lane] += change
-
-
 class Bench:
     """A pool whose work is scripted: with ``gated`` each command waits until it is let go."""
 
@@ -53,10 +43,7 @@ class Bench:
             draining=Event(fibers),
             event=lambda: Event(fibers),
         )
-        self.watch = InHand()
-        self.pool = Pool(
-            self.dispatcher, cast("Expire", self.work), self.finish, fibers, self.watch, senders=concurrency
-        )
+        self.pool = Pool(self.dispatcher, cast("Expire", self.work), self.finish, fibers, senders=concurrency)
         self.lock = threading.Lock()
         self.started: list[tuple[str, bool]] = []
         self.finished: list[tuple[str, Disposition]] = []
@@ -142,7 +129,7 @@ def test_every_command_is_sent_once(make: Callable[..., Bench]) -> None:
     assert Counter(bench.names()) == Counter(numbered("s", 50) + numbered("c", 50))
     wait_until(lambda: bench.dispatcher.in_hand() == 0, SOON, "all free")
     assert bench.dispatcher.waiting() == 0
-    assert bench.watch.now.total() == 0
+    assert bench.pool.in_hand(SWEEP) == bench.pool.in_hand(CANCELLATION) == 0
 
 
 def test_concurrency_and_share(make: Callable[..., Bench]) -> None:
@@ -153,7 +140,7 @@ def test_concurrency_and_share(make: Callable[..., Bench]) -> None:
     bench.until(2, "started")
     bench.offer(CANCELLATION, *numbered("c", 20))
     bench.until(4, "started")
-    assert bench.watch.now == {SWEEP: 2, CANCELLATION: 2}
+    assert (bench.pool.in_hand(SWEEP), bench.pool.in_hand(CANCELLATION)) == (2, 2)
     bench.turnstile.release(100)
     bench.until(40)
 

@@ -16,8 +16,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Literal, TextIO
 
 import structlog
@@ -55,7 +55,8 @@ def configure(
     render = json_line if format == "json" else _console(colors=stream.isatty())
     if process is not None:
         render = _signed(render, process)
-    lines = _Lines(stream, render)
+    global _lines
+    lines = _lines = _Lines(stream, render)
     atexit.register(lines.flush, LAST_WORDS)
     structlog.configure(
         processors=[lambda _, method, event: render(method, event)],
@@ -68,6 +69,17 @@ def configure(
     # pika logs one lost connection as seven errors of several lines; the links log it as one line of ours.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
+
+
+@contextmanager
+def by_turn() -> Iterator[Callable[[], None]]:
+    """Within it, this thread's lines of level info wait for a call of what it gives, which writes them together: a line
+    for each command costs two system calls otherwise. A warning or worse goes out at once, after those that wait."""
+    if _lines is None:
+        yield lambda: None
+        return
+    with _lines.by_turn():
+        yield _lines.end_turn
 
 
 def _signed(render: Render, process: str) -> Render:
@@ -108,6 +120,8 @@ class _Lines:
         self._waiting: deque[bytes] = deque()  # the first one is being written
         self._catching_up = False
         self._lost = 0
+        self._by_turn: int | None = None  # the thread whose lines wait for the end of its turn
+        self._turn: list[str] = []
         self._writable = select.poll()
         try:
             self._fd: int | None = stream.fileno()
@@ -116,7 +130,47 @@ class _Lines:
             self._fd = None
 
     def msg(self, line: str) -> None:
-        """Writes it. A full disk or a closed pipe loses the line, never the command that is worked on."""
+        """Writes it, after what waits for the end of the turn."""
+        self.info(line)
+        if self._turn:
+            self.end_turn()
+
+    warning = error = critical = msg
+
+    def info(self, line: str) -> None:
+        """Writes it, at the end of the turn where there are turns."""
+        if self._by_turn == threading.get_ident():
+            self._turn.append(line)
+        else:
+            self._write(line)
+
+    debug = info
+
+    @contextmanager
+    def by_turn(self) -> Iterator[None]:
+        """See the module's `by_turn`."""
+        self._by_turn = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._by_turn = None
+            self.end_turn()
+
+    def end_turn(self) -> None:
+        """Writes what waits, in pieces of whole lines that a pipe takes at once; line by line once it takes none."""
+        lines, self._turn = self._turn, []
+        piece, size = list[str](), 0
+        for line in lines:
+            if piece and (self._waiting or size + len(line) >= select.PIPE_BUF):
+                self._write("\n".join(piece))
+                piece, size = [], 0
+            piece.append(line)
+            size += len(line) + 1
+        if piece:
+            self._write("\n".join(piece))
+
+    def _write(self, line: str) -> None:
+        """A full disk or a closed pipe loses the line, never the command that is worked on."""
         if self._fd is None:
             self._stream.write(line + "\n")
             return
@@ -129,15 +183,13 @@ class _Lines:
             if len(self._waiting) < MOST_WAITING:
                 self._waiting.append(data)
             else:
-                self._lost += 1
+                self._lost += line.count("\n") + 1
             if not self._catching_up:
                 self._catching_up = True
                 try:
                     threading.Thread(target=self._catch_up, args=(self._fd,), name="log", daemon=True).start()
                 except RuntimeError:  # the system has none to give; the next line asks again
                     self._catching_up = False
-
-    debug = info = warning = error = critical = msg
 
     def flush(self, seconds: float) -> None:
         """Gives what waits so long to come out."""
@@ -155,6 +207,9 @@ class _Lines:
                     self._waiting.append(_bytes(self._render("warning", {"event": "log.lost", "lines": self._lost})))
                     self._lost = 0
                 waiting = self._catching_up = bool(self._waiting)
+
+
+_lines: _Lines | None = None
 
 
 def _bytes(line: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -18,24 +18,15 @@ log = structlog.get_logger()
 Finish = Callable[[Task, Disposition], None]
 
 
-class Watch(Protocol):
-    """What the senders report (metrics)."""
-
-    def in_hand(self, lane: str, change: int) -> None: ...
-
-
 class Pool:
     """Which command a sender takes is decided when it is free, not when it is woken, so a cancellation overtakes every
     sweep command that waits. ``finish`` hears of every command that does not stay in hand."""
 
-    def __init__(
-        self, dispatcher: Dispatcher, expire: Expire, finish: Finish, fibers: Fibers, watch: Watch, *, senders: int
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, expire: Expire, finish: Finish, fibers: Fibers, *, senders: int) -> None:
         self._dispatcher = dispatcher
         self._expire = expire
         self._finish = finish
         self._fibers = fibers
-        self._watch = watch
         self._senders: Final = senders
         self._since: dict[Task, float] = {}  # when a sender took it
         self._stopped = False
@@ -56,6 +47,10 @@ class Pool:
         now = time.monotonic() - self._fibers.frozen
         return now - min(tuple(self._since.values()), default=now)
 
+    def in_hand(self, lane: str) -> int:
+        """Commands of the lane in senders' hands. From any thread."""
+        return sum(task.lane == lane for task in tuple(self._since))
+
     def _run(self) -> None:
         while not self._stopped:
             taken = self._dispatcher.take()
@@ -69,17 +64,9 @@ class Pool:
         """One command in one sender's hands. Not undone in a `finally`: a fiber that is lost while it waits ends there,
         and `longest` must tell of its command."""
         self._since[task] = self._fibers.now()
-        self._watch.in_hand(task.lane, 1)
-        disposition = self._attempt(task, probe)
-        self._watch.in_hand(task.lane, -1)
-        del self._since[task]
-        self._dispatcher.done(task, disposition, probe=probe)
-        if not isinstance(disposition, Hold):
-            self._finish(task, disposition)
-
-    def _attempt(self, task: Task, probe: bool) -> Disposition:
+        disposition: Disposition
         try:
-            return self._expire(task, probe=probe)
+            disposition = self._expire(task, probe=probe)
         except Exception as error:  # a bug of ours must not take the other senders with it
             log.error(
                 "sender.crashed",
@@ -88,4 +75,8 @@ class Pool:
                 lane=task.lane,
                 exc_info=error,
             )
-            return Crashed()
+            disposition = Crashed()
+        del self._since[task]
+        self._dispatcher.done(task, disposition, probe=probe)
+        if not isinstance(disposition, Hold):
+            self._finish(task, disposition)

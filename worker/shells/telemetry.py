@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, Final, assert_never
 
@@ -69,12 +70,15 @@ class Telemetry:
     def attempted(self, attempt: Attempt) -> None:
         """See `Observer`."""
         verdict = attempt.verdict
-        self._tracing.attempted(attempt)
+        if attempt.trace is not None:
+            self._tracing.attempted(attempt)
         if attempt.external_id is not None:
             self._metrics.request("expire", verdict.code or "", attempt.seconds)
         log = self._log.error if verdict.kind is Kind.SYSTEMIC else self._log.info
-        if verdict.kind.final:
-            log = self._log.debug  # the command ends with it, and that line says all of this
+        if verdict.kind.final:  # the command ends with it, and that line says all of this
+            if not self._log.is_enabled_for(logging.DEBUG):
+                return
+            log = self._log.debug
         log(
             "attempt",
             command_id=attempt.command_id,

@@ -241,15 +241,12 @@ class Bulk:
             self._feed()
 
     def _feed(self) -> None:
-        if self._publish_link is None:
-            return
-        with self._publish_link.corked():
-            while self._publisher.ready and len(self._publisher) < WINDOW:
-                following = self._errand.next()
-                if following is None:
-                    return
+        publications = list[Publication[int]]()
+        if self._publisher.ready:
+            while len(self._publisher) + len(publications) < WINDOW and (following := self._errand.next()) is not None:
                 number, message = following
-                self._publisher.publish(Publication(message, number))
+                publications.append(Publication(message, number))
+        self._publisher.publish(*publications)
 
     # -- following --------------------------------------------------------------------------------------------------
 

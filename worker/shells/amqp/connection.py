@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -19,8 +19,9 @@ import pika
 from pika import spec
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
+from pika.data import encode_short_string, encode_table
 from pika.exceptions import NoFreeChannels, StreamLostError
-from pika.frame import Header, Method, decode_frame
+from pika.frame import Method, decode_frame
 
 from worker.core.delivery import Message
 from worker.shells.fibers import Loop
@@ -36,6 +37,8 @@ _HEAD: Final = struct.Struct(">BHI")  # of a frame: kind, channel, bytes of the 
 _METHOD: Final = struct.Struct(">I")  # class and method
 _SIZE: Final = struct.Struct(">4xQ")  # of the body, in a content header
 _TAG: Final = struct.Struct(">QB")  # delivery tag; redelivered, or multiple
+_ACK: Final = struct.Struct(">BHIIQBB")  # a whole frame: kind, channel, size, method, delivery tag, multiple, end
+_CONTENT: Final = struct.Struct(">BHIHxxQH")  # of a content header: kind, channel, size, class, body's bytes, flags
 _END: Final = spec.FRAME_END
 _LAST: Final = bytes([_END])
 _PROPERTIES: Final = 12  # where they begin in a content header
@@ -116,18 +119,26 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
     def publish(self, channel: Any, message: Message) -> None:
         """Sends a message as mandatory. Raises what pika raises for properties that AMQP has no form for, before a byte
         is sent."""
-        properties = pika.BasicProperties(**message.properties)
-        body, number = message.body, channel.channel_number
+        exchange, routing_key, body, properties = message
         if not (self._short and body and channel.is_open and len(body) <= self._body_max_length):
-            channel.basic_publish(message.exchange, message.routing_key, body, properties, mandatory=True)
+            channel.basic_publish(exchange, routing_key, body, pika.BasicProperties(**properties), mandatory=True)
             return
+        number = channel.channel_number
         self._output_marshaled_frames(
             (
-                _publish_method(number, message.exchange, message.routing_key),
-                Header(number, len(body), properties).marshal(),
+                _publish_method(number, exchange, routing_key),
+                _content_header(number, len(body), properties),
                 _HEAD.pack(spec.FRAME_BODY, number, len(body)) + body + _LAST,
             )
         )
+
+    def acknowledge(self, channel: Any, number: int, multiple: bool) -> None:
+        """Acks this delivery, or all up to it."""
+        if self._short and channel.is_open:
+            ack = _ACK.pack(spec.FRAME_METHOD, channel.channel_number, 13, spec.Basic.Ack.INDEX, number, multiple, _END)
+            self._output_marshaled_frames((ack,))
+        else:
+            channel.basic_ack(number, multiple)
 
     @contextmanager
     def corked(self) -> Iterator[None]:
@@ -170,10 +181,13 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
         transport._on_socket_readable()  # the end: pika knows what to do
 
     def _output_marshaled_frames(self, marshaled_frames: Sequence[bytes]) -> None:
-        if self._held is None:
-            super()._output_marshaled_frames([b"".join(marshaled_frames)])
-        else:
+        if self._held is not None:
             self._held.extend(marshaled_frames)
+            return
+        data = b"".join(marshaled_frames)
+        self.bytes_sent += len(data)
+        self.frames_sent += len(marshaled_frames)
+        self._adapter_emit_data(data)
 
     def _adapter_emit_data(self, data: bytes) -> None:
         """Sends at once what the socket takes. Only the rest waits for the loop to say that it takes more."""
@@ -253,6 +267,52 @@ def _frame(data: bytes, at: int) -> tuple[int, int, int]:
     kind, number, size = _HEAD.unpack_from(data, at)
     end = at + spec.FRAME_HEADER_SIZE + size + spec.FRAME_END_SIZE
     return kind, number, end if end <= len(data) else _INCOMPLETE
+
+
+def _text(pieces: list[bytes], value: str | bytes) -> int:
+    assert isinstance(value, (str, bytes)), "a property that is text in AMQP"
+    return int(encode_short_string(pieces, value))
+
+
+def _octet(pieces: list[bytes], value: int) -> int:
+    pieces.append(struct.pack("B", value))
+    return 1
+
+
+def _moment(pieces: list[bytes], value: int) -> int:
+    pieces.append(struct.pack(">Q", value))
+    return 8
+
+
+_PROPERTY: Final[dict[str, tuple[int, Callable[[list[bytes], Any], int]]]] = {
+    "content_type": (1 << 15, _text),
+    "content_encoding": (1 << 14, _text),
+    "headers": (1 << 13, encode_table),
+    "delivery_mode": (1 << 12, _octet),
+    "priority": (1 << 11, _octet),
+    "correlation_id": (1 << 10, _text),
+    "reply_to": (1 << 9, _text),
+    "expiration": (1 << 8, _text),
+    "message_id": (1 << 7, _text),
+    "timestamp": (1 << 6, _moment),
+    "type": (1 << 5, _text),
+    "user_id": (1 << 4, _text),
+    "app_id": (1 << 3, _text),
+    "cluster_id": (1 << 2, _text),
+}
+"""All properties in the order in which a content header has them: the flag, and how the value is written."""
+
+
+def _content_header(number: int, body: int, properties: Mapping[str, Any]) -> bytes:
+    """The frame before a body of so many bytes. Raises what pika raises for values that AMQP has no form for."""
+    flags, size, pieces = 0, 0, list[bytes]()
+    for name, (flag, encode) in _PROPERTY.items():
+        value = properties.get(name)
+        if value is not None:
+            flags |= flag
+            size += encode(pieces, value)
+    head = _CONTENT.pack(spec.FRAME_HEADER, number, 14 + size, spec.Basic.INDEX, body, flags)
+    return b"".join((head, *pieces, _LAST))
 
 
 @lru_cache(maxsize=64)  # a worker publishes to a handful of addresses

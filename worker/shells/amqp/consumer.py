@@ -78,6 +78,7 @@ class Consumer:
         self._lanes: dict[str, _Lane] = {}
         self._by_number: dict[int, _Lane] = {}
         self._paused: frozenset[str] = frozenset()
+        self._to_flush = False  # there are acks to send
         self._without_get: set[str] = set()  # lanes whose queue refuses basic.get
         self.acks = dict.fromkeys(queues, 0)
         """Deliveries acked so far, by lane."""
@@ -156,6 +157,7 @@ class Consumer:
         if lane is not None:
             lane.acks.settle(tag.number)
             self.acks[lane.lane] += 1
+            self._to_flush = True
 
     def reject(self, tag: Tag) -> None:
         """Back to the queue as a failed delivery: every version of RabbitMQ counts it up to the delivery limit. (Since
@@ -173,10 +175,13 @@ class Consumer:
 
     def flush(self) -> None:
         """Sends the acks."""
+        if not self._to_flush:
+            return
+        self._to_flush = False
         for lane in self._lanes.values():
             if lane.channel.is_open:
                 for number, multiple in lane.acks.flush():
-                    lane.channel.basic_ack(number, multiple)
+                    lane.channel.connection.acknowledge(lane.channel, number, multiple)
 
     def _opened(self, name: str, queue: str, channel: Any) -> None:
         if not channel.is_open:
@@ -199,15 +204,13 @@ class Consumer:
             if self._link is not None:
                 self._link.works()
 
-        tag = lane.consumer_tag = self._begin(lane, self._prefetch[lane.lane], lambda: None, began)
-
-    def _begin(self, lane: _Lane, prefetch: int, each: Callable[[], None], began: Callable[[Any], None]) -> str:
-        """A consumer with a prefetch of its own; returns its tag. ``each`` is called after each delivery."""
-
         def delivered(_: Any, method: Any, properties: Any, body: bytes) -> None:
             self._on_delivery(lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body)
-            each()
 
+        tag = lane.consumer_tag = self._begin(lane, self._prefetch[lane.lane], delivered, began)
+
+    def _begin(self, lane: _Lane, prefetch: int, delivered: Callable[..., None], began: Callable[[Any], None]) -> str:
+        """A consumer with a prefetch of its own; returns its tag."""
         lane.channel.basic_qos(prefetch_count=prefetch)
         return str(lane.channel.basic_consume(lane.queue, self._guard(delivered), callback=self._guard(began)))
 
@@ -229,7 +232,8 @@ class Consumer:
             if lane.fetching is fetch:
                 self._fetched(lane)
 
-        def delivered() -> None:
+        def delivered(_: Any, method: Any, properties: Any, body: bytes) -> None:
+            self._on_delivery(lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body)
             fetch.left -= 1
             if fetch.left <= 0:
                 end()

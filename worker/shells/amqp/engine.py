@@ -45,6 +45,7 @@ from worker.shells.amqp.fleet import FleetLink
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher, named
 from worker.shells.fibers import Fibers
+from worker.shells.logs import by_turn
 from worker.shells.telemetry import tell_fate
 from worker.shells.tracing import Tracing
 
@@ -117,7 +118,7 @@ class Engine:
         self._dispatcher = dispatcher
         self._watch = watch
         self._clock = clock
-        self._log = structlog.get_logger()
+        self._log = structlog.get_logger().bind()  # bound once: the lazy proxy would bind at every line
         self._fibers = fibers
         self._loop = fibers.loop
         self._stopped = False
@@ -263,9 +264,11 @@ class Engine:
             self._publish_link.connect()
             self._consume_link.connect()
             self._tick()
-            while not self._stopped:
-                self._fibers.turn()
-                self._end_turn()
+            with by_turn() as write_log:
+                while not self._stopped:
+                    self._fibers.turn()
+                    self._end_turn()
+                    write_log()
             self._fibers.close()
         except BaseException as error:  # noqa: BLE001  # without this the process would stay and do nothing
             self._fail(error)
@@ -412,7 +415,8 @@ class Engine:
         match arrival.take:
             case Take.WORK:
                 assert arrival.task is not None
-                self._tracing.begin(delivery)
+                if delivery.trace is not None:
+                    self._tracing.begin(delivery)
                 if not redelivered and COPY_ID not in delivery.headers:
                     self._watch.received(lane)
                     if delivery.published_at is None:
@@ -432,25 +436,25 @@ class Engine:
                 assert_never(arrival.take)
 
     def _take_results(self) -> None:
-        with self._publish_link.corked():
-            while self._results:
-                task, disposition = self._results.popleft()
-                self._settle(task, disposition)
+        publications = list[Publication[tuple[Task, Disposition]]]()
+        while self._results:
+            task, disposition = self._results.popleft()
+            if isinstance(disposition, GiveBack) and (self._dispatcher.settling or not self._publisher.ready):
+                self._give_back(task)
+            else:
+                publications += self._settle(task, disposition)
+        self._publisher.publish(*publications)
 
-    def _settle(self, task: Task, disposition: Disposition) -> None:
-        """Carries out what the desk says."""
-        if isinstance(disposition, GiveBack) and (self._dispatcher.settling or not self._publisher.ready):
-            self._give_back(task)
-            return
-        if task.entry is not None and task.entry.orphaned:
+    def _settle(self, task: Task, disposition: Disposition) -> list[Publication[tuple[Task, Disposition]]]:
+        """Carries out what the desk says, but for what it wants published."""
+        if task.orphaned:
             self._left(task.delivery, TakenBack())
         orders = self._desk.settle(task, disposition)
-        for message in orders.publish:
-            self._publisher.publish(Publication(message, (task, disposition)))
         if orders.again:
             self._dispatcher.offer(task)
         for tag in orders.reject:
             self._loop.call_later(REJECT_AFTER, self._guard(lambda tag=tag: self._consumer.reject(tag)))
+        return [Publication(message, (task, disposition)) for message in orders.publish]
 
     def _give_back(self, task: Task) -> None:
         """To the end of its lane, as a copy that carries what is known of its calls: no delivery is counted against it,
@@ -459,7 +463,7 @@ class Engine:
         if self._dispatcher.settling:
             self._dispatcher.offer(task)
         elif self._publisher.ready:
-            self._settle(task, GiveBack())
+            self._publisher.publish(*self._settle(task, GiveBack()))
         elif self._dispatcher.draining:
             for tag in self._desk.abandon(task):
                 self._consumer.give_back(tag)
@@ -469,8 +473,10 @@ class Engine:
 
     def _confirmed(self, publication: Publication[tuple[Task, Disposition]]) -> None:
         message, delivery = publication.message, publication.settles[0].delivery
-        took = time.monotonic() - publication.published_at
-        self._tracing.published(delivery, message.exchange, message.routing_key, message.properties["message_id"], took)
+        if delivery.trace is not None:
+            took = time.monotonic() - publication.published_at
+            message_id = message.properties["message_id"]
+            self._tracing.published(delivery, message.exchange, message.routing_key, message_id, took)
         settled = self._desk.confirmed(*publication.settles)
         if settled is not None:
             for tag in settled.tags:
@@ -498,7 +504,8 @@ class Engine:
     def _left(self, delivery: Delivery, disposition: Disposition, seconds: float | None = None) -> None:
         """The command has left this process."""
         tell_fate(self._log, delivery, disposition, seconds)
-        self._tracing.end(delivery, disposition)
+        if delivery.trace is not None:
+            self._tracing.end(delivery, disposition)
 
     def _count(self, settled: Settled) -> None:
         delivery, lane = settled.task.delivery, settled.task.lane

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -104,15 +103,6 @@ class Link:
             on_close_callback=self._guard(self._lost),
             custom_ioloop=self._loop,
         )
-
-    @contextmanager
-    def corked(self) -> Iterator[None]:
-        """What is written inside the block leaves together at its end."""
-        if self._connection is None:
-            yield
-        else:
-            with self._connection.corked():
-                yield
 
     def works(self) -> None:
         """The connection does its work: the first consume-ok or confirm. Merely connecting proves nothing: a worker

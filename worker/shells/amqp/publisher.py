@@ -95,6 +95,7 @@ class Publisher(Generic[S]):
         self._after_confirms = after_confirms
         self._guard = guard
         self._link: Link | None = None
+        self._works = False  # the link was told so
         self._connection: Any = None
         self._channel: Any = None
         self._on_ready: Callable[[], None] = lambda: None
@@ -150,6 +151,7 @@ class Publisher(Generic[S]):
     def open(self, connection: Any, link: Link, on_ready: Callable[[], None]) -> None:
         """Opens the confirm channel on a new connection, then sends what waits."""
         self._link = link
+        self._works = False
         self._connection = connection
         self._on_ready = on_ready
 
@@ -178,23 +180,20 @@ class Publisher(Generic[S]):
         self._channel = self._connection = None
         self._lost(None)
 
-    def publish(self, publication: Publication[S]) -> None:
-        """Sends now, or as soon as it can be sent."""
-        self._backlog.append(publication)
+    def publish(self, *publications: Publication[S]) -> None:
+        """Sends these now and together, or as soon as they can be sent."""
+        self._backlog.extend(publications)
         self.flush()
 
     def flush(self) -> None:
         """Sends what waits: a suspect only while nothing else is on its way, and nothing beside it."""
-        while self.ready and self._alone is None:
-            if self._suspects:
-                if self._confirms:
-                    return
-                self._alone = self._suspects.popleft()
-                self._send(self._alone)
-            elif self._backlog:
-                self._send(self._backlog.popleft())
-            else:
-                return
+        while self._suspects and not self._confirms and self._alone is None and self.ready:
+            self._alone = self._suspects.popleft()
+            self._send(self._alone)
+        if self._backlog and not self._suspects and self._alone is None and self.ready:
+            with self._connection.corked():
+                while self._backlog:
+                    self._send(self._backlog.popleft())
 
     def tick(self, now: float) -> None:
         """Counts what is unconfirmed, and notices confirms that do not come."""
@@ -236,10 +235,11 @@ class Publisher(Generic[S]):
             if self._aside and any(publication.refusals for publication in confirmed):
                 self._suspects.extend(self._aside)  # whatever made the broker refuse them may be over
                 self._aside.clear()
-            self._refused.difference_update(confirmed)
-            if not self._refused:
-                self.trouble = ""
-            if self._link is not None:
+            if self.trouble:
+                self._refused.difference_update(confirmed)
+                self.trouble = self.trouble if self._refused else ""
+            if not self._works and self._link is not None:
+                self._works = True
                 self._link.works()
         now = time.monotonic()
         for publication in confirmed:
@@ -253,8 +253,8 @@ class Publisher(Generic[S]):
         elif again and self._link is not None:
             # Unroutable: a queue or binding is gone. A new connection declares it again, or says what is missing.
             self._link.reconnect(self.trouble)
-        self.flush()  # the next suspect
-        self._watch.unconfirmed(len(self))
+        if self._suspects or self._backlog:
+            self.flush()
 
     def _returned(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """A return names no sequence number: it is the first pending message with the same address, id and body. (The

@@ -179,15 +179,15 @@ class FakeGate:
         self.slept: list[float] = []
 
     def enter(self, lane: str, *, probe: bool, paced: bool) -> float:
+        began = self._clock.monotonic()
         self.before_enter()
         self._check(probe=probe)
-        waited = 0.0 if paced else self.slot
-        if waited:
-            self._clock.sleep(waited)
+        if self.slot and not paced:
+            self._clock.sleep(self.slot)
             self.during_slot()
             self._check(probe=probe)
         self.entered.append((probe, paced))
-        return waited
+        return self._clock.monotonic() - began
 
     def _check(self, *, probe: bool) -> None:
         if self.draining:

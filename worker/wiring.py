@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import random
 import re
@@ -23,11 +22,12 @@ from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
 from worker.app.fleet import Fleet
 from worker.app.shared_tokens import SharedTokens
+from worker.core import request
 from worker.core.breaker import Breakers, Throttle
 from worker.core.fleet.member import Member, Rules
 from worker.core.grant import Grant
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
-from worker.core.request import NODE_DIGITS, Partner, external_id
+from worker.core.request import NODE_DIGITS, Partner
 from worker.core.retry import RetryPolicy
 from worker.core.scheme import NO_TOKEN
 from worker.core.settlement import Task
@@ -76,9 +76,8 @@ class Client:
         client = GatewayClient(
             endpoint(gateway),
             telemetry,
-            context=lambda: self.credentials.context,
+            trust=self.credentials,
             adapter=transport(gateway, os.environ, self.fibers),
-            secrets=lambda: self.credentials.secrets,
         )
         self.tokens: NoTokens | SharedTokens = NoTokens()
         if gateway.signature != NO_TOKEN:
@@ -93,7 +92,7 @@ class Client:
             rng=self.rng,
             policy=policy(settings),
             partner=partner(gateway),
-            signer=lambda: self.credentials.sign,
+            signer=self.credentials,
             new_external_id=external_ids(self.clock),
             default_merchant=gateway.merchant_id,
         )
@@ -111,13 +110,15 @@ class Client:
             spawn=self.fibers.spawn,
             patience=2 * call_seconds(gateway),
         )
-        tokens.store = TokenStore(
-            tokens.fetch,
-            telemetry,
-            clock=self.clock,
-            rng=self.rng,
-            pause=self.dispatcher.sleep,
-            requesting=Lock(self.fibers),
+        tokens.serve(
+            TokenStore(
+                tokens.fetch,
+                telemetry,
+                clock=self.clock,
+                rng=self.rng,
+                pause=self.dispatcher.sleep,
+                requesting=Lock(self.fibers),
+            )
         )
         return tokens
 
@@ -275,8 +276,7 @@ def _plan(settings: Settings) -> Plan:
 
 def external_ids(clock: SystemClock) -> Callable[[], str]:
     """A new X-EXTERNAL-ID at each call, no other process's either."""
-    node, serial = secrets.randbelow(10**NODE_DIGITS), itertools.count()
-    return lambda: external_id(clock.epoch(), node, next(serial))
+    return request.external_ids(clock.epoch, secrets.randbelow(10**NODE_DIGITS))
 
 
 def fetcher(

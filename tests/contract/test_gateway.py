@@ -8,7 +8,7 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from worker.core.ports import Gateway, TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 from worker.sandbox.simulator import Fault, Script, Simulator
-from worker.shells.gateway import GatewayClient, proxy_for
+from worker.shells.gateway import PLAIN, GatewayClient, Plain, Trust, proxy_for
 from worker.shells.transport import BoundedAdapter, Proxy, trust
 
 Build = Callable[..., GatewayClient]
@@ -58,15 +58,15 @@ def client_for(observer: RecordingObserver) -> Iterator[Build]:
 
     def build(
         base_url: str,
-        context: Callable[[], ssl.SSLContext | None] = lambda: None,
+        trust: Trust | None = None,
         kind: Callable[[ssl.SSLContext | None], BaseAdapter] = BoundedAdapter,
         **timeouts: float,
     ) -> GatewayClient:
-        def adapter(trust: ssl.SSLContext | None) -> BaseAdapter:
-            made.append(kind(trust))
+        def adapter(context: ssl.SSLContext | None) -> BaseAdapter:
+            made.append(kind(context))
             return made[-1]
 
-        return GatewayClient(endpoint(base_url, **timeouts), observer, context=context, adapter=adapter)
+        return GatewayClient(endpoint(base_url, **timeouts), observer, trust=trust or PLAIN, adapter=adapter)
 
     yield build
     for adapter in made:
@@ -358,7 +358,7 @@ def test_a_page_that_repeats_our_headers_shows_no_secret(
 ) -> None:
     """Token, signature and client secret are masked before anything is judged, reported or kept."""
     with serving(echoing(form, status, b"Retry-After: " + SIGNATURE.encode())) as server:
-        client = GatewayClient(endpoint(base_of(server)), observer, secrets=lambda: (SECRET,))
+        client = GatewayClient(endpoint(base_of(server)), observer, trust=Plain(secrets=(SECRET,)))
         request = signed(**{"Authorization": f"Bearer {TOKEN}", "X-SIGNATURE": SIGNATURE})
         reply = client.send(request)
         with pytest.raises(TokenUnavailable) as failure:
@@ -435,13 +435,26 @@ def test_a_date_that_is_none_is_passed_over(client_for: Build, observer: Recordi
 # -- trust and senders ----------------------------------------------------------------------------------------------
 
 
+class Rotated:
+    """Trust in the latest of these."""
+
+    secrets: tuple[str, ...] = ()
+
+    def __init__(self, contexts: Sequence[ssl.SSLContext]) -> None:
+        self._contexts = contexts
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        return self._contexts[-1]
+
+
 def test_a_rotated_authority_takes_effect_with_the_next_call(client_for: Build, tmp_path: Path) -> None:
     """A new context means a new connection, and the old one is closed; the same context keeps it."""
     ours, theirs = Authority("ours", tmp_path), Authority("theirs", tmp_path)
     contexts = [ours.trust()]
 
     with serving(always(answer(b"{}")), tls=ours.server("127.0.0.1")) as server:
-        client = client_for(base_of(server), lambda: contexts[-1])
+        client = client_for(base_of(server), Rotated(contexts))
         kept = [client.send(signed()) for _ in range(3)], server.connections
         contexts.append(ours.trust())
         renewed = client.send(signed()), server.connections
@@ -493,8 +506,8 @@ def test_a_client_certificate_is_shown_to_a_gateway_that_asks_for_one(client_for
     ours = Authority("ours", tmp_path)
     with serving(always(answer(b"{}")), tls=ours.server("127.0.0.1", wants_client=True)) as server:
         with_one, without = trust(ours.file, *ours.issue("worker")), trust(ours.file)
-        shown = client_for(base_of(server), lambda: with_one).send(signed())
-        silent = client_for(base_of(server), lambda: without).send(signed())
+        shown = client_for(base_of(server), Plain(with_one)).send(signed())
+        silent = client_for(base_of(server), Plain(without)).send(signed())
 
     assert shown == Reply(200, b"{}")
     assert isinstance(silent, NoReply)
@@ -539,7 +552,7 @@ def test_what_is_wrong_with_tls_is_told_apart(client_for: Build, tmp_path: Path,
 
     with serving(handler, tls=contexts.get(kind)) as server:
         base = base_of(server).replace("http:", "https:")
-        reply = client_for(base, lambda: trusted).send(signed())
+        reply = client_for(base, Plain(trusted)).send(signed())
 
     assert isinstance(reply, NoReply)
     assert not reply.sent

@@ -34,7 +34,7 @@ from worker.core.verdict import Kind, Verdict, judge
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Script, Simulator
 from worker.shells.fibers import Fibers
-from worker.shells.gateway import GatewayClient
+from worker.shells.gateway import GatewayClient, Plain
 
 IMPATIENT = 0.25
 """Seconds for what does not come."""
@@ -326,7 +326,7 @@ def unreachable(
 ) -> Verdict:
     """On a call to where no gateway is."""
     client = GatewayClient(
-        endpoint(base_url, connect=connect), RecordingObserver(), context=lambda: context, adapter=transport
+        endpoint(base_url, connect=connect), RecordingObserver(), trust=Plain(context), adapter=transport
     )
     return judge(client.send(SignedRequest("1" * 36, b"{}", {"X-EXTERNAL-ID": "1" * 36})))
 

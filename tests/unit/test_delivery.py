@@ -90,7 +90,7 @@ def every_message(delivery: Delivery) -> list[Message]:
     done = builders.outcome(command_id=delivery.command_id, batch_id=delivery.batch_id, lane=delivery.lane)
     lost = builders.outcome(Reason.CREDENTIALS, command_id=delivery.command_id, detail="x" * 300)
     return [
-        outcome_message(NAMES, delivery, done),
+        outcome_message(NAMES.outcomes, delivery, done),
         dead_letter(NAMES, delivery, lost),
         delayed(NAMES, delivery, 30, 1, "copy-1"),
         returned(NAMES, delivery, "copy-1"),
@@ -141,7 +141,10 @@ def test_message_ids_that_are_no_text(message_id: bytes) -> None:
 
     delivery = builders.delivery(message_id=on_the_wire({"message_id": message_id}).message_id)
 
-    assert len(encoded(outcome_message(NAMES, delivery, builders.outcome(command_id=delivery.command_id)))) < 1_024
+    assert (
+        len(encoded(outcome_message(NAMES.outcomes, delivery, builders.outcome(command_id=delivery.command_id))))
+        < 1_024
+    )
     assert json.loads(json.dumps(delivery.command_id)) == delivery.command_id
 
 
@@ -346,7 +349,7 @@ def test_outcome_message() -> None:
     )
     outcome = builders.outcome(batch_id="b-1")
 
-    message = outcome_message(NAMES, delivery, outcome)
+    message = outcome_message(NAMES.outcomes, delivery, outcome)
 
     assert (message.exchange, message.routing_key) == ("p.outcomes", "cancellation.expired")
     assert message.properties == {
@@ -363,7 +366,7 @@ def test_outcome_message() -> None:
 def test_correlation_id() -> None:
     """Without a correlation id the outcome carries the message id."""
 
-    message = outcome_message(NAMES, builders.delivery(), builders.outcome())
+    message = outcome_message(NAMES.outcomes, builders.delivery(), builders.outcome())
 
     assert message.properties["correlation_id"] == "m-1"
 

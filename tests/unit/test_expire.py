@@ -73,11 +73,12 @@ class Bench:
             rng=rng or Ceiling(),
             policy=policy or builders.policy(),
             partner=builders.partner(),
-            signer=self.signer,
+            signer=self,
             new_external_id=lambda: f"{next(numbers):036d}",
         )
 
-    def signer(self) -> Callable[[str, str, str, bytes, str], str]:
+    @property
+    def sign(self) -> Callable[[str, str, str, bytes, str], str]:
         """A signature that shows with which key and for which token it was made."""
         key = next(self.keys)
         return lambda _method, _path, token, _body, _moment: f"key-{key} {token}"

@@ -188,6 +188,7 @@ class Direct:
             progress=progress,
             published_at=None,
             headers={BATCH_ID: self._batch},
+            batch_id=self._batch,
         )
 
     # -- back -------------------------------------------------------------------------------------------------------

@@ -120,6 +120,8 @@ class Dispatcher:
         self._draining = draining
         self._begun = False
         self._ready = False
+        self._held: dict[str, str | None] = dict.fromkeys(LANES)
+        """What held each lane when that was last looked at."""
         self._recovering: dict[str, int] = {}
         """How many commands of a lane may be in hand until it is held no more and has recovered."""
         self._broken_at: dict[str, float] = {}
@@ -167,7 +169,8 @@ class Dispatcher:
     def offer(self, task: Task) -> None:
         """A new command."""
         self._lanes.put(task)
-        self._wake(1)
+        if self._parked:
+            self._wake(1)
 
     def look(self, *, ready: bool, shared: Iterable[str] = ()) -> Wishes:
         """Looks at the clock. To be called ten times a second and after each change.
@@ -313,11 +316,12 @@ class Dispatcher:
         """See `Gate`."""
         kind, now = verdict.kind, self._clock.monotonic()
         if not probe or kind.final:  # a probe that fails is judged when it is back: a stale token is replaced first
-            self._fleet.attempted(None if token else lane, kind, probe=probe, reached=_reached(verdict))
+            reached = kind.final or _reached(verdict)
+            self._fleet.attempted(None if token else lane, kind, now, probe=probe, reached=reached)
         if kind is Kind.THROTTLED:
             asked = retry_after(verdict.retry_after, self._clock.epoch())
             self._fleet.throttled(self._throttle.record(asked, now, self._rng))
-        elif kind.final:
+        elif kind.final and self._throttle.strikes:
             self._throttle.good()
         if not kind.final or self._broken_at:
             self._update()
@@ -360,7 +364,7 @@ class Dispatcher:
         """Makes the lanes' limits follow the reasons to hold."""
         now = self._clock.monotonic()
         for lane in LANES:
-            reason = self._reason(lane, now)
+            reason = self._held[lane] = self._reason(lane, now)
             if self._breakers.state(lane) is State.CLOSED:
                 if self._broken_at.pop(lane, None) is not None:
                     self._closed(lane)
@@ -399,6 +403,8 @@ class Dispatcher:
     def _check(self, lane: str, probe: bool) -> None:
         if self._draining.is_set():
             raise Draining
+        if self._held[lane] is None:  # what holds it is there from the look that follows each change
+            return
         if not probe and (self._fleet.sick or self._breakers.state(lane) is not State.CLOSED):
             raise Held(outage=True)
         if self._fleet.paused(lane):
@@ -509,7 +515,7 @@ class Dispatcher:
         if task.answer is None:
             self._fleet.probe_lost(task.lane)
         elif not task.answer.final:
-            self._fleet.attempted(task.lane, task.answer, probe=True)
+            self._fleet.attempted(task.lane, task.answer, self._clock.monotonic(), probe=True)
 
     def _too_long(self, now: float, shared: frozenset[str]) -> Sequence[Task]:
         """What goes back to its lane: what has waited too long, and what failed while others succeeded."""

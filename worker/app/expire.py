@@ -12,7 +12,6 @@ from tenacity import RetryCallState, Retrying, retry_if_result
 
 from worker.core import request
 from worker.core.command import Command, Invalid, parse
-from worker.core.delivery import Delivery
 from worker.core.outcome import STATUS_OF, Outcome, Reason, outcome_id
 from worker.core.ports import (
     Attempt,
@@ -22,13 +21,13 @@ from worker.core.ports import (
     Gateway,
     Held,
     Observer,
+    Signer,
     Tokens,
     TokenUnavailable,
 )
 from worker.core.request import Partner, SignedRequest
 from worker.core.retry import Again, Decision, Later, Over, RetryPolicy, Round
 from worker.core.settlement import Delay, Disposition, GiveBack, Hold, Report, TakenBack, Task
-from worker.core.signing import Sign
 from worker.core.verdict import Kind, NoReply, Reply, Verdict, judge
 
 LOST_PERMITS: Final = 2
@@ -63,7 +62,7 @@ class _Job:
 class Expire:
     """Turns a delivery into a disposition: parse, attempt until an answer is final or the round is over, conclude.
 
-    Shared by all senders; ``signer`` is asked again for every attempt, so that rotated secrets take effect.
+    Shared by all senders; ``signer`` has the secrets of now, so that rotated ones take effect.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Expire:
         rng: random.Random,
         policy: RetryPolicy,
         partner: Partner,
-        signer: Callable[[], Sign],
+        signer: Signer,
         new_external_id: Callable[[], str],
         default_merchant: str | None = None,
     ) -> None:
@@ -157,28 +156,34 @@ class Expire:
 
     def _attempt(self, job: _Job) -> Verdict:
         """Gate, token, sign, send, judge, report."""
-        until = self._enter(job, paced=job.paced)
-        job.paced = False
+        until = self._enter(job)
         progress = job.task.delivery.progress
         started = self._clock.monotonic()
         try:
             token = self._tokens.get()
         except TokenUnavailable as failure:
-            if _starved(failure.answer):
+            if isinstance(failure.answer, NoReply) and failure.answer.starved:
                 self._hold_starved(job, started)
             job.round.calls += 1
             job.shared_failure = failure.shared
             return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared, token=True)
         job.shared_failure = False
         waited = self._clock.monotonic() - started
-        job.round.waited(waited)
         if waited > TOKEN_AT_HAND:
             # All senders may have waited for this token: they must not call together now, nor into a hold or drain.
-            until = self._enter(job, paced=False)
+            job.round.waited(waited)
+            until = self._enter(job)
         lost = 0
         while True:
             job.round.calls += 1
-            signed = self._sign(job.command, token.value)
+            signed = request.sign(
+                job.command,
+                self._partner,
+                self._signer.sign,
+                token.value,
+                self._clock.epoch(),
+                self._new_external_id(),
+            )
             progress.sent(signed.external_id)
             started = self._clock.monotonic()
             answer = self._gateway.send(signed, until if lost < LOST_PERMITS else math.inf)
@@ -189,7 +194,7 @@ class Expire:
             if answer.starved:
                 self._hold_starved(job, started)
             lost += 1
-            until = self._enter(job, paced=False)
+            until = self._enter(job)
         verdict = judge(answer)
         if verdict.kind is Kind.TOKEN:
             self._tokens.refused(token.generation)
@@ -208,11 +213,12 @@ class Expire:
         job.round.waited(self._clock.monotonic() - started)
         raise Held(outage=False)
 
-    def _enter(self, job: _Job, *, paced: bool) -> float:
+    def _enter(self, job: _Job) -> float:
         """Returns when the call may begin, and until when it may; the wait for a slot is no part of the round's budget,
         even when a hold begins meanwhile."""
         self._check(job)
         started = self._clock.monotonic()
+        paced, job.paced = job.paced, False
         try:
             waited = self._gate.enter(job.task.lane, probe=job.probe, paced=paced)
         except Held:
@@ -220,24 +226,19 @@ class Expire:
             raise
         if waited:
             job.round.waited(waited)
-        self._check(job)
+            self._check(job)
         return self._gate.until
 
     def _check(self, job: _Job) -> None:
         if job.task.orphaned:
             raise _TakenBack
-        left = self._left(job)
-        if left is not None and left < 0:
+        if job.command.not_after is not None and job.command.not_after < self._clock.epoch():
             raise _DeadlinePassed
 
     def _left(self, job: _Job) -> float | None:
         """Seconds until ``notAfter`` forbids a call."""
         not_after = job.command.not_after
         return None if not_after is None else not_after - self._clock.epoch()
-
-    def _sign(self, command: Command, token: str) -> SignedRequest:
-        now = self._clock.epoch()
-        return request.sign(command, self._partner, self._signer(), token, now, self._new_external_id())
 
     def _judged(
         self,
@@ -303,7 +304,10 @@ class Expire:
     def _conclude(self, job: _Job, verdict: Verdict) -> Disposition:
         """What the last verdict of a round means for the command."""
         if verdict.kind.final and verdict.reason is not None:
-            return self._report(job, _final_reason(job, verdict), verdict, None)
+            reason = verdict.reason
+            if reason is Reason.NOT_FOUND and job.task.delivery.progress.effect_unknown:
+                reason = Reason.NOT_FOUND_AFTER_UNKNOWN_EFFECT  # it may be the very effect of an earlier call
+            return self._report(job, reason, verdict, None)
         if job.task.orphaned:
             return TakenBack()
         if job.probe or self._gate.outage(job.task.lane):
@@ -335,7 +339,7 @@ class Expire:
         code = verdict.code if verdict is not None else delivery.progress.last_code
         return Report(
             Outcome(
-                outcome_id=_outcome_id(delivery, reason),
+                outcome_id=outcome_id(delivery.command_id, delivery.lane, delivery.body, STATUS_OF[reason]),
                 command_id=delivery.command_id,
                 lane=delivery.lane,
                 billnumber=command.billnumber,
@@ -357,7 +361,7 @@ class Expire:
     def _invalid(self, task: Task, invalid: Invalid) -> Outcome:
         delivery, reason = task.delivery, Reason(invalid.reason)
         return Outcome(
-            outcome_id=_outcome_id(delivery, reason),
+            outcome_id=outcome_id(delivery.command_id, delivery.lane, delivery.body, STATUS_OF[reason]),
             command_id=delivery.command_id,
             lane=delivery.lane,
             billnumber=invalid.billnumber,
@@ -374,22 +378,6 @@ class Expire:
             received_at=delivery.progress.received_at,
             completed_at=self._clock.epoch(),
         )
-
-
-def _outcome_id(delivery: Delivery, reason: Reason) -> str:
-    return outcome_id(delivery.command_id, delivery.lane, delivery.body, STATUS_OF[reason])
-
-
-def _final_reason(job: _Job, verdict: Verdict) -> Reason:
-    """ "Not found" after a call that may have taken effect may be that very effect: it is unknown."""
-    assert verdict.reason is not None
-    if verdict.reason is Reason.NOT_FOUND and job.task.delivery.progress.effect_unknown:
-        return Reason.NOT_FOUND_AFTER_UNKNOWN_EFFECT
-    return verdict.reason
-
-
-def _starved(answer: Reply | NoReply | None) -> bool:
-    return isinstance(answer, NoReply) and answer.starved
 
 
 def _no_call_follows(state: RetryCallState) -> bool:

@@ -124,9 +124,9 @@ class Fleet:
 
     # -- what the dispatcher reports ---------------------------------------------------------------------------------
 
-    def attempted(self, lane: str | None, kind: Kind, *, probe: bool = False, reached: bool = True) -> None:
+    def attempted(self, lane: str | None, kind: Kind, now: float, *, probe: bool = False, reached: bool = True) -> None:
         """See `Member.attempted`."""
-        self.member.attempted(lane, kind, self._clock.monotonic(), probe=probe, reached=reached)
+        self.member.attempted(lane, kind, now, probe=probe, reached=reached)
         if self.member.actions:
             self._carry_out()
 

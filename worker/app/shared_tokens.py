@@ -76,7 +76,6 @@ class SharedTokens:
         spawn: Callable[[Callable[[], None]], None],
         patience: float,
     ) -> None:
-        self.store: Store
         self._fleet = fleet
         self._request = request
         self._seal = seal
@@ -90,15 +89,15 @@ class SharedTokens:
         self._question: _Question | None = None
         fleet.on_token = self._heard
 
+    def serve(self, store: Store) -> None:
+        """The store that fetches through us. What senders ask for every call they ask of it directly."""
+        self.store = store
+        self.get = store.get
+        """See `Tokens`."""
+        self.accepted = store.accepted
+        """See `Tokens`."""
+
     # -- for senders --------------------------------------------------------------------------------------------------
-
-    def get(self) -> Token:
-        """See `Tokens`."""
-        return self.store.get()
-
-    def accepted(self) -> None:
-        """See `Tokens`."""
-        self.store.accepted()
 
     def refused(self, generation: int) -> None:
         """See `Tokens`."""
@@ -212,7 +211,7 @@ class SharedTokens:
         except TokenUnavailable as failure:
             verdict = failure.verdict
             if not failure.shared:
-                self._fleet.attempted(None, verdict.kind)
+                self._fleet.attempted(None, verdict.kind, self._clock.monotonic())
             self._fleet.say(sender, TokenFailed(verdict.kind.label, verdict.code, verdict.message, wanted.number))
             return
         self._fleet.say(sender, self._given(wanted.number))

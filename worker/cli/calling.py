@@ -48,9 +48,8 @@ class Calling:
         self._client = GatewayClient(
             endpoint(gateway),
             self,
-            context=lambda: credentials.context,
+            trust=credentials,
             adapter=adapter,
-            secrets=lambda: credentials.secrets,
         )
         if gateway.signature == NO_TOKEN:
             self.token = ""

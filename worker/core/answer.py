@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_BODY_BYTES: Final = 64 * 1024
 """An answer is a hundred bytes; more is a firewall's page or a mistake. The rest is not read, or not decoded."""
@@ -70,7 +70,7 @@ class Answer:
     def __init__(self, *, tunnel: bool = False) -> None:
         self.status = 0
         self.reason = ""
-        self.headers: dict[str, str] = {}
+        self.headers: Mapping[str, str] = _NONE
         self.complete = False
         self.cut = False
         self.received = 0
@@ -81,7 +81,7 @@ class Answer:
         self._searched = 0
         self._body = bytearray()
         self._left = 0
-        self._codings: list[str] = []
+        self._codings: Sequence[str] = ()
         self._step: Callable[[Answer], bool] = Answer._head  # a bound method would make a reference cycle
 
     def feed(self, data: bytes) -> None:
@@ -128,22 +128,19 @@ class Answer:
         end, after = self._blank_line()
         if end < 0:
             return False
-        lines = buffer[self._at : end].decode("latin-1").replace("\r\n", "\n").removesuffix("\r").split("\n")
+        head = _read_head(bytes(buffer[self._at : end]), self._tunnel)
         self._at = self._searched = after
-        minor, status, reason = _status(lines[0])
-        headers = _fields(lines[1:]) if len(lines) > 1 else {}
-        if status < 200:
-            if status == 101:
-                raise NotHttp("the answer changes the protocol")
-            return True  # 100 Continue, 103 Early Hints: they have no body, and the answer is still to come
-        self.status, self.reason, self.headers = status, reason, headers
-        connection = headers.get("connection")
-        if connection is None:
-            self._kept_alive = minor > 0
+        if head.interim:
+            return True
+        self.status, self.reason, self.headers = head.status, head.reason, head.headers
+        self._kept_alive, self._codings = head.kept_alive, head.codings
+        if head.bodiless:
+            self.complete = True
+        elif head.length is not None:
+            self._left = head.length
+            self._step = Answer._counted
         else:
-            connection = connection.lower()
-            self._kept_alive = "close" not in connection and (minor > 0 or "keep-alive" in connection)
-        self._frame(minor)
+            self._step = Answer._chunk_size if head.chunked else Answer._to_the_end
         return True
 
     def _blank_line(self) -> tuple[int, int]:
@@ -153,33 +150,6 @@ class Answer:
         crlf = self._buffer.find(b"\n\r\n", start)
         lf = self._buffer.find(b"\n\n", start, self._searched if crlf < 0 else crlf + 1)
         return (crlf, crlf + 3) if lf < 0 else (lf, lf + 2)
-
-    def _frame(self, minor: int) -> None:
-        """How the body ends: RFC 9112, 6.3."""
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
-        if coding is not None and length is not None:
-            raise NotHttp("it has both a Content-Length and a Transfer-Encoding")
-        encoding = self.headers.get("content-encoding")
-        if encoding is not None:
-            self._codings = _list(encoding)
-        if self.status in (204, 304) or self._tunnel:
-            self.complete = True
-        elif coding is not None:
-            self._kept_alive = self._kept_alive and minor > 0
-            self._transfer(_list(coding))
-        elif length is not None:
-            self._left = _length(length)
-            self._step = Answer._counted
-        else:
-            self._step = Answer._to_the_end
-
-    def _transfer(self, codings: list[str]) -> None:
-        chunked = codings[-1:] == ["chunked"]
-        others = [coding for coding in codings[: -1 if chunked else None] if coding != "identity"]
-        if not codings or not _CODINGS.issuperset(others):
-            raise NotHttp("its Transfer-Encoding is not known")
-        self._codings += others
-        self._step = Answer._chunk_size if chunked else Answer._to_the_end
 
     # -- the body -------------------------------------------------------------------------------------------------
 
@@ -250,12 +220,52 @@ class Answer:
             self.cut = self.complete = True
 
 
-@lru_cache(maxsize=64)  # a gateway has a few status lines
-def _status(line: str) -> tuple[int, int, str]:
-    found = _STATUS.fullmatch(line)
+class _Head(NamedTuple):
+    """What a head says: how the connection goes on (``kept_alive``), and how the body ends and is coded. ``interim``:
+    the answer is still to come. ``bodiless``: there is no body, whatever the rest says."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    kept_alive: bool = False
+    interim: bool = False
+    bodiless: bool = False
+    length: int | None = None
+    chunked: bool = False
+    codings: Sequence[str] = ()
+
+
+@lru_cache(maxsize=32)  # a gateway's heads differ in the second of their date: many are the one before
+def _read_head(head: bytes, tunnel: bool) -> _Head:
+    """Reads all lines down to the blank one. How the body ends: RFC 9112, 6.3."""
+    lines = head.decode("latin-1").replace("\r\n", "\n").removesuffix("\r").split("\n")
+    found = _STATUS.fullmatch(lines[0])
     if found is None:
         raise NotHttp("it does not begin with a status line")
-    return int(found[1]), int(found[2]), (found[3] or "").strip()
+    minor, status, reason = int(found[1]), int(found[2]), (found[3] or "").strip()
+    headers = _fields(lines[1:])
+    if status < 200:
+        if status == 101:
+            raise NotHttp("the answer changes the protocol")
+        return _Head(status, reason, headers, interim=True)  # 100 Continue, 103 Early Hints: they have no body
+    connection = headers.get("connection", "").lower()
+    kept_alive = "close" not in connection and (minor > 0 or "keep-alive" in connection)
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None and length is not None:
+        raise NotHttp("it has both a Content-Length and a Transfer-Encoding")
+    codings = _list(headers.get("content-encoding", ""))
+    if status in (204, 304) or tunnel:
+        return _Head(status, reason, headers, kept_alive, bodiless=True, codings=codings)
+    if coding is None:
+        return _Head(
+            status, reason, headers, kept_alive, length=None if length is None else _length(length), codings=codings
+        )
+    transfer = _list(coding)
+    chunked = transfer[-1:] == ["chunked"]
+    others = [each for each in transfer[: -1 if chunked else None] if each != "identity"]
+    if not transfer or not _CODINGS.issuperset(others):
+        raise NotHttp("its Transfer-Encoding is not known")
+    return _Head(status, reason, headers, kept_alive and minor > 0, chunked=chunked, codings=codings + others)
 
 
 def _fields(lines: list[str]) -> dict[str, str]:
@@ -272,6 +282,7 @@ def _fields(lines: list[str]) -> dict[str, str]:
 
 
 _FOLDS: Final = frozenset(" \t")
+_NONE: Final[Mapping[str, str]] = {}
 
 
 @lru_cache(maxsize=256)  # most lines of a gateway's answers are the same every time
@@ -289,7 +300,6 @@ def _printable(value: str) -> str:
     return value.strip(" ")
 
 
-@lru_cache(maxsize=64)
 def _length(value: str) -> int:
     """The same number twice is one number (RFC 9110, 8.6)."""
     texts = [text.strip() for text in value.split(",")]
@@ -305,7 +315,7 @@ def _list(value: str) -> list[str]:
     return [item for item in (item.strip().lower() for item in value.split(",")) if item]
 
 
-def decoded(body: bytes, codings: list[str]) -> bytes:
+def decoded(body: bytes, codings: Sequence[str]) -> bytes:
     """The body without its content codings, the last one first, cut at `MAX_BODY_BYTES`.
 
     What is not in the coding that its header names stays as it is: some servers decode a body and leave the header.

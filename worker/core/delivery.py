@@ -102,7 +102,8 @@ class Message(NamedTuple):
 @dataclass(slots=True, eq=False)
 class Delivery:
     """One hand-over by the broker, as it came. ``arrived``: monotonic seconds; ``published_at``: seconds since the
-    epoch, None when nobody dated it; ``progress``: what its headers say of earlier rounds."""
+    epoch, None when nobody dated it; ``progress``: what its headers say of earlier rounds; ``batch_id``: the sweep that
+    it belongs to."""
 
     lane: str
     body: bytes
@@ -114,6 +115,7 @@ class Delivery:
     progress: Progress
     published_at: float | None
     headers: Mapping[str, Any]
+    batch_id: str | None
     trace: Trace | None = None
 
     @property
@@ -132,18 +134,12 @@ class Delivery:
         """From when its age counts: its publication, or its first delivery when nobody dated it."""
         return self.progress.received_at if self.published_at is None else self.published_at
 
-    @property
-    def batch_id(self) -> str | None:
-        """The sweep it belongs to."""
-        value = self.headers.get(BATCH_ID)
-        return None if value is None else text(value)[:MAX_BATCH_ID]
-
 
 def receive(
     lane: str, body: bytes, properties: Properties, *, redelivered: bool, epoch: float, monotonic: float
 ) -> Delivery:
     """A delivery from what the broker sent; never raises, whatever a producer put into the properties."""
-    headers = properties.headers if isinstance(properties.headers, Mapping) else {}
+    headers = properties.headers if isinstance(properties.headers, dict) else {}
     # A message that came back may have been called for by a process that died before it could say so.
     progress = _progress(headers, epoch) if headers else Progress(received_at=epoch)
     progress.effect_unknown = progress.effect_unknown or redelivered
@@ -154,20 +150,21 @@ def receive(
         redelivered=redelivered,
         arrived=monotonic,
         command_id=_identity(properties.message_id, body),
-        copy_id=text(headers.get(COPY_ID, "")),
+        copy_id=text(headers[COPY_ID]) if COPY_ID in headers else "",
         progress=progress,
         published_at=_published(properties.timestamp, headers.get(STAMPED), progress.received_at),
         headers=headers,
+        batch_id=text(headers[BATCH_ID])[:MAX_BATCH_ID] if headers.get(BATCH_ID) is not None else None,
         trace=trace.read(headers[TRACEPARENT]) if TRACEPARENT in headers else None,
     )
 
 
-def outcome_message(names: Names, delivery: Delivery, outcome: Outcome) -> Message:
-    """The outcome as the contract publishes it."""
+def outcome_message(exchange: str, delivery: Delivery, outcome: Outcome) -> Message:
+    """The outcome as the contract publishes it, to the exchange of the outcomes."""
     # The message id itself, not the command's: that one is text, and may be longer than a property can be.
     correlation = delivery.properties.correlation_id or delivery.properties.message_id or outcome.command_id
     return Message(
-        names.outcomes,
+        exchange,
         f"{outcome.lane}.{outcome.status}",
         encode(outcome),
         {
@@ -242,6 +239,8 @@ def _kept(delivery: Delivery, ours: Mapping[str, Any], message_id: str) -> dict[
 
 def _carried(headers: Mapping[str, Any]) -> dict[str, Any]:
     """What outcomes carry on. One that fills a frame is left behind: with ours beside it, it would overflow ours."""
+    if not headers:
+        return {}
     found = {name: headers[name] for name in CARRIED_HEADERS if name in headers}
     return {name: value for name, value in found.items() if _size(value) <= MAX_HEADER_BYTES // 4}
 
@@ -278,6 +277,8 @@ def _progress(headers: Mapping[str, Any], epoch: float) -> Progress:
 
 def _identity(message_id: object, body: bytes) -> str:
     """The command's id. One that is no UTF-8 grows when it is written as text, and has to fit a property itself."""
+    if isinstance(message_id, str) and message_id:
+        return message_id
     if isinstance(message_id, bytes) and len(text(message_id)) > MAX_PROPERTY_BYTES:
         return command_id(None, message_id)
     return command_id(text(message_id) if message_id else None, body)
@@ -294,8 +295,8 @@ def _published(timestamp: object, stamped: object, received_at: float) -> float 
     objective of one second counts half of the punctual commands as late. So one is read as the end of its second.
     Milliseconds are exact: as some producers send them, or in the header that RabbitMQ sets if it is told to.
     """
-    value = stamped if _is_number(stamped) else timestamp
-    if not _is_number(value):
+    value = stamped if _is_number(stamped) else timestamp if _is_number(timestamp) else None
+    if value is None:
         return None
     exact = value > 10**11
     return min(value / 1000 if exact else value + 1.0, received_at)

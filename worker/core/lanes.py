@@ -55,11 +55,19 @@ class Lanes(Generic[T]):
 
     def take(self) -> T | None:
         """The next command for a free sender, or None when none may go. Pair with `done`."""
-        lane = self._choose()
-        if lane is None:
+        hand, waiting, limit = self._in_hand, self._waiting, self.limit
+        if hand[CANCELLATION] + hand[SWEEP] >= self.concurrency:
             return None
-        self._in_hand[lane] += 1
-        return self._waiting[lane].popleft()
+        may_cancel = bool(waiting[CANCELLATION]) and hand[CANCELLATION] < limit[CANCELLATION]
+        may_sweep = bool(waiting[SWEEP]) and hand[SWEEP] < min(self._cap, limit[SWEEP])
+        if may_cancel and may_sweep:
+            self._turn = (self._turn + 1) % SWEEP_TURN
+            may_cancel = self._turn != 0
+        if not (may_cancel or may_sweep):
+            return None
+        lane = CANCELLATION if may_cancel else SWEEP
+        hand[lane] += 1
+        return waiting[lane].popleft()
 
     def takable(self) -> int:
         """How many could be taken now."""
@@ -96,16 +104,3 @@ class Lanes(Generic[T]):
     def _takable(self, lane: str) -> int:
         most = min(self.limit[lane], self._cap) if lane == SWEEP else self.limit[lane]
         return max(0, min(most - self._in_hand[lane], len(self._waiting[lane])))
-
-    def _choose(self) -> str | None:
-        hand = self._in_hand
-        if hand[CANCELLATION] + hand[SWEEP] >= self.concurrency:
-            return None
-        may_cancel = bool(self._waiting[CANCELLATION]) and hand[CANCELLATION] < self.limit[CANCELLATION]
-        may_sweep = bool(self._waiting[SWEEP]) and hand[SWEEP] < min(self._cap, self.limit[SWEEP])
-        if may_cancel and may_sweep:
-            self._turn = (self._turn + 1) % SWEEP_TURN
-            return SWEEP if self._turn == 0 else CANCELLATION
-        if may_cancel:
-            return CANCELLATION
-        return SWEEP if may_sweep else None

@@ -27,12 +27,21 @@ def masked(text: bytes, secrets: Iterable[str]) -> bytes:
     for secret in secrets:
         if len(secret) < _SHORTEST or len(text) < _SHORTEST:
             continue
-        anchor = _ANCHOR.search(secret)
-        if anchor is None or not _ONE_WORD.fullmatch(secret):
+        anchor, one_word = _traits(secret)
+        if not one_word:
             text = _forms(secret).sub(MASK, text)
-        if anchor is not None and (found := anchor[0].encode()) in text:
-            text = _without_words(text, found)
+        if anchor is not None and anchor in text:
+            text = _without_words(text, anchor)
     return text
+
+
+@lru_cache(maxsize=64)  # but for signatures, the same are looked for in every answer
+def _traits(secret: str) -> tuple[bytes | None, bool]:
+    """Its anchor, and whether its anchor's word is all of it."""
+    anchor = _ANCHOR.search(secret)
+    if anchor is None:
+        return None, False
+    return anchor[0].encode(), _ONE_WORD.fullmatch(secret) is not None
 
 
 def _without_words(text: bytes, found: bytes) -> bytes:

@@ -100,7 +100,7 @@ class Outcome(NamedTuple):
     @property
     def dead_lettered(self) -> bool:
         """Whether people must look at the command."""
-        return self.status in DEAD_LETTERED
+        return STATUS_OF[self.reason] in DEAD_LETTERED
 
 
 def outcome_id(command_id: str, lane: str, body: bytes, status: Status) -> str:
@@ -113,6 +113,7 @@ def outcome_id(command_id: str, lane: str, body: bytes, status: Status) -> str:
 
 def encode(outcome: Outcome) -> bytes:
     """The outcome's JSON, the contract's field names, ASCII only."""
+    reason = outcome.reason
     return _encode(
         {
             "outcomeId": outcome.outcome_id,
@@ -122,8 +123,8 @@ def encode(outcome: Outcome) -> bytes:
             "merchantId": outcome.merchant_id,
             "reference": outcome.reference,
             "batchId": outcome.batch_id,
-            "status": outcome.status,
-            "reason": outcome.reason,
+            "status": STATUS_OF[reason],
+            "reason": reason,
             "responseCode": outcome.response_code,
             "responseMessage": outcome.response_message,
             "detail": outcome.detail,

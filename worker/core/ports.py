@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from worker.core.request import SignedRequest
+from worker.core.signing import Sign
 from worker.core.trace import Trace
 from worker.core.verdict import NoReply, Reply, Verdict
 
@@ -53,6 +54,14 @@ class Tokens(Protocol):
     def doubted(self, generation: int) -> None:
         """The gateway refused a call in a way that may mean a dead token of this generation: it is renewed, at most
         once in a while, and serves until there is another."""
+
+
+class Signer(Protocol):
+    """Signs expire calls with the secrets of now: they may be rotated."""
+
+    @property
+    def sign(self) -> Sign:
+        """See `Sign`; asked for again for every attempt."""
 
 
 class Gateway(Protocol):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -43,6 +45,12 @@ def external_id(epoch: float, node: int, serial: int) -> str:
     return f"{jakarta.digits(epoch)}{node % 10**NODE_DIGITS:011d}{serial % 10**_SERIAL_DIGITS:08d}"
 
 
+def external_ids(epoch: Callable[[], float], node: int) -> Callable[[], str]:
+    """What gives a new external id of this process at each call."""
+    serial = itertools.count()
+    return lambda: external_id(epoch(), node, next(serial))
+
+
 def body(command: Command, bill_field: str = "billnumber") -> bytes:
     """The gateway's body, compact, in the order of its document. Built once: these bytes are hashed and sent."""
     bill, merchant = json.dumps(command.billnumber), json.dumps(command.merchant_id)
@@ -54,14 +62,13 @@ def sign(command: Command, partner: Partner, signer: Sign, token: str, epoch: fl
     ``token`` there is no Authorization."""
     payload = body(command, partner.bill_field)
     timestamp = jakarta.iso(epoch, milliseconds=partner.milliseconds)
-    headers = {
-        "Content-Type": "application/json",
-        **({"Authorization": f"Bearer {token}"} if token else {}),
-        "X-TIMESTAMP": timestamp,
-        "X-PARTNER-ID": partner.client_id,
-        "X-EXTERNAL-ID": ext_id,
-        "X-SIGNATURE": signer("POST", partner.sign_path, token, payload, timestamp),
-    }
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    headers["X-TIMESTAMP"] = timestamp
+    headers["X-PARTNER-ID"] = partner.client_id
+    headers["X-EXTERNAL-ID"] = ext_id
+    headers["X-SIGNATURE"] = signer("POST", partner.sign_path, token, payload, timestamp)
     for name in partner.channel_headers:
         headers[name] = partner.channel_id
     return SignedRequest(ext_id, payload, headers)

@@ -329,6 +329,7 @@ class Desk:
 
     def __init__(self, names: Names, new_id: Callable[[], str]) -> None:
         self._names = names
+        self._outcomes = names.outcomes
         self._new_id = new_id
         self._ledger = Ledger()
         self._tasks: dict[Entry, Task] = {}
@@ -363,12 +364,12 @@ class Desk:
         broker gives it to somebody, who reports it. What we know of its calls is kept, in case that we are given it."""
         delivery, entry = task.delivery, task.entry
         assert entry is not None
-        if entry.orphaned and not isinstance(disposition, Crashed):
+        if not entry.tags and not isinstance(disposition, Crashed):
             self._remember(task, disposition)
             return Orders()
         match disposition:
             case Report(outcome):
-                messages = [outcome_message(self._names, delivery, outcome)]
+                messages = [outcome_message(self._outcomes, delivery, outcome)]
                 if outcome.dead_lettered:
                     messages.append(dead_letter(self._names, delivery, outcome))
                 return self._publish(entry, messages)

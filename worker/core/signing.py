@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import re
+from binascii import b2a_base64
 from collections.abc import Callable
 from typing import Final
 
@@ -160,9 +161,12 @@ def signer(scheme: Scheme, client_secret: str, key: RSAPrivateKey) -> Sign:
     match scheme:
         case "hmac-sha512":
             secret = client_secret.encode()
-            return lambda method, path, token, body, timestamp: _b64(
-                hmac.digest(secret, text_to_sign(scheme, method, path, token, body, timestamp).encode(), "sha512")
-            )
+
+            def sign(method: str, path: str, token: str, body: bytes, timestamp: str) -> str:
+                text = string_to_sign(method, path, token, body, timestamp)
+                return b2a_base64(hmac.digest(secret, text.encode(), "sha512"), newline=False).decode("ascii")
+
+            return sign
         case "rsa-sha256" | "rsa-sha256-no-token":
             return lambda method, path, token, body, timestamp: _rsa(
                 key, text_to_sign(scheme, method, path, token, body, timestamp)
@@ -170,8 +174,4 @@ def signer(scheme: Scheme, client_secret: str, key: RSAPrivateKey) -> Sign:
 
 
 def _rsa(key: RSAPrivateKey, text: str) -> str:
-    return _b64(key.sign(text.encode(), padding.PKCS1v15(), hashes.SHA256()))
-
-
-def _b64(raw: bytes) -> str:
-    return base64.b64encode(raw).decode("ascii")
+    return base64.b64encode(key.sign(text.encode(), padding.PKCS1v15(), hashes.SHA256())).decode("ascii")

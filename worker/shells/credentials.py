@@ -31,7 +31,7 @@ class CredentialsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """One consistent set: senders see the old one or the new one, never a mixture."""
+    """One consistent set: all of it could be read."""
 
     key: RSAPrivateKey
     sign: Sign
@@ -50,36 +50,16 @@ class Credentials:
         self._files = _files(settings)
         self._stamp = _stamp(self._files)
         self._problem = ""
-        self._loaded = _load(settings)
-
-    @property
-    def sign(self) -> Sign:
-        """Signs expire calls."""
-        return self._loaded.sign
-
-    @property
-    def context(self) -> ssl.SSLContext | None:
-        """Trust for https and the client certificate; the same object until a file was rotated. None for plain http."""
-        return self._loaded.context
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """What must not be in any text, even if the gateway sends it to us."""
-        return self._loaded.secrets
-
-    @property
-    def shared(self) -> bytes:
-        """What all processes with our credentials have and nobody else: the client secret, without one the key."""
-        return self._loaded.shared
+        self._use(_load(settings))
 
     @property
     def key_bits(self) -> int:
         """Size of the private key."""
-        return self._loaded.key.key_size
+        return self._key.key_size
 
     def token_signature(self, client_id: str, timestamp: str) -> str:
         """Signs token requests."""
-        return token_signature(self._loaded.key, client_id, timestamp)
+        return token_signature(self._key, client_id, timestamp)
 
     def refresh(self, *, asked: bool = False) -> bool:
         """Looks whether a file changed (a mounted secret is swapped by renaming a link), and takes it over. When an
@@ -98,9 +78,21 @@ class Credentials:
                 log.error("credentials.kept", reason=str(error), action=KEPT)
             self._stamp, self._problem = stamp, str(error)
             return False
-        self._stamp, self._problem, self._loaded = stamp, "", loaded
+        self._stamp, self._problem = stamp, ""
+        self._use(loaded)
         log.info("credentials.reloaded")
         return True
+
+    def _use(self, loaded: _Loaded) -> None:
+        self._key = loaded.key
+        self.sign = loaded.sign
+        """Signs expire calls."""
+        self.context = loaded.context
+        """Trust for https and the client certificate; the same object until a file was rotated. None for plain http."""
+        self.secrets = loaded.secrets
+        """What must not be in any text, even if the gateway sends it to us."""
+        self.shared = loaded.shared
+        """What all processes with our credentials have and nobody else: the client secret, without one the key."""
 
 
 def _files(settings: GatewaySettings) -> Sequence[Path]:

@@ -100,14 +100,10 @@ class Fibers:
         ready = self._ready
         if ready:  # they do not wait for anything, but the loop looks at the broker first: nobody may keep it from that
             self.loop.add_callback_threadsafe(_nothing)
-        self.loop.poll()
-        self._after(self.loop.poll)
-        self.loop.process_timeouts()
-        self._after(self.loop.process_timeouts)
+        self._run(self.loop.poll)
+        self._run(self.loop.process_timeouts)
         for _ in range(len(ready)):
-            callback = ready.popleft()
-            callback()
-            self._after(callback)
+            self._run(ready.popleft())
 
     def now(self) -> float:
         """Seconds by a monotonic clock that stops while the loop is blocked. On the loop's thread."""
@@ -202,8 +198,10 @@ class Fibers:
         moment of `now`)."""
         if deadline <= self.now():  # `_tick` misses a socket to which something happens in every turn
             raise TimeoutError("timed out")
-        self._waiting[connection.fileno()] = (getcurrent(), deadline)
-        if not self.park():
+        fiber = getcurrent()
+        assert fiber.parent is not None, "only a fiber can wait"
+        self._waiting[connection.fileno()] = (fiber, deadline)
+        if not fiber.parent.switch():
             raise TimeoutError("timed out")
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -221,12 +219,15 @@ class Fibers:
         for number in [number for number, (_, deadline) in self._waiting.items() if deadline <= now]:
             self._ready.append(partial(self._waiting.pop(number)[0].switch, False))
 
-    def _after(self, ran: Callable[..., object]) -> None:
+    def _run(self, callback: Callable[[], object]) -> None:
         """Reports what has run for so long that nothing else could."""
-        self.now()
-        if self.frozen > self._told:
+        callback()
+        at = time.monotonic()
+        if at - self._looked_at > STANDSTILL or self.frozen > self._told:  # or it has noticed itself
+            self.now()
             seconds, self._told = round(self.frozen - self._told, 3), self.frozen
-            log.warning("loop.blocked", seconds=seconds, by=self._name(ran), action=_BLOCKED)
+            log.warning("loop.blocked", seconds=seconds, by=self._name(callback), action=_BLOCKED)
+        self._looked_at = at
 
     def _name(self, ran: Callable[..., object]) -> str:
         if ran == self.loop.poll:

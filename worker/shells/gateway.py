@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -58,10 +58,29 @@ class Endpoint:
     read_timeout: float
 
 
+class Trust(Protocol):
+    """Whom to trust for https, and what must be in no text; read again for each call, since both may be rotated."""
+
+    @property
+    def context(self) -> ssl.SSLContext | None: ...
+    @property
+    def secrets(self) -> Iterable[str]: ...
+
+
+class Plain(NamedTuple):
+    """What never changes."""
+
+    context: ssl.SSLContext | None = None
+    secrets: Iterable[str] = ()
+
+
+PLAIN: Final = Plain()
+
+
 class GatewayClient:
     """The `Gateway` of the core's ports, and the token service. For one thread, whose fibers may all call at once.
 
-    ``secrets`` are masked in whatever comes back, and so are the token and the signature of the call itself.
+    The secrets of ``trust`` are masked in whatever comes back, and so are the token and the signature of the call.
     """
 
     def __init__(
@@ -69,15 +88,13 @@ class GatewayClient:
         endpoint: Endpoint,
         observer: ExchangeObserver,
         *,
-        context: Callable[[], ssl.SSLContext | None] = lambda: None,
+        trust: Trust = PLAIN,
         adapter: Callable[[ssl.SSLContext | None], BaseAdapter] = BoundedAdapter,
-        secrets: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self._endpoint = endpoint
         self._observer = observer
-        self._context = context
+        self._trust = trust
         self._adapter = adapter
-        self._secrets = secrets
         self._free: list[_Session] = []
         self._skew_read_at = float("-inf")
         self._starved_told_at = float("-inf")
@@ -121,7 +138,7 @@ class GatewayClient:
     def _post(self, url: str, headers: dict[str, str], body: bytes, until: float = math.inf) -> Reply | NoReply:
         prepared = requests.PreparedRequest()
         prepared.method, prepared.url, prepared.body = "POST", url, body
-        prepared.headers = {**headers, **COMMON_HEADERS}  # type: ignore[assignment]  # a plain dict does
+        prepared.headers = headers | COMMON_HEADERS  # type: ignore[assignment]  # a plain dict does
         timeout: Any = (self._endpoint.connect_timeout, self._endpoint.read_timeout, until)
         started = time.monotonic()
         session = self._session()
@@ -140,20 +157,22 @@ class GatewayClient:
         finally:
             self._free.append(session)
         fields = response.headers
-        self._read_skew(fields.get("date"), started)
+        if started - self._skew_read_at >= _SKEW_EVERY:
+            self._read_skew(fields.get("date"), started)
         token = headers.get("Authorization", "").removeprefix("Bearer ")
-        secrets = (token, headers.get("X-SIGNATURE", ""), *self._secrets())
+        secrets = (token, headers.get("X-SIGNATURE", ""), *self._trust.secrets)
+        retry_after, challenge = fields.get("retry-after"), fields.get("www-authenticate")
         return Reply(
             response.status_code,
             masked(response.content, secrets),
-            _masked_header(fields.get("retry-after"), secrets),
-            _masked_header(fields.get("www-authenticate"), secrets),
+            None if retry_after is None else _masked_header(retry_after, secrets),
+            None if challenge is None else _masked_header(challenge, secrets),
         )
 
     def _session(self) -> _Session:
         """The one that was used last, so that as few connections as possible are kept alive; a new one when all are in
         use, or trust was rotated."""
-        context = self._context()
+        context = self._trust.context
         while self._free:
             session = self._free.pop()
             if session.context is context:
@@ -163,10 +182,9 @@ class GatewayClient:
 
     def _read_skew(self, date: str | None, started: float) -> None:
         """How far our clock is ahead of the gateway's, in seconds: to half a second, since Date has whole ones."""
-        now = time.monotonic()
-        if date is None or now - self._skew_read_at < _SKEW_EVERY:
+        if date is None:
             return
-        self._skew_read_at = now
+        now = self._skew_read_at = time.monotonic()
         try:
             moment = parsedate_to_datetime(date)
             theirs = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -186,8 +204,8 @@ class _Session(requests.Session):
             self.mount(scheme, adapter)
 
 
-def _masked_header(value: str | None, secrets: Iterable[str]) -> str | None:
-    return None if value is None else masked(value.encode("latin-1"), secrets).decode("latin-1")
+def _masked_header(value: str, secrets: Iterable[str]) -> str:
+    return masked(value.encode("latin-1"), secrets).decode("latin-1")
 
 
 def timestamp(epoch: float, *, milliseconds: bool) -> str:

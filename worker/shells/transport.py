@@ -16,7 +16,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -183,8 +183,8 @@ class BoundedAdapter(BaseAdapter):
         """See `requests.adapters.BaseAdapter.send`; ``verify``, ``cert`` and ``proxies`` are the constructor's, given
         once."""
         connect, total, *latest = timeout
-        origin, target = _target(request.url or "")
-        data = self._serialised(request, origin, target)
+        origin, opening = _opening(request.method or "", request.url or "", self._proxy)
+        data = _serialised(request, opening)
         line = self._connected(origin, connect)
         if latest and latest[0] < math.inf and time.monotonic() > latest[0]:
             raise TooLate("the time of its permit was over before it could be sent")
@@ -192,7 +192,10 @@ class BoundedAdapter(BaseAdapter):
         try:
             line.send(data)
             answer = line.receive(Answer())
-            surplus = not answer.cut and (answer.surplus or (line.may_hold_more and line.holds_more()))
+            reusable = answer.reusable
+            surplus = not answer.cut and (
+                (not reusable and answer.surplus) or (line.may_hold_more and line.holds_more())
+            )
         except (OSError, NotHttp) as error:
             self.close()
             if isinstance(error, ssl.SSLError) and error.reason in _HANDSHAKE_REFUSED:
@@ -204,7 +207,7 @@ class BoundedAdapter(BaseAdapter):
         if surplus:
             self.close()
             raise Lost("more than one answer came, and it is unknown which one is this call's", request=request)
-        if answer.reusable and not line.ended:
+        if reusable and not line.ended:
             self._idle_since = time.monotonic()
         else:
             self.close()
@@ -215,22 +218,6 @@ class BoundedAdapter(BaseAdapter):
         if self._line is not None:
             self._line.close()
             self._line = None
-
-    def _serialised(self, request: requests.PreparedRequest, origin: tuple[str, str, int], target: str) -> bytes:
-        """The whole request in one piece: a head and a body in two packets can wait 40 ms for each other (Nagle,
-        delayed acknowledgements)."""
-        scheme, host, port = origin
-        body = _body_of(request)
-        default = 443 if scheme == "https" else 80
-        authority = _authority(host, port) if port != default else _authority(host)
-        lines = [f"{request.method} {target} HTTP/1.1", f"Host: {authority}"]
-        if self._proxy is not None and scheme == "http":
-            lines[0] = f"{request.method} http://{authority}{target} HTTP/1.1"
-            lines += _proxy_fields(self._proxy)
-        lines += [f"{name}: {value}" for name, value in request.headers.items()]
-        if "Content-Length" not in request.headers:
-            lines.append(f"Content-Length: {len(body)}")
-        return _head(lines) + body
 
     def _connected(self, origin: tuple[str, str, int], timeout: float) -> _Line:
         line = self._line
@@ -406,7 +393,8 @@ class _Line:
                 if late > _LATE_READS:
                     raise TimeoutError("timed out")
             if self._waits_first:
-                self._wait_at_most()
+                with suppress(TimeoutError):  # the socket has the last word
+                    self._wait(select.POLLIN)
             data = _until_done(self._wait, select.POLLIN, self._socket.recv, _READ_BYTES)
             if not data:
                 self.ended = True
@@ -442,13 +430,6 @@ class _Line:
         self._waits_first = False
         self._waiting.wait(self._socket, events, self._deadline)
 
-    def _wait_at_most(self) -> None:
-        """Until something comes or the time is over; the socket is tried in both cases."""
-        try:
-            self._wait(select.POLLIN)
-        except TimeoutError:
-            return
-
 
 def _until_done(wait: Callable[[int], None], events: int, operation: Callable[..., T], *arguments: Any) -> T:
     """The operation's result, waiting for the socket as often as it would block. Raises OSError.
@@ -478,7 +459,7 @@ def _response(answer: Answer, request: requests.PreparedRequest) -> requests.Res
     response = _Response()
     response.status_code = answer.status
     response.reason = answer.reason
-    response.headers = _Headers(answer.headers)
+    response.headers = _Headers(dict(answer.headers))
     response._content = answer.body
     response.url = request.url or ""
     response.request = request
@@ -535,11 +516,28 @@ class _Headers(CaseInsensitiveDict[str]):
 
 
 @lru_cache(maxsize=64)  # a worker calls two
-def _target(url: str) -> tuple[tuple[str, str, int], str]:
+def _opening(method: str, url: str, proxy: Proxy | None) -> tuple[tuple[str, str, int], tuple[str, ...]]:
+    """Scheme, host and port of the URL; and the lines that begin each request to it."""
     parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    scheme, host, default = parts.scheme, parts.hostname or "", 443 if parts.scheme == "https" else 80
+    port = parts.port or default
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-    return (parts.scheme, parts.hostname or "", port), target
+    authority = _authority(host, port) if port != default else _authority(host)
+    fields = [f"Host: {authority}"]
+    if proxy is not None and scheme == "http":
+        target = f"http://{authority}{target}"
+        fields += _proxy_fields(proxy)
+    return (scheme, host, port), (f"{method} {target} HTTP/1.1", *fields)
+
+
+def _serialised(request: requests.PreparedRequest, opening: Sequence[str]) -> bytes:
+    """The whole request in one piece: a head and a body in two packets can wait 40 ms for each other (Nagle, delayed
+    acknowledgements)."""
+    body = request.body if isinstance(request.body, bytes) else _body_of(request)
+    lines = [*opening, *[f"{name}: {value}" for name, value in request.headers.items()]]
+    if "Content-Length" not in request.headers:
+        lines.append(f"Content-Length: {len(body)}")
+    return _head(lines) + body
 
 
 def _authority(host: str, port: int | None = None) -> str:
@@ -564,13 +562,11 @@ def _head(lines: list[str]) -> bytes:
 
 
 def _body_of(request: requests.PreparedRequest) -> bytes:
-    """The bytes to send. Raises `NotSent` for a body that is not in memory."""
-    body = request.body or b""
-    if isinstance(body, str):
-        return body.encode()
-    if not isinstance(body, bytes):
+    """The bytes to send of a body that is not given as bytes. Raises `NotSent` for one that is not in memory."""
+    body = request.body or ""
+    if not isinstance(body, str):
         raise NotSent("only bodies in memory are sent")
-    return body
+    return body.encode()
 
 
 def dial(host: str, port: int, deadline: float, waiting: Waiting = BLOCKING) -> socket.socket:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from tests.builders import NOON
 from worker.app.fleet import Fleet
 from worker.core.breaker import Breakers
-from worker.core.fleet.member import Member, Rules
+from worker.core.fleet.member import Member
+from worker.core.fleet.own import Rules
 from worker.core.lanes import LANES
 from worker.core.ports import Attempt, Draining, Held, Token, TokenUnavailable
 from worker.core.request import SignedRequest

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Final
 
 from worker.core.breaker import Breakers, State
-from worker.core.fleet.member import Call, Changed, Member, Pass, ReadOrders, Rules, Say
+from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Letter, Ordered, Orders
+from worker.core.fleet.own import Call, Changed, Pass, ReadOrders, Rules, Say
 from worker.core.fleet.terms import Lock, Role, Unlock
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
@@ -93,7 +94,7 @@ class Node:
                 case ReadOrders():
                     self.world.at(
                         self.world.now + 0.003,
-                        lambda: self.do(lambda: self.member.rested(self.world.orders, {}, self.clock)),
+                        lambda: self.do(lambda: self.member.rested(self.clock, self.world.orders, {})),
                     )
                 case Changed() | Pass():
                     pass
@@ -119,13 +120,13 @@ class Node:
     def may(self, lane: str) -> bool:
         member = self.member
         return (
-            member.ready
+            member.own.standing.sure
             and member.terms.role is not Role.APART
-            and not member.sick
-            and not member.left
-            and member.state(lane) is State.CLOSED
-            and not member.paused(lane, self.clock)
-            and self.clock >= member.held_until
+            and not member.own.health.sick
+            and not member.own.left
+            and member.breakers.state(lane) is State.CLOSED
+            and not member.own.standing.paused(lane, self.clock)
+            and self.clock >= member.own.standing.held_until
         )
 
     def look(self) -> None:
@@ -133,12 +134,12 @@ class Node:
         member = self.member
         if member.terms.role is Role.APART:
             return
-        if member.test_due(self.clock):
-            member.take_test()
+        if member.own.health.test_due(self.clock):
+            member.own.health.testing = True
             good = not self.cut and not self.world.outage
-            self.world.at(self.world.now + 0.05, lambda: self.do(lambda: member.tested(good=good, now=self.clock)))
+            self.world.at(self.world.now + 0.05, lambda: self.do(lambda: member.tested(self.clock, good=good)))
         for lane in LANES:
-            member.candidates(lane, self.commands(lane), self.clock)
+            member.candidates(self.clock, lane, self.commands(lane))
         probing = {lane: min(member.probes(lane, self.clock), self.commands(lane)) for lane in LANES}
         if self.world.limit:
             for lane in LANES:
@@ -156,8 +157,8 @@ class Node:
                 self.start(open_[0], probe=False)
 
     def want(self, lane: str, calls: int) -> None:
-        if calls != self.member._wanted[lane]:
-            self.member.waiting(lane, calls, self.clock)
+        if calls != self.member.own.purse.wanted[lane]:
+            self.member.waiting(self.clock, lane, calls)
 
     def commands(self, lane: str) -> int:
         return self.cancellations if lane == CANCELLATION else 100 * self.sweep
@@ -176,7 +177,7 @@ class Node:
 
     def probe(self, lane: str) -> bool:
         """Sends a probe, if one is ours now: one that an earlier leader gave is void."""
-        if not self.member.take_probe(lane, self.clock):
+        if not self.member.take_probe(self.clock, lane):
             return False
         self.start(lane, probe=True)
         return True
@@ -202,7 +203,7 @@ class Node:
             kind = Kind.DONE if good else Kind.TRANSIENT
             if not good:
                 world.failed += 1
-            member.attempted(lane, kind, self.clock, probe=probe, reached=not self.cut)
+            member.attempted(self.clock, lane, kind, probe=probe, reached=not self.cut)
 
         world.at(world.now + takes, lambda: self.do(back))
 
@@ -347,12 +348,12 @@ class World:
             return
         target = next((other for other in self.nodes if other.name == to and other.connection), None)
         if target is None:
-            self.later(node, lambda: node.member.undelivered(to, node.clock))
+            self.later(node, lambda: node.member.undelivered(node.clock, to))
         elif not (self.loss and self.rng.random() < self.loss):
             self.deliver(target, letter)
 
     def deliver(self, node: Node, letter: Letter) -> None:
-        self.later(node, lambda: node.member.receive(letter, node.clock))
+        self.later(node, lambda: node.member.received(node.clock, letter))
 
     def later(self, node: Node, action: Callable[[], None]) -> None:
         """On its connection, behind what is on the way already."""
@@ -378,9 +379,9 @@ class World:
                 return
             if self.locks.setdefault(term, (node.name, connection)) == (node.name, connection):
                 self.terms = max(self.terms, term)
-                self.later(node, lambda: node.member.took(term, node.clock))
+                self.later(node, lambda: node.member.took(node.clock, term))
             else:
-                self.later(node, lambda: node.member.taken(term, node.clock))
+                self.later(node, lambda: node.member.taken(node.clock, term))
 
         self.at(node.last_out, ask)
 

@@ -24,7 +24,8 @@ from worker.app.fleet import Fleet
 from worker.app.shared_tokens import SharedTokens
 from worker.core import request
 from worker.core.breaker import Breakers, Throttle
-from worker.core.fleet.member import Member, Rules
+from worker.core.fleet.member import Member
+from worker.core.fleet.own import Rules
 from worker.core.grant import Grant
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
 from worker.core.request import NODE_DIGITS, Partner

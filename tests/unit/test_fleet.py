@@ -16,30 +16,31 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from worker.core.breaker import Breakers, State
-from worker.core.fleet.member import Call, Changed, Member, ReadOrders, Rules, Say
+from worker.core.fleet.member import Member
 from worker.core.fleet.messages import (
     LARGEST,
     Beat,
+    BreakerState,
     Good,
     Goodbye,
     Grant,
     Hello,
     Letter,
     Limit,
+    MemberReport,
     Message,
     Ordered,
     Orders,
     Pause,
     Probe,
     Probed,
-    Report,
     Throttled,
-    Told,
     decode,
     decode_orders,
     encode,
     encode_orders,
 )
+from worker.core.fleet.own import Call, Changed, ReadOrders, Rules, Say
 from worker.core.fleet.permits import HORIZON, LATE, PACE, Need, Offset, Purse, Shares, Slots, whole
 from worker.core.fleet.terms import ASK, LEASE, RELUCTANT, SETTLE, SILENT, Lock, Role, Terms, Unlock
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
@@ -398,11 +399,11 @@ def leading(now: float, **options: Any) -> Member:
     found.joined(now - 2.0)
     found.tick(now - 1.5)
     assert Lock(1) in found.actions
-    found.took(1, now - 1.4)
+    found.took(now - 1.4, 1)
     beat = next(message for message in said(found) if isinstance(message, Beat))
-    found.receive(Letter(found.me, "client", beat), now - 1.39)
+    found.received(now - 1.39, Letter(found.me, "client", beat))
     assert ReadOrders() in found.actions
-    found.rested(None, {}, now - 1.3)
+    found.rested(now - 1.3, None, {})
     keep(found, now)
     return found
 
@@ -412,7 +413,7 @@ def keep(member: Member, now: float) -> None:
     member.tick(now)
     for message in said(member):
         if isinstance(message, Beat):
-            member.receive(Letter(member.me, "client", message), now)
+            member.received(now, Letter(member.me, "client", message))
     member.actions.clear()
 
 
@@ -420,28 +421,27 @@ def following(now: float, **options: Any) -> Member:
     """A member that follows "b"."""
     found = member(**options)
     found.joined(now)
-    found.receive(Letter("b", "client", Beat(3, 1, 50.0, sure=True)), now)
+    found.received(now, Letter("b", "client", Beat(3, 1, 50.0, sure=True)))
     found.tick(now)
     found.actions.clear()
     return found
 
 
 def test_alone() -> None:
-    """Without a fleet a member is ready, gives itself slots at once, and its own probes."""
+    """Without a fleet a member gives itself slots at once, and its own probes."""
 
     alone = member(limit=10.0, alone=True)
-    assert alone.ready
-    alone.waiting(SWEEP, 2, 100.0)
+    alone.waiting(100.0, SWEEP, 2)
     assert [action for action in alone.actions if isinstance(action, Call)] == [Call(SWEEP, 100.0 + LATE)]
 
     for _ in range(3):
-        alone.attempted(SWEEP, Kind.TRANSIENT, 101.0)
-    assert (alone.state(SWEEP), alone.state(CANCELLATION)) == (State.OPEN, State.CLOSED)
+        alone.attempted(101.0, SWEEP, Kind.TRANSIENT)
+    assert (alone.breakers.state(SWEEP), alone.breakers.state(CANCELLATION)) == (State.OPEN, State.CLOSED)
     alone.tick(106.1)
     assert alone.probes(SWEEP, 106.1) == 3
-    assert alone.take_probe(SWEEP, 106.1)
-    alone.attempted(SWEEP, Kind.DONE, 106.2, probe=True)
-    assert alone.state(SWEEP) is State.CLOSED
+    assert alone.take_probe(106.1, SWEEP)
+    alone.attempted(106.2, SWEEP, Kind.DONE, probe=True)
+    assert alone.breakers.state(SWEEP) is State.CLOSED
     assert not said(alone)
 
 
@@ -450,7 +450,7 @@ def test_all_is_well() -> None:
 
     for one in (leading(100.0), following(100.0)):
         for _ in range(100):
-            one.attempted(SWEEP, Kind.DONE, 100.01)
+            one.attempted(100.01, SWEEP, Kind.DONE)
         assert one.actions == []
 
 
@@ -459,10 +459,10 @@ def test_not_ready_before_it_knows() -> None:
 
     new = member()
     new.joined(100.0)
-    ready = [new.ready]
+    ready = [new.own.standing.sure]
     for number, sure in enumerate((False, True)):
-        new.receive(Letter("b", "client", Beat(3, number, 50.0, sure=sure)), 100.1)
-        ready.append(new.ready)
+        new.received(100.1, Letter("b", "client", Beat(3, number, 50.0, sure=sure)))
+        ready.append(new.own.standing.sure)
 
     assert ready == [False, False, True]
     assert Changed() in new.actions
@@ -473,14 +473,14 @@ def test_no_connection_no_slots() -> None:
 
     lost = following(100.0, limit=10.0)
     lost.lost(101.0)
-    lost.waiting(SWEEP, 5, 101.0)
+    lost.waiting(101.0, SWEEP, 5)
     lost.tick(110.0)
     assert not [action for action in lost.actions if isinstance(action, Call)]
     assert lost.limit(110.0) == 10.0
 
     for _ in range(3):
-        lost.attempted(SWEEP, Kind.TRANSIENT, 111.0)
-    assert lost.state(SWEEP) is State.OPEN
+        lost.attempted(111.0, SWEEP, Kind.TRANSIENT)
+    assert lost.breakers.state(SWEEP) is State.OPEN
 
 
 def test_failures_of_all_are_counted_together() -> None:
@@ -488,10 +488,10 @@ def test_failures_of_all_are_counted_together() -> None:
 
     one = leading(100.0)
     for name in ("b", "c"):
-        one.receive(Letter(name, "client", Report(1, 1, failures={SWEEP: 1}, streaks={SWEEP: 1})), 100.1)
-    assert one.state(SWEEP) is State.CLOSED
-    one.attempted(SWEEP, Kind.TRANSIENT, 100.2)
-    assert one.state(SWEEP) is State.OPEN
+        one.received(100.1, Letter(name, "client", MemberReport(1, 1, failures={SWEEP: 1}, streaks={SWEEP: 1})))
+    assert one.breakers.state(SWEEP) is State.CLOSED
+    one.attempted(100.2, SWEEP, Kind.TRANSIENT)
+    assert one.breakers.state(SWEEP) is State.OPEN
     one.tick(100.3)
     beat = [message for message in said(one) if isinstance(message, Beat)][-1]
     assert beat.breakers[SWEEP].state == State.OPEN
@@ -503,11 +503,21 @@ def test_a_good_answer_of_anybody_counts() -> None:
 
     one = leading(100.0)
     for name in ("b", "c", "b"):
-        one.receive(Letter(name, "client", Report(1, 1, failures={SWEEP: 1})), 100.1)
-    assert one.state(SWEEP) is State.OPEN
-    one.receive(Letter("c", "client", Good(CANCELLATION)), 100.2)
+        one.received(100.1, Letter(name, "client", MemberReport(1, 1, failures={SWEEP: 1})))
+    assert one.breakers.state(SWEEP) is State.OPEN
+    one.received(100.2, Letter("c", "client", Good(CANCELLATION)))
 
-    assert one.state(SWEEP) is State.CLOSED
+    assert one.breakers.state(SWEEP) is State.CLOSED
+    assert one.breakers.failures(SWEEP) == 0
+
+
+def test_a_good_answer_of_the_leader_counts() -> None:
+    """So it does when others have failed, and the leader itself has not."""
+
+    one = leading(100.0)
+    one.received(100.1, Letter("b", "client", MemberReport(1, 1, failures={SWEEP: 2})))
+    one.attempted(100.2, SWEEP, Kind.DONE)
+
     assert one.breakers.failures(SWEEP) == 0
 
 
@@ -516,29 +526,29 @@ def test_an_old_good_answer_counts_only_if_it_was_later() -> None:
 
     one = leading(100.0)
     for name in ("b", "c", "b"):
-        one.receive(Letter(name, "client", Report(1, 1, failures={SWEEP: 1})), 100.1)
-    one.receive(Letter("c", "client", Good(SWEEP, age=1.0)), 100.2)
-    assert one.state(SWEEP) is State.OPEN
+        one.received(100.1, Letter(name, "client", MemberReport(1, 1, failures={SWEEP: 1})))
+    one.received(100.2, Letter("c", "client", Good(SWEEP, age=1.0)))
+    assert one.breakers.state(SWEEP) is State.OPEN
 
 
 def test_a_silent_success_is_told_when_it_matters() -> None:
     """Who has had a good answer since the failures began says so when it hears of them."""
 
     one = following(100.0)
-    one.attempted(SWEEP, Kind.DONE, 100.5)
-    one.receive(Letter("b", "client", Beat(3, 2, 50.6, breakers={SWEEP: Told(0, 0, 0, 2, 0.4)})), 100.6)
+    one.attempted(100.5, SWEEP, Kind.DONE)
+    one.received(100.6, Letter("b", "client", Beat(3, 2, 50.6, breakers={SWEEP: BreakerState(0, 0, 0, 2, 0.4)})))
     (good,) = [message for message in said(one) if isinstance(message, Good)]
     assert good.age == pytest.approx(0.1)
-    one.attempted(SWEEP, Kind.DONE, 100.7)
+    one.attempted(100.7, SWEEP, Kind.DONE)
     assert [type(message) for message in said(one)] == [Good]
 
 
 def open_together(one: Member, now: float) -> None:
     """Three members fail, so its breaker of the sweep lane opens."""
     for name in ("b", "c", "d"):
-        report = Report(1, 1, failures={SWEEP: 1}, streaks={SWEEP: 1}, since={SWEEP: 0.1}, candidates={SWEEP: 2})
-        one.receive(Letter(name, "client", report), now)
-    assert one.state(SWEEP) is State.OPEN
+        report = MemberReport(1, 1, failures={SWEEP: 1}, streaks={SWEEP: 1}, since={SWEEP: 0.1}, candidates={SWEEP: 2})
+        one.received(now, Letter(name, "client", report))
+    assert one.breakers.state(SWEEP) is State.OPEN
 
 
 def test_three_probes_of_the_whole_fleet() -> None:
@@ -547,7 +557,7 @@ def test_three_probes_of_the_whole_fleet() -> None:
     one = leading(100.0)
     open_together(one, 100.1)
     for name in ("b", "c", "d"):
-        one.receive(Letter(name, "client", Report(1, 2, candidates={SWEEP: 2})), 104.9)
+        one.received(104.9, Letter(name, "client", MemberReport(1, 2, candidates={SWEEP: 2})))
     keep(one, 104.9)
     one.tick(105.2)
     probes = [action for action in one.actions if isinstance(action, Say) and isinstance(action.message, Probe)]
@@ -561,7 +571,7 @@ def test_a_probe_that_finds_nothing_goes_on() -> None:
     """A member that has no command for a probe gives it back, and another gets it."""
 
     one = following(100.0)
-    one.receive(Letter("b", "client", Probe(3, 17, SWEEP)), 100.1)
+    one.received(100.1, Letter("b", "client", Probe(3, 17, SWEEP)))
     assert one.probes(SWEEP, 100.1) == 1
     one.tick(102.5)
     assert one.probes(SWEEP, 102.5) == 0
@@ -573,9 +583,9 @@ def test_a_probe_comes_back() -> None:
 
     one = following(100.0)
     for number, kind in ((1, Kind.TRANSIENT), (2, Kind.DONE)):
-        one.receive(Letter("b", "client", Probe(3, number, SWEEP)), 100.1)
-        assert one.take_probe(SWEEP, 100.1)
-        one.attempted(SWEEP, kind, 100.2, probe=True)
+        one.received(100.1, Letter("b", "client", Probe(3, number, SWEEP)))
+        assert one.take_probe(100.1, SWEEP)
+        one.attempted(100.2, SWEEP, kind, probe=True)
         heard = said(one)
         assert Probed(number, SWEEP, kind.label) in heard
         assert (Good(SWEEP, True) in heard) == kind.final
@@ -585,9 +595,9 @@ def test_one_that_fails_alone() -> None:
     """When one member alone has failed, another tests the gateway at once; its success makes the first one sick."""
 
     one = leading(100.0)
-    one.receive(Letter("c", "client", Report(1, 1, candidates={SWEEP: 1})), 100.0)
-    report = Report(1, 1, failures={SWEEP: 3}, streaks={SWEEP: 3}, since={SWEEP: 0.5}, unreached=3)
-    one.receive(Letter("b", "client", report), 100.1)
+    one.received(100.0, Letter("c", "client", MemberReport(1, 1, candidates={SWEEP: 1})))
+    report = MemberReport(1, 1, failures={SWEEP: 3}, streaks={SWEEP: 3}, since={SWEEP: 0.5}, unreached=3)
+    one.received(100.1, Letter("b", "client", report))
     (probe,) = [action for action in one.actions if isinstance(action, Say) and isinstance(action.message, Probe)]
     assert probe.to == "c"
     one.tick(100.13)
@@ -595,13 +605,13 @@ def test_one_that_fails_alone() -> None:
     assert beat.sick == ("b",)
 
     assert isinstance(probe.message, Probe)
-    one.receive(Letter("c", "client", Good(SWEEP, True)), 100.2)
-    one.receive(Letter("c", "client", Probed(probe.message.number, SWEEP, "done")), 100.2)
+    one.received(100.2, Letter("c", "client", Good(SWEEP, True)))
+    one.received(100.2, Letter("c", "client", Probed(probe.message.number, SWEEP, "done")))
     one.tick(100.3)
     beat = [message for message in said(one) if isinstance(message, Beat)][-1]
-    assert (beat.sick, one.state(SWEEP)) == (("b",), State.CLOSED)
+    assert (beat.sick, one.breakers.state(SWEEP)) == (("b",), State.CLOSED)
 
-    one.receive(Letter("b", "client", replace(report, number=2)), 100.4)
+    one.received(100.4, Letter("b", "client", replace(report, number=2)))
     assert one.breakers.failures(SWEEP) == 0, "failures of a sick member do not count"
 
 
@@ -609,13 +619,15 @@ def test_one_that_fails_first() -> None:
     """When the second one fails too it is an outage: nobody is sick, and the first cooldown begins."""
 
     one = leading(100.0)
-    one.receive(Letter("c", "client", Report(1, 1, candidates={SWEEP: 1})), 100.0)
-    one.receive(Letter("b", "client", Report(1, 1, failures={SWEEP: 3}, streaks={SWEEP: 3}, since={SWEEP: 0.5})), 100.1)
+    one.received(100.0, Letter("c", "client", MemberReport(1, 1, candidates={SWEEP: 1})))
+    one.received(
+        100.1, Letter("b", "client", MemberReport(1, 1, failures={SWEEP: 3}, streaks={SWEEP: 3}, since={SWEEP: 0.5}))
+    )
     (probe,) = [message for message in said(one) if isinstance(message, Probe)]
-    one.receive(Letter("c", "client", Probed(probe.number, SWEEP, "transient")), 100.2)
+    one.received(100.2, Letter("c", "client", Probed(probe.number, SWEEP, "transient")))
     keep(one, 100.3)
 
-    assert one.state(SWEEP) is State.OPEN
+    assert one.breakers.state(SWEEP) is State.OPEN
     assert one.breakers.probe_at(SWEEP) == pytest.approx(105.2)
     assert one.breakers.cooldown(SWEEP) == 5.0
     one.tick(100.6)
@@ -626,11 +638,13 @@ def test_another_lane_proves_nothing_against_a_member() -> None:
     """Failures in one lane do not make a member sick while others succeed in another lane only."""
 
     one = leading(100.0)
-    one.receive(Letter("c", "client", Report(1, 1)), 100.0)
-    one.receive(Letter("b", "client", Report(1, 1, failures={SWEEP: 2}, streaks={SWEEP: 20}, since={SWEEP: 5})), 100.1)
-    one.receive(Letter("c", "client", Good(CANCELLATION)), 100.2)
+    one.received(100.0, Letter("c", "client", MemberReport(1, 1)))
+    one.received(
+        100.1, Letter("b", "client", MemberReport(1, 1, failures={SWEEP: 2}, streaks={SWEEP: 20}, since={SWEEP: 5}))
+    )
+    one.received(100.2, Letter("c", "client", Good(CANCELLATION)))
     keep(one, 100.3)
-    assert one.peers["b"].streaks == {SWEEP: 20}
+    assert one.leader.peers["b"].streaks == {SWEEP: 20}
     one.tick(100.6)
     assert [message.sick for message in said(one) if isinstance(message, Beat)] == [()]
 
@@ -639,34 +653,34 @@ def test_a_sick_member_tests_itself() -> None:
     """It tests itself once a cooldown, and a good answer makes it work again; it does not believe old news then."""
 
     one = following(100.0)
-    one.receive(Letter("b", "client", Beat(3, 2, 50.1, sick=("a",), sure=True)), 100.1)
-    assert one.sick
-    assert not one.test_due(105.0)
-    assert one.test_due(105.2)
-    one.take_test()
-    assert not one.test_due(105.2)
-    one.tested(good=False, now=106.0)
-    assert not one.test_due(110.9)
-    one.take_test()
-    one.attempted(CANCELLATION, Kind.DONE, 111.5, probe=True)
-    cured = not one.sick
-    one.receive(Letter("b", "client", Beat(3, 3, 61.5, sick=("a",), sure=True)), 111.6)
-    assert (cured, one.sick) == (True, False)
+    one.received(100.1, Letter("b", "client", Beat(3, 2, 50.1, sick=("a",), sure=True)))
+    assert one.own.health.sick
+    assert not one.own.health.test_due(105.0)
+    assert one.own.health.test_due(105.2)
+    one.own.health.testing = True
+    assert not one.own.health.test_due(105.2)
+    one.tested(106.0, good=False)
+    assert not one.own.health.test_due(110.9)
+    one.own.health.testing = True
+    one.attempted(111.5, CANCELLATION, Kind.DONE, probe=True)
+    cured = not one.own.health.sick
+    one.received(111.6, Letter("b", "client", Beat(3, 3, 61.5, sick=("a",), sure=True)))
+    assert (cured, one.own.health.sick) == (True, False)
 
 
 def test_a_sick_leader_resigns() -> None:
     """A leader that is sick informs every member and lets another one lead."""
 
     one = leading(100.0)
-    one.receive(Letter("b", "client", Report(1, 1)), 100.0)
+    one.received(100.0, Letter("b", "client", MemberReport(1, 1)))
     for second in range(3):
-        one.attempted(SWEEP, Kind.TRANSIENT, 100.1 + second / 100, reached=False)
-    one.receive(Letter("b", "client", Good(SWEEP)), 100.3)
+        one.attempted(100.1 + second / 100, SWEEP, Kind.TRANSIENT, reached=False)
+    one.received(100.3, Letter("b", "client", Good(SWEEP)))
 
     heard = said(one)
     assert Goodbye(1, leaves=False) in heard
     assert [message.sick for message in heard if isinstance(message, Beat)][-1] == ("a",)
-    assert one.sick
+    assert one.own.health.sick
     assert one.terms.role is Role.FOLLOWS
 
 
@@ -675,22 +689,22 @@ def test_a_hold_is_for_all() -> None:
 
     one = following(100.0)
     for _ in range(50):
-        one.throttled(10.0, 100.1)
+        one.throttled(100.1, 10.0)
     assert said(one) == [Throttled(10.0)]
-    one.receive(Letter("c", "client", Throttled(1e9)), 101.0)
-    assert one.held_until == 701.0
+    one.received(101.0, Letter("c", "client", Throttled(1e9)))
+    assert one.own.standing.held_until == 701.0
 
 
 def test_the_smallest_limit_holds() -> None:
     """The limit is the smallest of the members', and an operator's in place of all."""
 
     one = leading(100.0, limit=50.0)
-    one.receive(Letter("b", "client", Hello(20.0)), 100.1)
-    one.receive(Letter("c", "client", Hello(0.0)), 100.1)
+    one.received(100.1, Letter("b", "client", Hello(20.0)))
+    one.received(100.1, Letter("c", "client", Hello(0.0)))
     assert one.limit(103.0) == 20.0
-    one.receive(Letter("b", "client", Goodbye()), 103.0)
+    one.received(103.0, Letter("b", "client", Goodbye()))
     assert one.limit(103.1) == 50.0
-    one.receive(Letter("tool", "", Ordered(Orders(1, limit=Limit(80.0)))), 104.0)
+    one.received(104.0, Letter("tool", "", Ordered(Orders(1, limit=Limit(80.0)))))
     assert one.limit(104.1) == 80.0
 
 
@@ -698,10 +712,10 @@ def test_old_orders_change_nothing() -> None:
     """Of two orders the later revision holds, in whatever order they come."""
 
     one = leading(100.0)
-    one.receive(Letter("tool", "", Ordered(Orders(2, {SWEEP: Pause()}))), 100.1)
-    one.receive(Letter("tool", "", Ordered(Orders(1))), 100.2)
-    assert one.paused(SWEEP, 100.3)
-    assert not one.paused(CANCELLATION, 100.3)
+    one.received(100.1, Letter("tool", "", Ordered(Orders(2, {SWEEP: Pause()}))))
+    one.received(100.2, Letter("tool", "", Ordered(Orders(1))))
+    assert one.own.standing.paused(SWEEP, 100.3)
+    assert not one.own.standing.paused(CANCELLATION, 100.3)
 
 
 def test_a_pause_ends_by_itself() -> None:
@@ -709,10 +723,10 @@ def test_a_pause_ends_by_itself() -> None:
 
     one = following(100.0)
     orders = Orders(1, {SWEEP: Pause(seconds=60.0)})
-    one.receive(Letter("b", "client", Beat(3, 2, 50.1, sure=True, orders=orders, pauses={SWEEP: 20.0})), 100.1)
-    assert one.paused(SWEEP, 120.0)
+    one.received(100.1, Letter("b", "client", Beat(3, 2, 50.1, sure=True, orders=orders, pauses={SWEEP: 20.0})))
+    assert one.own.standing.paused(SWEEP, 120.0)
     one.tick(120.2)
-    assert not one.paused(SWEEP, 120.2)
+    assert not one.own.standing.paused(SWEEP, 120.2)
     assert Changed() in one.actions
 
 
@@ -721,9 +735,9 @@ def test_another_client_is_another_fleet() -> None:
 
     one = member()
     one.joined(100.0)
-    one.receive(Letter("b", "another", Beat(3, 1, 50.0, sure=True)), 100.1)
+    one.received(100.1, Letter("b", "another", Beat(3, 1, 50.0, sure=True)))
 
-    assert not one.ready
+    assert not one.own.standing.sure
     assert one.terms.leader is None
 
 
@@ -731,13 +745,13 @@ def test_slots_for_others() -> None:
     """The leader gives slots to who wants them, and the member calls at their moments of its own clock."""
 
     one, other = leading(100.0, limit=10.0), following(7000.0, limit=10.0)
-    other.told = replace(other.told or Beat(3, 1, 0.0), limit=10.0)
-    other.waiting(SWEEP, 3, 7000.0)
+    other.follower.beat = replace(other.follower.beat or Beat(3, 1, 0.0), limit=10.0)
+    other.waiting(7000.0, SWEEP, 3)
     other.tick(7000.06)
-    report = next(message for message in said(other) if isinstance(message, Report))
-    one.receive(Letter("o", "client", replace(report, term=1)), 100.001)
+    report = next(message for message in said(other) if isinstance(message, MemberReport))
+    one.received(100.001, Letter("o", "client", replace(report, term=1)))
     grant = next(message for message in said(one) if isinstance(message, Grant))
-    other.receive(Letter("b", "client", replace(grant, term=3)), 7000.062)
+    other.received(7000.062, Letter("b", "client", replace(grant, term=3)))
     other.tick(7000.2)
     assert other.limit(7000.2) == 10.0
     first = grant.slots[0][0] - 100.001 + 7000.062
@@ -750,21 +764,21 @@ def test_a_member_that_comes_back_gets_slots() -> None:
     """A member that lost its connection counts its slots again, and so does the leader."""
 
     one = leading(100.0, limit=10.0)
-    one.receive(Letter("b", "client", Hello(10.0)), 100.0)
-    one.receive(Letter("b", "client", Report(1, 1, wanted={SWEEP: 3})), 100.1)
+    one.received(100.0, Letter("b", "client", Hello(10.0)))
+    one.received(100.1, Letter("b", "client", MemberReport(1, 1, wanted={SWEEP: 3})))
     assert any(isinstance(message, Grant) for message in said(one))
-    one.receive(Letter("b", "client", Hello(10.0)), 101.0)
-    one.receive(Letter("b", "client", Report(1, 1, wanted={SWEEP: 1})), 101.1)
+    one.received(101.0, Letter("b", "client", Hello(10.0)))
+    one.received(101.1, Letter("b", "client", MemberReport(1, 1, wanted={SWEEP: 1})))
     keep(one, 101.2)
 
-    assert one.shares.needs["b"].unseen() <= 1
+    assert one.leader.shares.needs["b"].unseen() <= 1
 
 
 def test_an_undelivered_message() -> None:
     """When the leader's queue is gone, its follower reaches for the next term at once."""
 
     one = following(100.0)
-    one.undelivered("b", 100.1)
+    one.undelivered(100.1, "b")
 
     assert Lock(4) in one.actions
 
@@ -822,14 +836,14 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(given_=st.booleans())
     def answer_lock(self, given_: bool) -> None:
         term = self.locks.pop(0)
-        (self.one.took if given_ else self.one.taken)(term, self.now)
+        (self.one.took if given_ else self.one.taken)(self.now, term)
         self.look()
 
     @precondition(lambda self: self.numbers)
     @rule()
     def echo(self) -> None:
         term, number = self.numbers.pop(0)
-        self.one.receive(Letter("a", "client", Beat(term, number, 0.0)), self.now)
+        self.one.received(self.now, Letter("a", "client", Beat(term, number, 0.0)))
         self.look()
 
     @precondition(lambda self: self.joined)
@@ -844,11 +858,12 @@ class AnyOrder(RuleBasedStateMachine):
                 sure=st.booleans(),
                 sick=st.sampled_from([(), ("a",), ("b",)]),
                 breakers=st.dictionaries(
-                    st.sampled_from(LANES), st.builds(Told, st.integers(-1, 3), st.floats(0, 9), st.floats(0, 9))
+                    st.sampled_from(LANES),
+                    st.builds(BreakerState, st.integers(-1, 3), st.floats(0, 9), st.floats(0, 9)),
                 ),
             ),
             st.builds(
-                Report,
+                MemberReport,
                 term=st.integers(0, 9),
                 number=st.integers(0, 99),
                 wanted=st.dictionaries(st.sampled_from(LANES), st.integers(-5, 50)),
@@ -874,35 +889,35 @@ class AnyOrder(RuleBasedStateMachine):
         ),
     )
     def hear(self, sender: str, message: Message) -> None:
-        self.one.receive(Letter(sender, "client", message), self.now)
+        self.one.received(self.now, Letter(sender, "client", message))
         self.look()
 
     @rule(lane=st.sampled_from([*LANES, None]), kind=st.sampled_from(Kind), reached=st.booleans())
     def attempt(self, lane: str | None, kind: Kind, reached: bool) -> None:
-        self.one.attempted(lane, kind, self.now, reached=reached)
+        self.one.attempted(self.now, lane, kind, reached=reached)
         self.look()
 
     @rule(lane=st.sampled_from(LANES), calls=st.integers(0, 20))
     def want(self, lane: str, calls: int) -> None:
-        self.one.waiting(lane, calls, self.now)
+        self.one.waiting(self.now, lane, calls)
         self.look()
 
     @precondition(lambda self: any(self.one.probes(lane, self.now) for lane in LANES))
     @rule(kind=st.sampled_from([*Kind, None]))
     def probe(self, kind: Kind | None) -> None:
         lane = next(lane for lane in LANES if self.one.probes(lane, self.now))
-        assert self.one.take_probe(lane, self.now)
+        assert self.one.take_probe(self.now, lane)
         if kind is None:
-            self.one.probe_lost(lane, self.now)
+            self.one.probe_lost(self.now, lane)
         else:
-            self.one.attempted(lane, kind, self.now, probe=True)
+            self.one.attempted(self.now, lane, kind, probe=True)
         self.look()
 
-    @precondition(lambda self: self.one.test_due(self.now))
+    @precondition(lambda self: self.one.own.health.test_due(self.now))
     @rule(good=st.booleans())
     def test(self, good: bool) -> None:
-        self.one.take_test()
-        self.one.tested(good=good, now=self.now)
+        self.one.own.health.testing = True
+        self.one.tested(self.now, good=good)
         self.look()
 
     @invariant()

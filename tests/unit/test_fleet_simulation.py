@@ -12,7 +12,7 @@ import pytest
 
 from tests.fleet import Broken, World
 from worker.core.breaker import Breakers, State
-from worker.core.fleet import member, permits, terms
+from worker.core.fleet import follower, permits, terms
 from worker.core.fleet.messages import Limit, Orders, Pause
 from worker.core.lanes import LANES, SWEEP
 
@@ -21,8 +21,8 @@ def all_work(world: World, within: float) -> None:
     """Everybody is connected, well, lets every lane go, and has called lately if it has work."""
     for node in world.nodes:
         assert node.connection, node.name
-        assert not node.member.sick, node.name
-        assert all(node.member.state(lane) is State.CLOSED for lane in LANES), node.name
+        assert not node.member.own.health.sick, node.name
+        assert all(node.member.breakers.state(lane) is State.CLOSED for lane in LANES), node.name
         assert not node.sweep or world.now - node.called < within, (node.name, world.now - node.called)
     assert len(world.leaders()) == 1
 
@@ -115,7 +115,7 @@ def test_an_outage() -> None:
     assert probes
 
     world.outage = False
-    while any(node.member.state(lane) is not State.CLOSED for node in world.nodes for lane in LANES):
+    while any(node.member.breakers.state(lane) is not State.CLOSED for node in world.nodes for lane in LANES):
         world.run(world.now + 0.05)
         assert world.now < 80.0
     first = world.now
@@ -131,9 +131,9 @@ def test_a_sick_member() -> None:
     sick = world.nodes[1]
     sick.cut = True
     world.run(20.0)
-    assert sick.member.sick
-    assert [node.member.sick for node in world.nodes].count(True) == 1
-    assert all(node.member.state(SWEEP) is State.CLOSED for node in world.nodes if node is not sick)
+    assert sick.member.own.health.sick
+    assert [node.member.own.health.sick for node in world.nodes].count(True) == 1
+    assert all(node.member.breakers.state(SWEEP) is State.CLOSED for node in world.nodes if node is not sick)
 
     sick.cut = False
     world.run(20.0 + 2 * 5.0 + 1.0)
@@ -235,4 +235,4 @@ def test_constants_fit_together() -> None:
     assert permits.PACE * (1 + permits.LATE + 0.015) < 1
     assert terms.LEASE < terms.SILENT
     assert terms.SETTLE > permits.HORIZON + permits.LATE
-    assert member.GONE > 2 * member.REPORT
+    assert follower.GONE > 2 * follower.REPORT

@@ -19,8 +19,7 @@ from tests.fakes import FakeClock
 from worker.app.sweep import CONFIRM_SECONDS, Ended, Sweep
 from worker.core.command import Command, parse
 from worker.core.delivery import COPY_ID, EFFECT_UNKNOWN
-from worker.core.fleet.messages import Beat, Letter, Orders, Pause
-from worker.core.fleet.messages import Told as BreakerTold
+from worker.core.fleet.messages import Beat, BreakerState, Letter, Orders, Pause
 from worker.core.fleet.messages import encode as encode_letter
 from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
@@ -907,14 +906,14 @@ def test_silence_is_put_as_a_question() -> None:
     ("beat", "said"),
     [
         (
-            Beat(1, 1, 0.0, breakers={"sweep": BreakerTold(2, 60.0, 40.2)}),
+            Beat(1, 1, 0.0, breakers={"sweep": BreakerState(2, 60.0, 40.2)}),
             "paused: the gateway is failing, next probe in 40 s",
         ),
         (
-            Beat(1, 1, 0.0, breakers={"sweep": BreakerTold(1, 60.0, 0.0)}),
+            Beat(1, 1, 0.0, breakers={"sweep": BreakerState(1, 60.0, 0.0)}),
             "paused: the gateway is failing, it is being probed",
         ),
-        (Beat(1, 1, 0.0, breakers={"cancellation": BreakerTold(2, 60.0, 40.0)}), ""),
+        (Beat(1, 1, 0.0, breakers={"cancellation": BreakerState(2, 60.0, 40.0)}), ""),
         (Beat(1, 1, 0.0, hold=12.0), "paused: the gateway asks for fewer calls, for 12 s more"),
         (
             Beat(1, 1, 0.0, orders=Orders(1, {"sweep": Pause("ana@desk", "maintenance")})),

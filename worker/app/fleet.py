@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Final, Protocol, assert_never
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, assert_never
 
 from worker.core.breaker import State
-from worker.core.fleet.member import Call, Changed, Member, Pass, ReadOrders, Say
+from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Card, Letter, Message, Orders
+from worker.core.fleet.own import Call, Changed, Pass, ReadOrders, Say
 from worker.core.fleet.terms import Lock, Unlock
 from worker.core.ports import Clock
 from worker.core.verdict import Kind
@@ -37,6 +39,20 @@ class Timers(Protocol):
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Any: ...
     def remove_timeout(self, timeout: Any) -> None: ...
+
+
+P = ParamSpec("P")
+
+
+def _told(what: Callable[Concatenate[Member, float, P], None]) -> Callable[Concatenate[Fleet, P], None]:
+    """The member is told what happens, and when, and what it asks for is carried out."""
+
+    @functools.wraps(what)
+    def tell(fleet: Fleet, /, *args: P.args, **options: P.kwargs) -> None:
+        what(fleet.member, fleet._clock.monotonic(), *args, **options)
+        fleet._carry_out()
+
+    return tell
 
 
 class Fleet:
@@ -70,8 +86,8 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether calls may begin at all."""
-        return self.member.ready
+        """Whether calls may begin at all: we know what operators want."""
+        return self.member.alone or self.member.own.standing.sure
 
     @property
     def me(self) -> str:
@@ -95,20 +111,21 @@ class Fleet:
     @property
     def held_until(self) -> float:
         """When the hold of a throttled answer, to whomever, is over."""
-        return self.member.held_until
+        return self.member.own.standing.held_until
 
     @property
     def sick(self) -> bool:
         """We fail where others succeed: give back, take nothing."""
-        return self.member.sick
+        return self.member.own.health.sick
 
     def state(self, lane: str) -> State:
         """The lane's breaker."""
-        return self.member.state(lane)
+        return self.member.breakers.state(lane)
 
     def paused(self, lane: str) -> bool:
         """Whether an operator has paused the lane."""
-        return bool(self.member.orders.pauses) and self.member.paused(lane, self._clock.monotonic())
+        standing = self.member.own.standing
+        return bool(standing.orders.pauses) and standing.paused(lane, self._clock.monotonic())
 
     def probes(self, lane: str) -> int:
         """Probes of the lane that we may send now."""
@@ -116,94 +133,45 @@ class Fleet:
 
     def test_due(self) -> bool:
         """Whether we, being sick, may test ourselves now."""
-        return self.member.test_due(self._clock.monotonic())
+        return self.member.own.health.test_due(self._clock.monotonic())
 
     def card(self) -> Card:
         """The state of the fleet, for people. From any thread."""
         return self.member.card(self._clock.monotonic())
 
-    # -- what the dispatcher reports ---------------------------------------------------------------------------------
+    # -- what happens ------------------------------------------------------------------------------------------------
 
     def attempted(self, lane: str | None, kind: Kind, now: float, *, probe: bool = False, reached: bool = True) -> None:
         """See `Member.attempted`."""
-        self.member.attempted(lane, kind, now, probe=probe, reached=reached)
+        self.member.attempted(now, lane, kind, probe=probe, reached=reached)
         if self.member.actions:
             self._carry_out()
 
-    def throttled(self, seconds: float) -> None:
-        """See `Member.throttled`."""
-        self.member.throttled(seconds, self._clock.monotonic())
-        self._carry_out()
-
-    def waiting(self, lane: str, calls: int) -> None:
-        """See `Member.waiting`."""
-        self.member.waiting(lane, calls, self._clock.monotonic())
-        self._carry_out()
-
-    def candidates(self, lane: str, commands: int) -> None:
-        """See `Member.candidates`."""
-        self.member.candidates(lane, commands, self._clock.monotonic())
-        self._carry_out()
-
     def take_probe(self, lane: str) -> bool:
         """See `Member.take_probe`."""
-        return self.member.take_probe(lane, self._clock.monotonic())
-
-    def probe_lost(self, lane: str) -> None:
-        """See `Member.probe_lost`."""
-        self.member.probe_lost(lane, self._clock.monotonic())
-        self._carry_out()
+        return self.member.take_probe(self._clock.monotonic(), lane)
 
     def take_test(self) -> None:
-        """See `Member.take_test`."""
-        self.member.take_test()
-
-    def tested(self, good: bool) -> None:
-        """See `Member.tested`."""
-        self.member.tested(good=good, now=self._clock.monotonic())
-        self._carry_out()
-
-    def leave(self) -> None:
-        """We drain."""
-        self.member.leave(self._clock.monotonic())
-        self._carry_out()
-
-    # -- what the wire reports ---------------------------------------------------------------------------------------
-
-    def joined(self) -> None:
-        """Our queue hears what is said."""
-        self.member.joined(self._clock.monotonic())
-        self._carry_out()
-
-    def lost(self) -> None:
-        """The connection is gone."""
-        self.member.lost(self._clock.monotonic())
-        self._carry_out()
-
-    def received(self, letter: Letter) -> None:
-        """A message has come."""
-        self.member.receive(letter, self._clock.monotonic())
-        self._carry_out()
-
-    def undelivered(self, to: str) -> None:
-        """A member's queue is gone."""
-        self.member.undelivered(to, self._clock.monotonic())
-        self._carry_out()
-
-    def took(self, term: int) -> None:
-        """The broker gave us the queue of the term."""
-        self.member.took(term, self._clock.monotonic())
-        self._carry_out()
-
-    def taken(self, term: int) -> None:
-        """Another has it."""
-        self.member.taken(term, self._clock.monotonic())
-        self._carry_out()
+        """We test ourselves: `tested` or `probe_lost` follows."""
+        self.member.own.health.testing = True
 
     def rested(self, orders: Orders | None) -> None:
         """What rested at the broker."""
-        self.member.rested(orders, _left(orders, self._clock.epoch()), self._clock.monotonic())
-        self._carry_out()
+        self._rested(orders, _left(orders, self._clock.epoch()))
+
+    throttled = _told(Member.throttled)
+    waiting = _told(Member.waiting)
+    candidates = _told(Member.candidates)
+    probe_lost = _told(Member.probe_lost)
+    tested = _told(Member.tested)
+    leave = _told(Member.leave)
+    joined = _told(Member.joined)
+    lost = _told(Member.lost)
+    received = _told(Member.received)
+    undelivered = _told(Member.undelivered)
+    took = _told(Member.took)
+    taken = _told(Member.taken)
+    _rested = _told(Member.rested)
 
     def say(self, to: str | None, message: Message) -> None:
         """To one member, or to all: what is about tokens, or answers a tool."""

@@ -55,7 +55,7 @@ class Orders:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class BreakerState:
     """The breaker of a lane as the leader has it: ``left`` seconds until its next probes, ``failing`` seconds since the
     first of the failures that it counts."""
 
@@ -90,14 +90,14 @@ class Beat:
     sure: bool = False
     members: int = 1
     used: float = 0.0
-    breakers: Mapping[str, Told] = field(default_factory=dict)
+    breakers: Mapping[str, BreakerState] = field(default_factory=dict)
     sick: tuple[str, ...] = ()
     orders: Orders = field(default_factory=Orders)
     pauses: Seconds = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class MemberReport:
     """To the leader: how I am.
 
     ``wanted``: calls for each lane that would begin now and have no slot yet; ``seen``: slots that I had from this
@@ -207,7 +207,7 @@ class Card:
     calls: int = 0
     hold: float = 0.0
     waiting: Counts = field(default_factory=dict)
-    breakers: Mapping[str, Told] = field(default_factory=dict)
+    breakers: Mapping[str, BreakerState] = field(default_factory=dict)
     orders: Orders = field(default_factory=Orders)
     pauses: Seconds = field(default_factory=dict)
 
@@ -246,7 +246,7 @@ class TokenFailed:
 Message = (
     Hello
     | Beat
-    | Report
+    | MemberReport
     | Grant
     | Probe
     | Probed
@@ -261,7 +261,10 @@ Message = (
     | TokenFailed
 )
 
-KINDS: Final[Mapping[str, type[Message]]] = {kind.__name__.lower(): kind for kind in typing.get_args(Message)}
+KINDS: Final[Mapping[str, type[Message]]] = {
+    kind.__name__.removeprefix("Member").lower(): kind for kind in typing.get_args(Message)
+}
+NAMES: Final = {kind: name for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +280,7 @@ def encode(letter: Letter) -> bytes:
     """UTF-8 JSON on one line."""
     document = {
         "v": VERSION,
-        "type": type(letter.message).__name__.lower(),
+        "type": NAMES[type(letter.message)],
         "sender": letter.sender,
         "client": letter.client,
         "body": asdict(letter.message),

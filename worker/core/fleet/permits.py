@@ -92,9 +92,9 @@ class Shares:
         """The member is gone."""
         self.needs.pop(member, None)
 
-    def waits(self, me: str) -> bool:
-        """Whether anybody but ``me`` wants a slot."""
-        return any(need.wanted[lane] for member, need in self.needs.items() if member != me for lane in LANES)
+    def waits(self) -> bool:
+        """Whether anybody wants a slot."""
+        return any(any(need.wanted.values()) for need in self.needs.values())
 
     def give(self, me: str, now: float, until: float) -> dict[str, list[tuple[float, str]]]:
         """Slots for the members, from now on and up to ``until``. Those of ``me`` need no time to travel."""
@@ -195,9 +195,11 @@ class Offset:
 
 @dataclass(slots=True)
 class Purse:
-    """The slots that a member holds, on its own clock: when a call may begin, until when, and for which lane."""
+    """The slots that a member holds, on its own clock: when a call may begin, until when, and for which lane; and how
+    many calls of each lane would begin now."""
 
     slots: list[tuple[float, float, str]] = field(default_factory=list)
+    wanted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
 
     def add(self, slots: Iterable[tuple[float, str]], doubt: float = 0.0) -> None:
         """More of them; a moment may be earlier by ``doubt`` than it seems, so it ends earlier."""
@@ -215,6 +217,6 @@ class Purse:
         """When the next one is due."""
         return self.slots[0][0] if self.slots else None
 
-    def held(self, lane: str) -> int:
-        """How many of a lane."""
-        return sum(1 for _, _, name in self.slots if name == lane)
+    def open(self, lane: str) -> int:
+        """Calls of the lane that wait and have no slot."""
+        return max(0, self.wanted[lane] - sum(1 for _, _, name in self.slots if name == lane))

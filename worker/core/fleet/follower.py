@@ -141,6 +141,4 @@ class Follower:
         if offset.doubt > LATE / 2:
             self.soon(now, WANT)
         for lane in LANES:
-            waiting = own.purse.open(lane)
-            if self._known[lane] < waiting // 2 or (waiting and not self._known[lane]):
-                self.soon(now, WANT)
+            self.wants(lane, now)

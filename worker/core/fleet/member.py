@@ -103,7 +103,7 @@ class Member:
             role=self.terms.role.value,
             term=self.terms.term,
             leader=self.terms.leader or "",
-            members=self.members(),
+            members=len(self.leader.peers) if self._leads or beat is None or not self._follows else beat.members,
             sick=self.own.health.sick,
             limit=self.limit(now),
             own_limit=own.rules.limit,
@@ -115,11 +115,6 @@ class Member:
             orders=self.own.standing.orders,
             pauses=own.standing.pauses(now),
         )
-
-    def members(self) -> int:
-        """How many members the fleet has, as far as we know."""
-        beat = self.follower.beat
-        return len(self.leader.peers) if self._leads else beat.members if self._follows and beat else 1
 
     # -- what happens here --------------------------------------------------------------------------------------------
 

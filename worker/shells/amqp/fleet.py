@@ -138,20 +138,16 @@ class FleetLink:
                 told.append(took)
                 (self._fleet.took if took else self._fleet.taken)(term)
 
-        def declared(channel: Any, _frame: Any) -> None:
-            answer(True)
-            if channel.is_open:
+        def opened(channel: Any) -> None:
+            def declared(_: Any) -> None:
+                answer(True)
                 channel.close()
 
-        def opened(channel: Any) -> None:
-            if not channel.is_open:
-                return  # the connection is being closed, and this was on its way
             channel.add_on_close_callback(self._guard(lambda *_: answer(False)))
-            callback = self._guard(partial(declared, channel))
+            callback = self._guard(declared, channel)
             channel.queue_declare(queue, exclusive=True, auto_delete=False, callback=callback)
 
-        if connection is not None and connection.is_open:
-            connection.channel(on_open_callback=self._guard(opened))
+        self._open(opened)
 
     def unlock(self, term: int) -> None:
         """See `Wire`."""
@@ -160,48 +156,37 @@ class FleetLink:
 
     def read_orders(self) -> None:
         """See `Wire`. The message goes back to its queue; whoever comes meanwhile finds none, and looks again."""
-        connection = self._connection
-
-        def found(channel: Any, method: Any, _properties: Any, body: bytes) -> None:
-            if channel.is_open:
-                channel.basic_nack(method.delivery_tag, requeue=True)
-                channel.close()
-            told(decode_orders(body))
+        connection, looks = self._connection, iter(range(LOOKS))
 
         def told(orders: Orders | None) -> None:
             if connection is self._connection:
                 self._fleet.rested(orders)
 
-        def look(channel: Any, left: int) -> None:
-            channel.basic_get(self._names.orders, callback=self._guard(found))
-            empty[:] = [partial(again, channel, left - 1)]
-
-        def again(channel: Any, left: int) -> None:
-            if left:
-                self._fibers.loop.call_later(LOOK_AGAIN, self._guard(partial(look_if_open, channel, left)))
-            else:
-                if channel.is_open:
-                    channel.close()
-                told(None)
-
-        def look_if_open(channel: Any, left: int) -> None:
-            if channel.is_open:
-                look(channel, left)
-
-        def opened(channel: Any) -> None:
-            if not channel.is_open:
-                return
-            channel.add_callback(self._guard(lambda _: empty[0]()), [pika.spec.Basic.GetEmpty], one_shot=False)
-            channel.add_on_close_callback(self._guard(closed))
-            look(channel, LOOKS)
-
         def closed(_channel: Any, reason: Any) -> None:
             if isinstance(reason, ChannelClosed):  # there is no such queue, so nobody has ordered anything
                 told(None)
 
-        empty: list[Callable[[], None]] = []
-        if connection is not None and connection.is_open:
-            connection.channel(on_open_callback=self._guard(opened))
+        def opened(channel: Any) -> None:
+            def found(_: Any, method: Any, _properties: Any, body: bytes) -> None:
+                told(decode_orders(body))
+                if channel.is_open:
+                    channel.basic_nack(method.delivery_tag, requeue=True)
+                    channel.close()
+
+            def look(_: Any = None) -> None:
+                if next(looks, None) is None:
+                    channel.close()  # `closed` follows
+                else:
+                    channel.basic_get(self._names.orders, callback=self._guard(found))
+
+            def empty(_: Any) -> None:
+                self._fibers.loop.call_later(LOOK_AGAIN, self._guard(look, channel))
+
+            channel.add_callback(self._guard(empty), [pika.spec.Basic.GetEmpty], one_shot=False)
+            channel.add_on_close_callback(self._guard(closed))
+            look()
+
+        self._open(opened)
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -227,10 +212,8 @@ class FleetLink:
         def declared(wrong: str | None) -> None:
             if connection is not self._connection:
                 return
-            if wrong is None and connection.is_open:
-                connection.channel(on_open_callback=self._guard(self._opened))
-            elif wrong is None:
-                pass  # it is being closed
+            if wrong is None:
+                self._open(self._opened)
             else:
                 self._link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
 
@@ -242,25 +225,24 @@ class FleetLink:
             guard=self._guard,
         )
 
+    def _open(self, then: Callable[[Any], None]) -> None:
+        """Opens a channel, if there is a connection."""
+        if self._connection is not None and self._connection.is_open:
+            self._connection.channel(on_open_callback=self._guard(lambda channel: self._guard(then, channel)(channel)))
+
     def _opened(self, channel: Any) -> None:
-        if not channel.is_open:
-            return
         inbox = self._names.member(self._fleet.member.me)
         channel.add_on_close_callback(self._guard(self._closed))
         channel.add_on_return_callback(self._guard(self._returned))
 
         def declared(_: Any) -> None:
-            if channel.is_open:
-                channel.queue_bind(inbox, self._names.fleet, callback=self._guard(bound))
+            channel.queue_bind(inbox, self._names.fleet, callback=self._guard(bound, channel))
 
         def bound(_: Any) -> None:
-            if channel.is_open:
-                came, on = self._guard(self._came), self._guard(consumes)
-                channel.basic_consume(inbox, came, auto_ack=True, exclusive=True, callback=on)
+            came, on = self._guard(self._came), self._guard(consumes, channel)
+            channel.basic_consume(inbox, came, auto_ack=True, exclusive=True, callback=on)
 
         def consumes(_: Any) -> None:
-            if not channel.is_open:
-                return
             self._channel, self._joined = channel, True
             self._link.works()
             self._fleet.joined()
@@ -269,7 +251,7 @@ class FleetLink:
             inbox,
             exclusive=True,
             arguments={"x-max-length": INBOX, "x-queue-type": "classic"},
-            callback=self._guard(declared),
+            callback=self._guard(declared, channel),
         )
 
     def _down(self, _reason: str) -> None:
@@ -301,12 +283,14 @@ class FleetLink:
         properties = pika.BasicProperties(content_type="application/json", delivery_mode=1)
         self._channel.basic_publish(exchange, key, encode(letter), properties, mandatory=mandatory)
 
-    def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """pika would take an exception for a lost connection; out of the loop's turn it ends the process, loudly."""
+    def _guard(self, callback: Callable[..., None], channel: Any = None) -> Callable[..., None]:
+        """pika would take an exception for a lost connection; out of the loop's turn it ends the process, loudly. What
+        comes when its ``channel`` is closed, or being closed, was on its way, and means nothing any more."""
 
         def guarded(*args: Any) -> None:
             try:
-                callback(*args)
+                if channel is None or channel.is_open:
+                    callback(*args)
             except Exception as error:  # noqa: BLE001  # raised again where it is heard
                 self._fibers.soon(partial(_raise, error))
 

@@ -373,7 +373,7 @@ def test_export_to_a_file(desk: Desk) -> None:
 
     nowhere = desk.run("export", "--output", "no/such/file")
     assert nowhere.returncode == 1
-    assert nowhere.stderr.startswith("qris-expire: no/such/file: No such file or directory")
+    assert nowhere.stderr.startswith("qris-expire: no/such/file cannot be written (No such file or directory)")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import pytest
 
 from tests.builders import NOON
 from tests.unit.test_sweep import BATCH, told
+from worker.cli.report import replacing
 from worker.core.delivery import Progress
 from worker.core.outcome import Reason
 from worker.core.report import REPORT_COLUMNS, Report, harmless, kept_as_text
 from worker.core.rows import JSON_FORM, BadRow, Form, Row
 from worker.core.sweep import Bill
-from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune, replacing
+from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune
 
 Make = Callable[..., Journal]
 FORM = Form(("billnumber", "merchantId"), {"bill": 0, "merchant": 1})

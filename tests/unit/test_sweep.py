@@ -484,7 +484,8 @@ def test_order_of_outcomes_does_not_matter(order: list[Reason]) -> None:
 def test_sum_is_the_input() -> None:
     """Every row of the input stands in exactly one line of the table."""
 
-    tally = Tally(2, 3, 5, 7, {("unresolved", "credentials"): 1, ("expired", "success"): 11, ("rejected", "paid"): 1})
+    told = {("unresolved", "credentials"): 1, ("expired", "success"): 11, ("rejected", "paid"): 1}
+    tally = Tally(told, invalid=2, duplicates=3, unsent=5, waiting=7)
 
     assert tally.rows == 30
     assert sum(count for _, _, count in tally.lines()) == tally.rows

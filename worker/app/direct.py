@@ -107,7 +107,7 @@ class Direct:
         self._exhausted = False
         self._next_due = journal.next_due()
         tally = journal.tally()
-        self._standing = Standing(tally.bills, tally.bills, dict(tally.told))
+        self._standing = Standing(dict(tally.told), tally.bills, tally.bills)
         self.crashes = 0
 
     def finish(self, task: Task, disposition: Disposition) -> None:

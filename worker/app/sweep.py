@@ -118,7 +118,7 @@ class Sweep:
         self._saved = self._read = facts.published
         self._ahead: deque[Bill] = deque()
         self._exhausted = not tally.unsent
-        self._standing = Standing(tally.bills, tally.sent, dict(tally.told))
+        self._standing = Standing(dict(tally.told), tally.bills, tally.sent)
         self._save_at = self._heard_at = clock.monotonic()
         self._window = window
         self._pace = Pace(window, self._heard_at)

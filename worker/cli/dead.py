@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import sys
 import time
@@ -400,34 +399,21 @@ def _ask(question: str, parked: ParkedLetters) -> bool:
 
 @contextmanager
 def _sink(output: Path | None) -> Iterator[IO[str]]:
-    """Where lines are gathered first. A slow reader of our output must not keep the dead letters held, and a file is
-    put in its place when it is whole."""
+    """Where lines are gathered first: a slow reader of our output must not keep the dead letters held."""
     import shutil
     import tempfile
 
-    try:
-        if output is None:
-            with tempfile.TemporaryFile("w+", encoding="utf-8") as gathered:
-                yield gathered
-                gathered.seek(0)
-                shutil.copyfileobj(gathered, sys.stdout)
-                sys.stdout.flush()
-            return
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}.", delete=False
-        ) as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(output)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise Trouble(f"{output or 'standard output'}: {error.strerror}; give a file that can be written") from None
+    from worker.cli.report import replacing
+
+    if output is not None:
+        with replacing(output) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as gathered:
+        yield gathered
+        gathered.seek(0)
+        shutil.copyfileobj(gathered, sys.stdout)
+        sys.stdout.flush()
 
 
 # -- progress -------------------------------------------------------------------------------------------------------

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from worker.cli import INVALID, Trouble
 from worker.shells import workbook
-from worker.shells.journal import LOCK, SUFFIX
+from worker.shells.journal import LOCK, PRIVATE, SUFFIX
 
 if TYPE_CHECKING:
     from worker.shells.journal import Journal
@@ -56,7 +59,6 @@ def check_existing(report: Path, journal: Journal, *, force: bool) -> None:
 def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
     """One line for each row of the input, from the journal, in the form of the input; the file appears whole."""
     from worker.core.report import Report, harmless, kept_as_text
-    from worker.shells.journal import replacing
 
     form, lines = journal.facts.form, Report(journal.facts)
     if _is_workbook(report):
@@ -72,6 +74,25 @@ def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
         writer.writerow(map(harmless, lines.header()))
         writer.writerows(map(cell, lines.line(row)) for row in journal.rows())
     journal.has_written(report)
+
+
+@contextmanager
+def replacing(path: Path, *, binary: bool = False) -> Iterator[Any]:
+    """A file (of text in UTF-8, unless ``binary``) that takes ``path``'s place when all is written: whoever reads it
+    never sees half of it. Raises `Trouble`."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
+        text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "newline": ""}
+        with os.fdopen(number, "wb" if binary else "w", **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise Trouble(f"{path} cannot be written ({error.strerror}); make room, or name another place") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_workbook(report: Path) -> bool:

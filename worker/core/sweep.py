@@ -238,9 +238,9 @@ class Facts(NamedTuple):
     created_at: float
     invalid: int
     duplicates: int
-    published: int
-    inbox: bool
-    direct: bool
+    published: int = 0
+    inbox: bool = False
+    direct: bool = False
     broker: str = ""
     gateway: str = ""
     place: str = ""
@@ -285,19 +285,46 @@ class Recorded:
 
 
 @dataclass(slots=True)
-class Tally:
-    """Where every row of the input is: invalid, a duplicate, not sent yet, waiting for its outcome, or answered."""
+class Answers:
+    """Bills with an outcome, by status and reason."""
 
-    invalid: int = 0
-    duplicates: int = 0
-    unsent: int = 0
-    waiting: int = 0
     told: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
     def answered(self) -> int:
         """Bills with an outcome."""
         return sum(self.told.values())
+
+    @property
+    def expired(self) -> int:
+        """Bills whose QR codes are expired."""
+        return self._told(Status.EXPIRED)
+
+    def _told(self, *statuses: Status) -> int:
+        return sum(count for (status, _), count in self.told.items() if status in statuses)
+
+
+@dataclass(slots=True)
+class Standing(Answers):
+    """The sum as it changes, for people who watch. ``sent``: bills that need no publishing any more."""
+
+    bills: int = 0
+    sent: int = 0
+
+    def add(self, recorded: Recorded) -> None:
+        """Outcomes came."""
+        for key, by in recorded.changes.items():
+            self.told[key] = self.told.get(key, 0) + by
+
+
+@dataclass(slots=True)
+class Tally(Answers):
+    """Where every row of the input is: invalid, a duplicate, not sent yet, waiting for its outcome, or answered."""
+
+    invalid: int = 0
+    duplicates: int = 0
+    unsent: int = 0
+    waiting: int = 0
 
     @property
     def bills(self) -> int:
@@ -315,11 +342,6 @@ class Tally:
         return self.bills + self.invalid + self.duplicates
 
     @property
-    def expired(self) -> int:
-        """Bills whose QR codes are expired."""
-        return self._told(Status.EXPIRED)
-
-    @property
     def all_expired(self) -> bool:
         """Whether nothing is left to be done about any bill."""
         return self.expired == self.bills
@@ -333,9 +355,6 @@ class Tally:
     def unresolved(self) -> int:
         """Bills whose outcome may still be bettered by a redrive."""
         return self._told(Status.UNRESOLVED, Status.INVALID)
-
-    def _told(self, *statuses: Status) -> int:
-        return sum(count for (status, _), count in self.told.items() if status in statuses)
 
     def lines(self) -> Iterator[tuple[str, str, int]]:
         """(status, reason, rows), what people look for first; lines that are no outcome only where there are any."""
@@ -351,27 +370,3 @@ class Tally:
         ):
             if count:
                 yield name, why, count
-
-
-@dataclass(slots=True)
-class Standing:
-    """The sum as it changes, for people who watch. ``sent``: bills that need no publishing any more."""
-
-    bills: int
-    sent: int
-    told: dict[tuple[str, str], int]
-
-    def add(self, recorded: Recorded) -> None:
-        """Outcomes came."""
-        for key, by in recorded.changes.items():
-            self.told[key] = self.told.get(key, 0) + by
-
-    @property
-    def answered(self) -> int:
-        """Bills with an outcome."""
-        return sum(self.told.values())
-
-    @property
-    def expired(self) -> int:
-        """Bills whose QR codes are expired."""
-        return sum(count for (status, _), count in self.told.items() if status == Status.EXPIRED)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from worker.core.delivery import Progress
 from worker.core.needs import RETRIED
@@ -189,7 +189,7 @@ class Journal:
 
     def has_inbox(self) -> None:
         """The batch's own queue exists: before the first publish, so that no outcome goes elsewhere."""
-        self._state(inbox=1)
+        self._state(inbox=True)
 
     def publish_again(self) -> None:
         """Bills without an outcome are published again, under their ids."""
@@ -283,7 +283,7 @@ class Journal:
         """The batch is sent without a broker, from now on. What the broker has or may have, up to the number
         ``maybe_published``, may have been sent already."""
         with self._transaction():
-            _put(self._db, {"direct": 1})
+            _put(self._db, {"direct": True})
             if self.facts.published:
                 self._db.execute("UPDATE bills SET begun = 1 WHERE status IS NULL AND number <= ?", (maybe_published,))
         self.facts = self._facts()
@@ -343,23 +343,9 @@ class Journal:
                 f"that wrote it, or {MOVE_AWAY} and sweep the file again: under the same --batch-id its bills keep "
                 "their ids"
             )
-        return Facts(
-            Batch(values["batch"], values["size"]),
-            values["source"],
-            values["digest"],
-            values["created_at"],
-            values["invalid"],
-            values["duplicates"],
-            values["published"],
-            bool(values["inbox"]),
-            bool(values["direct"]),
-            values["broker"],
-            values["gateway"],
-            values["place"],
-            Form(*json.loads(values["form"])),
-            values["stopped"],
-            values["resumed_at"],
-        )
+        values["batch"] = Batch(values["batch"], values["size"])
+        values["form"] = Form(*json.loads(values["form"]))
+        return Facts(**{name: values[name] for name in Facts._fields if name in values})
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -447,13 +433,6 @@ class Load:
                 "invalid": invalid,
                 "duplicates": duplicates,
                 "published": 0,
-                "inbox": 0,
-                "direct": 0,
-                "broker": "",
-                "gateway": "",
-                "place": "",
-                "stopped": "",
-                "resumed_at": 0.0,
             }
             self._db.execute("BEGIN")
             _put(self._db, values)
@@ -569,25 +548,6 @@ def clean(directory: Path) -> None:
         for path in directory.glob(f"{LOADING}*"):
             if time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing(path: Path, *, binary: bool = False) -> Iterator[Any]:
-    """A file (of text in UTF-8, unless ``binary``) that takes ``path``'s place when all is written: whoever reads it
-    never sees half of it."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
-        text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "newline": ""}
-        with os.fdopen(number, "wb" if binary else "w", **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise JournalError(f"{path} cannot be written ({error.strerror}); make room, or name another place") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:

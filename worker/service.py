@@ -74,9 +74,7 @@ class Worker:
         return self.metrics.render()
 
     def address(self) -> dict[str, str]:
-        """Where the status page is, for the log; nothing where the parent of several processes serves it."""
-        if SOCKET_VARIABLE in os.environ:
-            return {}
+        """Where the status page is, for the log: ours, or that of the parent of several processes."""
         host, port = self.settings.metrics.host, self.settings.metrics.port
         return {"page": f"http://{f'[{host}]' if ':' in host else host}:{port}/"}
 

@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.worker_process import WorkerProcess, working
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Script, Simulator
@@ -71,13 +73,19 @@ def test_a_command_that_goes_back_is_a_line(amqp_url: str, prefix: str, tmp_path
         assert (line["event"], line["lane"]) == ("command.returned", "cancellation")
 
 
-def test_the_log_says_when_and_where_the_worker_is_ready(amqp_url: str, prefix: str, tmp_path: Path) -> None:
-    """One line when commands are taken, with the address of the page."""
-    with Simulator() as gateway, working(amqp_url, prefix, gateway, tmp_path) as (worker, _):
-        worker.wait_for(lambda: worker.events("worker.ready"), 30, "the line")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_log_says_when_and_where_the_worker_is_ready(
+    amqp_url: str, prefix: str, tmp_path: Path, processes: int
+) -> None:
+    """One line of each process when it takes commands, with the address of the page."""
+    with (
+        Simulator() as gateway,
+        working(amqp_url, prefix, gateway, tmp_path, WORKER_PROCESSES=str(processes)) as (worker, _),
+    ):
+        worker.wait_for(lambda: len(worker.events("worker.ready")) == processes, 30, "the lines")
         worker.stop()
-        (line,) = worker.events("worker.ready")
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", line["page"])
+        pages = {line["page"] for line in worker.events("worker.ready")}
+        assert pages == {f"http://127.0.0.1:{worker.port}/"}
 
 
 def test_a_broker_that_is_not_there_is_named(prefix: str, tmp_path: Path) -> None:

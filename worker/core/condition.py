@@ -540,7 +540,7 @@ def _dead(by_reason: Mapping[str, float], level: Level, when: str) -> Concern | 
         level,
         "dead_letters",
         f"{plural(sum(by_reason.values()), 'dead letter')} {when}: {words}{', …' if len(reasons) > 3 else ''}.",
-        "qris-expire dead list; when the cause is repaired, qris-expire dead redrive.",
+        "qris-expire dead list shows those that are still there; when the cause is repaired, qris-expire dead redrive.",
     )
 
 

@@ -302,7 +302,7 @@ def _holds(situation: Situation) -> str:
         ("unconfirmed publishes", [number(now.value("publishes_unconfirmed"))]),
         ("confirms, p95", [_quantile(confirms, 0.95)]),
         ("access token", [Cell(token, bad=bool(expiry) and left <= 0)]),
-        ("tokens asked for", [", ".join(f"{number(n)} {result}" for result, n in refreshes.items() if n) or "0"]),
+        ("tokens received", [", ".join(f"{number(n)} {result}" for result, n in refreshes.items() if n) or "0"]),
         ("clock skew", [f"{skew:+.1f} s" if abs(skew) >= 0.05 else "none"]),
     ]
     return _card("Breakers, broker, token", table("", [], rows))
@@ -321,7 +321,7 @@ def _dead_letters(situation: Situation) -> str:
     return _card(
         "Dead letters",
         table("Parked for people", ["", _lately(change), "since the start"], rows),
-        f'<p class="none">{_code("Which: qris-expire dead list")}</p>\n',
+        f'<p class="none">{_code("Which are still there: qris-expire dead list")}</p>\n',
     )
 
 

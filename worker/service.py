@@ -152,7 +152,7 @@ def _watch(worker: Worker) -> int:
 def _trouble(worker: Worker) -> int | None:
     engine = worker.engine
     if engine.refused is not None:
-        return _say(REFUSED, "broker.refused", engine.refused, "correct AMQP_URL: user, password, vhost, permissions")
+        return _say(REFUSED, "broker.refused", *engine.refused)
     if engine.failure is not None or not engine.running:
         what = f"the broker loop ended: {engine.failure!r}"
         return _say(FAILED, "worker.failed", what, "restart; report the traceback")

@@ -123,13 +123,16 @@ def test_few_channels(tmp_path: Path, most: str, works: bool) -> None:
         worker.stop()
 
 
-def test_a_broker_without_passwords() -> None:
-    """Where the broker offers no login by password, that is what the error says."""
-    with (
-        running(PrivateBroker(config={"auth_mechanisms.1": "EXTERNAL"})) as broker,
-        pytest.raises(BrokerRefused, match=r"takes no login by user and password; let it offer PLAIN"),
-    ):
-        connect(settings(broker))
+def test_a_broker_without_passwords(tmp_path: Path) -> None:
+    """Where the broker offers no login by password, that is what the error says, and no advice to correct one."""
+    with running(PrivateBroker(config={"auth_mechanisms.1": "EXTERNAL"})) as broker, Simulator() as gateway:
+        with pytest.raises(BrokerRefused, match=r"takes no login by user and password; let it offer PLAIN"):
+            connect(settings(broker))
+        with WorkerProcess(broker.url, new_prefix(), gateway, tmp_path) as worker:
+            assert worker.wait(60) == 3
+            assert "takes no login by user and password" in worker.errors()
+            assert "let it offer PLAIN to this user" in worker.errors()
+            assert "correct AMQP_URL" not in worker.errors()
 
 
 def test_a_classic_queue_whose_node_is_down(cluster: PrivateCluster) -> None:

@@ -58,7 +58,7 @@ class Publishing:
             lambda: [pika.URLParameters(url)],
             on_up=self._up,
             on_down=lambda _: self.publisher.down(),
-            on_refused=lambda _: None,
+            on_refused=lambda *_: None,
             on_blocked=lambda _: None,
             guard=bare,
             rng=random.Random(),

@@ -178,6 +178,33 @@ def test_a_worker_that_lost_a_command_says_nothing_of_it(amqp_url: str, prefix: 
         assert gateway.report().calls_by_bill["lost"] == 2
 
 
+def test_a_worker_that_hears_nothing_of_the_broker_calls_no_more(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+    """The network swallows everything: the broker takes the worker for gone and gives its command to somebody else,
+    who expires it. The worker must know by then: what it would be told next ("not found") is the other's doing."""
+
+    answers = (Fault(code="4019301", latency=5), Fault(code="4049301", message="QR not Found", repeat=True))
+    with (
+        FaultProxy(*address(amqp_url)) as proxy,
+        Simulator(Script(patterns=(Pattern("^lost", answers),))) as gateway,
+        WorkerProcess(f"{by_way_of(proxy.port, amqp_url)}?heartbeat=1", prefix, gateway, tmp_path) as worker,
+    ):
+        worker.wait_ready()
+        with Producer(amqp_url, prefix) as producer:
+            lost = producer.publish("lost")
+            wait_until(lambda: gateway.report().in_flight == 1, 30, "it is called for")
+            proxy.stall()
+            (again,) = producer.rabbit.take(producer.names.queue("cancellation"), 1, 30)
+            assert (again.body, again.redelivered) == (lost.body, True)
+            wait_until(lambda: gateway.report().in_flight == 0, 30, "its answer has come")
+            proxy.reset_all()
+            proxy.resume()
+            worker.wait_ready()
+            other = producer.publish("other")
+            assert producer.collect(1, 30)[0].command_id == other.id
+            worker.stop()
+            assert gateway.report().calls_by_bill["lost"] == 1
+
+
 def test_a_wait_for_the_rate_limit_is_cut_short(amqp_url: str, prefix: str, tmp_path: Path) -> None:
     """SIGTERM while senders wait for their slot: exit 0 at once, and what was not called for is back in its lane."""
 

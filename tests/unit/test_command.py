@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import uuid
+import zlib
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, get_args
 
@@ -161,6 +164,33 @@ def test_other_encodings(encoding: str) -> None:
     body = json.dumps(builders.fields(reference="ü"), ensure_ascii=False)
 
     assert invalid(body.encode(encoding)) == "malformed_json"
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        (b"", "the body is empty"),
+        (b" \n", "the body is empty"),
+        (gzip.compress(builders.body()), "compressed with gzip"),
+        (zlib.compress(builders.body()), "compressed with deflate"),
+        (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+        (b"\xef\xbb\xbf" + builders.body(), "byte-order mark"),
+        (builders.body().decode().encode("utf-16"), "UTF-16"),
+        (builders.body().decode().encode("utf-16-le"), "UTF-16"),
+        (builders.body().decode().encode("utf-16-be"), "UTF-16"),
+        (builders.body().decode().encode("utf-32"), "UTF-32"),
+        (builders.body().decode().encode("utf-32-be"), "UTF-32"),
+        (base64.b64encode(builders.body()), "base64"),
+        (b'{"reference":"\xe9"}', "byte 0xe9"),
+        (b'{"billnumber"', "delimiter"),
+    ],
+)
+def test_why_it_is_malformed(body: bytes, cause: str) -> None:
+    """What a producer does wrong is named, not only where the parser stopped."""
+    found = parse(body)
+
+    assert isinstance(found, Invalid)
+    assert cause in found.detail
 
 
 def test_latin_1() -> None:

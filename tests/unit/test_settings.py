@@ -407,6 +407,12 @@ def test_tls_files_without_tls(key_file: Path, url: str | None, name: str) -> No
         ({"AMQP_URL": "amqp://127.0.0.1"}, []),
         ({"AMQP_URL": "amqps://broker.example"}, []),
         (
+            {"AMQP_URL": "amqps://broker.example", "AMQP_MANAGEMENT_URL": "http://u:p@broker.example:15672"},
+            ["AMQP_MANAGEMENT_URL: the password goes to broker.example in clear; use https://"],
+        ),
+        ({"AMQP_MANAGEMENT_URL": "http://u:p@localhost:15672"}, []),
+        ({"AMQP_MANAGEMENT_URL": "https://u:p@broker.example:15671"}, []),
+        (
             {"GATEWAY_BASE_URL": "http://gateway.example/v1.0", "GATEWAY_ALLOW_HTTP": "true"},
             ["GATEWAY_ALLOW_HTTP: token and bills go to gateway.example"],
         ),

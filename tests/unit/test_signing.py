@@ -249,6 +249,14 @@ def unusable() -> dict[str, tuple[bytes, str | None, str]]:
         ),
         "a request": (pem().replace(b"PRIVATE KEY", b"CERTIFICATE REQUEST"), None, "give the private key"),
         "without its first line": (pem().split(b"\n", 1)[1], None, "no line -----BEGIN PRIVATE KEY-----"),
+        **{
+            f"without its first line, {cut} letters less": (
+                pem().split(b"\n", 1)[1][cut:],
+                None,
+                "no line -----BEGIN PRIVATE KEY-----",
+            )
+            for cut in (1, 2, 3)
+        },
         "damaged": (pem()[:80] + b"????" + pem()[84:], None, "damaged"),
         "elliptic": (
             ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, PLAIN),

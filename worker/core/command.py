@@ -83,7 +83,7 @@ def parse(body: bytes, default_merchant: str | None = None) -> Command | Invalid
             # Whether the rest is JSON at all decides which of the two reasons it is.
             value, duplicate = _decode_plainly(text), found.key
     except (ValueError, RecursionError) as error:
-        return Invalid("malformed_json", _short(f"not JSON in UTF-8: {error}"))
+        return Invalid("malformed_json", _short(f"not JSON in UTF-8: {_cause(body) or error}"))
     fields = value if isinstance(value, dict) else {}
     try:
         if not isinstance(value, dict):
@@ -93,6 +93,31 @@ def parse(body: bytes, default_merchant: str | None = None) -> Command | Invalid
         return _command(fields, default_merchant)
     except _Refused as error:
         return Invalid("invalid_command", _short(str(error)), _echo_bill(fields), _echo_reference(fields))
+
+
+_MARKS: Final = (
+    (b"\x1f\x8b", "it is compressed with gzip; send it as it is"),
+    (b"\x78\x01", "it is compressed with deflate; send it as it is"),
+    (b"\x78\x9c", "it is compressed with deflate; send it as it is"),
+    (b"\x78\xda", "it is compressed with deflate; send it as it is"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed with zstd; send it as it is"),
+    (b"\xef\xbb\xbf", "it begins with a byte-order mark; leave that out"),
+    (b"\xff\xfe\0\0", "it is UTF-32; send UTF-8"),
+    (b"\0\0", "it is UTF-32; send UTF-8"),
+    (b"\xff\xfe", "it is UTF-16; send UTF-8"),
+    (b"\xfe\xff", "it is UTF-16; send UTF-8"),
+    (b"{\0\0", "it is UTF-32; send UTF-8"),
+    (b"{\0", "it is UTF-16; send UTF-8"),
+    (b"\0{", "it is UTF-16; send UTF-8"),
+    (b"eyJ", "it is base64 of JSON; send the JSON itself"),
+)
+
+
+def _cause(body: bytes) -> str:
+    """Why a body is no JSON in UTF-8, by how it begins; empty where the parser's own words say it."""
+    if not body.strip():
+        return "the body is empty"
+    return next((cause for mark, cause in _MARKS if body.startswith(mark)), "")
 
 
 def command_id(message_id: str | None, body: bytes) -> str:

@@ -101,7 +101,7 @@ def _load(data: bytes, text: str, passphrase: bytes | None) -> object:
 def _unwrapped(text: str) -> bytes | None:
     """What base64 without BEGIN and END holds: the key, or a whole file; None for what is no base64."""
     whole = "".join(text.split()).rstrip("=").translate(_OF_URLS)
-    if not _BASE64.fullmatch(whole) or len(whole) % 4 == 1:
+    if "-----" in text or not _BASE64.fullmatch(whole) or len(whole) % 4 == 1:
         return None
     return base64.b64decode(whole + "=" * (-len(whole) % 4))
 

@@ -288,6 +288,10 @@ class Settings:
         hosts = {urlsplit(url).hostname or "" for url in self.amqp.urls() if not is_tls(url)}
         for host in sorted(host for host in hosts if not is_loopback(host)):
             yield f"AMQP_URL: password and commands go to {host} in clear; use amqps://"
+        if self.amqp.management_url is not None:
+            api = urlsplit(self.amqp.management_url.get_secret_value())
+            if api.scheme == "http" and not is_loopback(api.hostname or ""):
+                yield f"AMQP_MANAGEMENT_URL: the password goes to {api.hostname} in clear; use https://"
         base = urlsplit(self.gateway.base_url)
         if base.scheme == "http" and not is_loopback(base.hostname or ""):
             yield f"GATEWAY_ALLOW_HTTP: token and bills go to {base.hostname} in clear; use https://"

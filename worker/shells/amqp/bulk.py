@@ -474,7 +474,7 @@ def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:
     channel.close()
 
 
-def _passed_over(_reason: str) -> None:
+def _passed_over(_reason: str, _action: str) -> None:
     """A refusal at first is reported before we start; a later one is waited for like any trouble."""
 
 

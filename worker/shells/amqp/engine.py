@@ -171,8 +171,8 @@ class Engine:
         self._connected = False
         self._lost = False
         self._closed_at: float | None = None
-        self.refused: str | None = None
-        """Set when the broker refused our login before it ever took it."""
+        self.refused: tuple[str, str] | None = None
+        """Why the broker refused our login before it ever took it, and what to do."""
         self.failure: BaseException | None = None
         """Set when the loop's thread ended by an exception: the process must end too."""
 
@@ -396,9 +396,9 @@ class Engine:
     def _changed(self) -> None:
         self._attention = True
 
-    def _refused(self, reason: str) -> None:
+    def _refused(self, reason: str, action: str) -> None:
         if not self._connected_once:
-            self.refused = reason
+            self.refused = reason, action
 
     # -- deliveries and results -------------------------------------------------------------------------------------
 

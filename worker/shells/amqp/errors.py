@@ -89,6 +89,16 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__} {' '.join(map(str, error.args))}".replace("\n", " ").rstrip()[:200]
 
 
+NO_PLAIN: Final = "let it offer PLAIN to this user (auth_mechanisms in rabbitmq.conf)"
+
+
+def cure(error: BaseException) -> str:
+    """What to do about a refused login."""
+    return (
+        NO_PLAIN if isinstance(error, AuthenticationError) else "correct AMQP_URL: user, password, vhost, permissions"
+    )
+
+
 def remedy(code: int | None, said: str) -> str:
     """What to do about what cannot be declared or is not there, by the broker's reply code and words; begins with
     ``; ``, or is empty."""

@@ -76,7 +76,7 @@ class FleetLink:
             parameters,
             on_up=self._up,
             on_down=self._down,
-            on_refused=lambda _: None,
+            on_refused=lambda *_: None,
             on_blocked=lambda _: None,
             guard=self._guard,
             rng=rng,

@@ -12,8 +12,8 @@ from pika.adapters.select_connection import IOLoop
 
 from worker.core.fitness import version_problem
 from worker.shells.amqp.connection import Connection
+from worker.shells.amqp.errors import cure, refusal
 from worker.shells.amqp.errors import reason as describe
-from worker.shells.amqp.errors import refusal
 
 FIRST_WAIT: Final = 0.1
 LONGEST_WAIT: Final = 10.0
@@ -24,6 +24,11 @@ HANG_UP_SECONDS: Final = 3.0  # for the broker's answer to a close
 ANSWER_SECONDS: Final = 60.0
 """The longest a broker may leave unanswered what makes a connection useful. A queue without its quorum answers nothing,
 while heartbeats go on; another host may be on the better side."""
+
+SILENCE: Final = 1.25
+"""Heartbeats without a word from the broker after which it is given up. A broker that hears nothing of us takes us for
+gone after two heartbeats, ours come twice as often, and what we held is then somebody else's: after half a heartbeat
+less we must know. pika's own look comes up to ten seconds after the second."""
 
 Parameters = Callable[[], Sequence[Any]]
 Guard = Callable[..., Callable[..., None]]
@@ -46,7 +51,7 @@ class Link:
         *,
         on_up: Callable[[Any], None],
         on_down: Callable[[str], None],
-        on_refused: Callable[[str], None],
+        on_refused: Callable[[str, str], None],
         on_blocked: Callable[[bool], None],
         guard: Guard,
         rng: random.Random,
@@ -68,6 +73,9 @@ class Link:
         self._host = ""  # the one that was tried last
         self._closing = False
         self._asked_at: float | None = None
+        self._heard = 0
+        self._heard_at = 0.0
+        self._doubted = False
 
     @property
     def up(self) -> bool:
@@ -110,7 +118,8 @@ class Link:
         self._failures = 0
 
     def expect(self, answered: bool, now: float) -> None:
-        """Told now and then whether the broker has answered all that was asked on this connection."""
+        """Told some times a second whether the broker has answered all that was asked on this connection."""
+        self._listen(now)
         if answered or not self.up or self.blocked:
             self._asked_at = None
         elif self._asked_at is None:
@@ -118,6 +127,18 @@ class Link:
         elif now - self._asked_at > ANSWER_SECONDS:
             self._asked_at = None
             self.reconnect(f"no answer from the broker for {ANSWER_SECONDS:.0f} s")
+
+    def _listen(self, now: float) -> None:
+        """Ends a connection on which nothing comes any more, not even heartbeats."""
+        if not self.up:
+            self._heard = 0
+        elif self._connection.bytes_received != self._heard:
+            self._heard, self._heard_at, self._doubted = self._connection.bytes_received, now, False
+        elif (beat := self._connection.params.heartbeat) and now - self._heard_at > SILENCE * beat:
+            # After a standstill of this process, what has come is only read between two looks.
+            if self._doubted:
+                self._connection.abort("no heartbeat from the broker")
+            self._doubted = not self._doubted
 
     def reconnect(self, reason: str) -> None:
         """Drops the connection; a new one follows."""
@@ -165,7 +186,7 @@ class Link:
         self._connection = None
         reason = describe(error)
         if refusal(error) is not None:
-            self._on_refused(reason)
+            self._on_refused(reason, cure(error))
         self._retry(reason)
 
     def _lost(self, _connection: Any, error: BaseException) -> None:

@@ -30,14 +30,14 @@ from pika.exceptions import (
 from worker import __version__
 from worker.core.topology import Topology
 from worker.shells.amqp import codec
-from worker.shells.amqp.errors import limit, reason, refusal, remedy
+from worker.shells.amqp.errors import NO_PLAIN, limit, reason, refusal, remedy
 from worker.shells.amqp.steps import Step, declarations, lookups
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
 
 HEARTBEAT: Final = 20
-"""Seconds; a dead peer is noticed within 25."""
+"""Seconds; a dead peer is noticed within 25 (`worker.shells.amqp.link.SILENCE`)."""
 
 CONNECT_TIMEOUT: Final = 5
 """Seconds for a TCP connection: a node that is gone must not hold back the next one of the list."""
@@ -265,10 +265,7 @@ def _refusal(params: pika.URLParameters, error: Exception) -> BrokerRefused | No
                 f"{params.virtual_host!r}; create it and give permission, or correct AMQP_URL"
             )
         case 403 if isinstance(error, AuthenticationError):
-            return BrokerRefused(
-                f"the broker at {address(params)} takes no login by user and password; let it offer PLAIN to this user "
-                "(auth_mechanisms in rabbitmq.conf)"
-            )
+            return BrokerRefused(f"the broker at {address(params)} takes no login by user and password; {NO_PLAIN}")
         case 403:
             return BrokerRefused(
                 f"the broker at {address(params)} refuses the login of {params.credentials.username!r}; "

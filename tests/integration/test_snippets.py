@@ -187,7 +187,7 @@ def program(request: pytest.FixtureRequest, fresh: PrivateBroker, tmp_path: Path
 
 
 def test_a_command_is_published_safely(program: Program, fresh: PrivateBroker) -> None:
-    """It is persistent, has a date and an identity made from the order, and is a command for the worker."""
+    """It is persistent, has a date and an identity made from order and bill, and is a command for the worker."""
 
     with Rabbit(fresh.url) as rabbit:
         rabbit.declare(topology(NAMES.prefix, "quorum", ()))
@@ -195,7 +195,7 @@ def test_a_command_is_published_safely(program: Program, fresh: PrivateBroker) -
         assert done.returncode == 0, done.stderr
         message = rabbit.consume(NAMES.queue("cancellation"), 1, 30)[0]
     assert message.properties.delivery_mode == 2
-    assert message.properties.message_id == "cancel-ORD-77"
+    assert message.properties.message_id == "cancel-ORD-77-10092081"
     assert message.properties.content_type == "application/json"
     assert message.properties.timestamp > 1_700_000_000
     assert parse(message.body) == Command("10092081", "M1", "ORD-77", None)

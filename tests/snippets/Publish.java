@@ -10,7 +10,7 @@ import java.util.concurrent.atomic.AtomicBoolean;
 
 class Publish {
     // snippet
-    /** Returns once the broker has the command. After any exception, call it again with the same order. */
+    /** Returns once the broker has the command. After any exception, call it again with the same arguments. */
     static void publish(Channel channel, String prefix, String bill, String merchant, String order) throws Exception {
         var returned = new AtomicBoolean(); // mandatory: set before the confirm if the queue is missing
         channel.addReturnListener(message -> returned.set(true));
@@ -18,7 +18,7 @@ class Publish {
         // With names that may hold quotes: your JSON library.
         String body = "{\"billnumber\": \"%s\", \"additionalInfo\": {\"merchantId\": \"%s\"}, \"reference\": \"%s\"}"
             .formatted(bill, merchant, order);
-        var properties = new AMQP.BasicProperties.Builder().messageId("cancel-" + order).deliveryMode(2)
+        var properties = new AMQP.BasicProperties.Builder().messageId("cancel-" + order + "-" + bill).deliveryMode(2)
             .contentType("application/json").timestamp(new Date()).build();
         byte[] bytes = body.getBytes(StandardCharsets.UTF_8);
         channel.basicPublish(prefix + ".commands", "cancellation", true, properties, bytes); // true: mandatory

@@ -13,14 +13,14 @@ import (
 )
 
 // snippet
-// publish returns nil once the broker has the command. After any error, call it again with the same order.
+// publish returns nil once the broker has the command. After any error, call it again with the same arguments.
 func publish(ctx context.Context, channel *amqp.Channel, prefix, bill, merchant, order string) error {
 	body, _ := json.Marshal(map[string]any{
 		"billnumber": bill, "additionalInfo": map[string]string{"merchantId": merchant}, "reference": order})
 	returned := channel.NotifyReturn(make(chan amqp.Return, 1)) // filled before the confirm if the queue is missing
 	confirmed, err := channel.PublishWithDeferredConfirmWithContext(
 		ctx, prefix+".commands", "cancellation", true, false, // true: mandatory
-		amqp.Publishing{MessageId: "cancel-" + order, DeliveryMode: amqp.Persistent,
+		amqp.Publishing{MessageId: "cancel-" + order + "-" + bill, DeliveryMode: amqp.Persistent,
 			ContentType: "application/json", Timestamp: time.Now(), Body: body})
 	if err != nil {
 		return err

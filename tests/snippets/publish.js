@@ -15,7 +15,7 @@ async function publish([bill, merchant, order]) {
   const body = { billnumber: bill, additionalInfo: { merchantId: merchant }, reference: order };
   const exchange = `${process.env.AMQP_PREFIX || "qris.expire"}.commands`;
   channel.publish(exchange, "cancellation", Buffer.from(JSON.stringify(body)), {
-    messageId: `cancel-${order}`, persistent: true, mandatory: true,
+    messageId: `cancel-${order}-${bill}`, persistent: true, mandatory: true,
     contentType: "application/json", timestamp: Math.floor(Date.now() / 1000),
   });
   await Promise.race([channel.waitForConfirms(), failed]);
@@ -24,7 +24,7 @@ async function publish([bill, merchant, order]) {
   if (returned) throw new Error("no queue took the command; is the topology declared?");
 }
 
-publish(process.argv.slice(2)).catch((error) => { // run it again: the same order has the same messageId
+publish(process.argv.slice(2)).catch((error) => { // run it again: the same command has the same messageId
   console.error(`not confirmed: ${error.message}`);
   process.exit(1);
 });

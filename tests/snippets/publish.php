@@ -15,7 +15,7 @@ try {
     $channel->set_nack_handler(fn () => throw new Exception('the broker refused it'));
     $channel->set_return_listener(fn () => throw new Exception('no queue took the command; is the topology declared?'));
     $channel->basic_publish(new AMQPMessage($body, [
-        'message_id' => "cancel-$order", 'delivery_mode' => AMQPMessage::DELIVERY_MODE_PERSISTENT,
+        'message_id' => "cancel-$order-$bill", 'delivery_mode' => AMQPMessage::DELIVERY_MODE_PERSISTENT,
         'content_type' => 'application/json', 'timestamp' => time(),
     ]), $exchange, 'cancellation', true); // true: mandatory
     $channel->wait_for_pending_acks_returns(10);

@@ -11,7 +11,7 @@ bill, merchant, order = sys.argv[1:]
 exchange = os.environ.get("AMQP_PREFIX", "qris.expire") + ".commands"
 body = {"billnumber": bill, "additionalInfo": {"merchantId": merchant}, "reference": order}
 properties = pika.BasicProperties(
-    message_id=f"cancel-{order}", delivery_mode=2, content_type="application/json", timestamp=int(time.time())
+    message_id=f"cancel-{order}-{bill}", delivery_mode=2, content_type="application/json", timestamp=int(time.time())
 )
 try:
     with pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"])) as connection:
@@ -21,4 +21,4 @@ try:
 except UnroutableError:  # mandatory: no queue is bound to the exchange
     sys.exit("not published: no queue took the command; is the topology declared?")
 except (AMQPError, OSError) as error:  # among them ChannelClosedByBroker (no such exchange) and NackError
-    sys.exit(f"not confirmed: {error!r}; run it again: the same order has the same message_id")
+    sys.exit(f"not confirmed: {error!r}; run it again: the same command has the same message_id")

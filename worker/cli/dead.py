@@ -130,7 +130,7 @@ def show(
 
     Example:
 
-        qris-expire dead show cancel-ORD-77
+        qris-expire dead show cancel-ORD-77-10092081
     """
     amqp, _ = _begin()
     found: list[tuple[DeadLetter, Held]] = []

@@ -567,6 +567,19 @@ def test_speed_is_that_of_the_latest_seconds() -> None:
     assert speed.left(100) == pytest.approx(10)
 
 
+def test_speed_stays_when_all_is_done() -> None:
+    """It does not fall while the rest of the work goes on: published bills wait for their outcomes."""
+
+    speed = Speed()
+    for second in range(10):
+        speed.mark(float(second), second * 10, 90)
+    before = speed.per_second
+    for second in range(10, 60):
+        speed.mark(float(second), 90, 90)
+
+    assert speed.per_second == before == 10.0
+
+
 # --- the use case
 
 

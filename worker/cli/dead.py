@@ -27,7 +27,7 @@ from worker.cli.letters import (
     print_rehearsal,
     tell_redrive,
 )
-from worker.cli.screen import Display, bars, note
+from worker.cli.screen import DRAW_EVERY, Display, bars, note
 from worker.core.dead_letter import (
     Census,
     DeadLetter,
@@ -36,6 +36,7 @@ from worker.core.dead_letter import (
     read,
 )
 from worker.core.lanes import CANCELLATION, SWEEP
+from worker.core.pace import Speed
 
 if TYPE_CHECKING:
     from worker.app.dead_letters import Held
@@ -425,7 +426,8 @@ class _Progress:
     def __init__(self, parked: ParkedLetters, verb: str) -> None:
         self._parked = parked
         self._verb = verb
-        self._moving_since = 0.0
+        self._speed = Speed()
+        self._marked_at = 0.0
         self._there = 0
         self._display = Display()
         self.pause = self._display.pause
@@ -442,12 +444,12 @@ class _Progress:
 
     def show(self, seen: int, done: int, wanted: int) -> None:
         """See `Show`."""
-        now = time.monotonic()
-        if done and not self._moving_since:
-            self._moving_since = now
         completed, total, text = seen, self._there, f"{seen:,} of {self._there:,} looked at"
         if wanted:
-            rate = done / max(now - (self._moving_since or now), 0.1)
-            completed, total, text = done, wanted, f"{done:,} of {wanted:,} redriven, {rate:,.0f}/s"
+            if done >= wanted or time.monotonic() - self._marked_at >= DRAW_EVERY:
+                self._marked_at = time.monotonic()
+                self._speed.mark(self._marked_at, done, wanted)
+            completed, total = done, wanted
+            text = f"{done:,} of {wanted:,} redriven, {self._speed.per_second:,.0f}/s"
         self._parked.say(text)
         self._display.show(lambda: bars([(self._verb, completed, total, (text,))]), lambda: f"qris-expire: {text}")

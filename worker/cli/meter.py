@@ -42,7 +42,7 @@ class Meter:
         if now - self._marked_at >= DRAW_EVERY:
             self._marked_at = now
             for what, speed in self._speeds.items():
-                speed.mark(now, _done(standing, what))
+                speed.mark(now, _done(standing, what), standing.bills)
         self._display.show(lambda: self._picture(standing, trouble), lambda: self._sentence(standing, trouble))
 
     def _sentence(self, standing: Standing, trouble: str) -> str:

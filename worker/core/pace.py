@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Final
 
@@ -29,8 +30,10 @@ class Speed:
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int]] = deque()
 
-    def mark(self, now: float, done: int) -> None:
-        """So many are done now."""
+    def mark(self, now: float, done: int, total: float = math.inf) -> None:
+        """So many, of ``total``, are done now. When all are, the speed stays what it was."""
+        if self._marks and self._marks[-1][1] >= total:
+            return
         self._marks.append((now, done))
         while len(self._marks) > 2 and now - self._marks[0][0] > SPEED_SECONDS:
             self._marks.popleft()

@@ -1116,8 +1116,8 @@ def test_status_says_which_unresolved_bills_have_no_dead_letter(desk: Desk, rabb
     assert "2 bills have none: they were purged, or redriven" in none.stdout
 
 
-def test_status_without_the_dead_letters_says_why(desk: Desk, declared: Rabbit) -> None:
-    """While a redrive holds them, and where no broker answers, the rest is shown all the same."""
+def test_status_without_the_dead_letters_says_why(desk: Desk, declared: Rabbit, elsewhere: str) -> None:
+    """While a redrive holds them, where no broker answers, and at another broker, the rest is shown all the same."""
 
     script = Script.parse({"bills": {"00000002": [BROKEN]}})
     with Simulator(script) as gateway, worker(desk, gateway):
@@ -1126,8 +1126,12 @@ def test_status_without_the_dead_letters_says_why(desk: Desk, declared: Rabbit) 
     busy = desk("status", "b")
     declared.delete_queue(lock)
     away = desk("status", "b", AMQP_URL=NOBODY)
+    with Rabbit(elsewhere) as other:
+        other.declare(topology(desk.names.prefix, "quorum", ()))
+    there = desk("status", "b", AMQP_URL=elsewhere)
 
-    assert (busy.returncode, away.returncode) == (0, 0), busy.stderr + away.stderr
+    assert (busy.returncode, away.returncode, there.returncode) == (0, 0, 0), busy.stderr + away.stderr + there.stderr
+    assert "letters  " not in there.stdout
     assert "letters  unknown: somebody holds the dead letters" in busy.stdout
     assert "letters  " not in away.stdout
     assert "no broker answers" in away.stdout

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from worker.cli import INTERRUPTED, INVALID, Trouble
 from worker.cli.batches import (
     STATE_DIR_HELP,
+    broker_of,
     check_batch_id,
     no_batch,
     print_bills,
@@ -125,7 +126,7 @@ def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
                 _show_letters(amqp, path, dead)
     except JournalError as error:
         raise Trouble(str(error)) from None
-    _fact("broker", f"{depths}")
+    _fact("broker", depths)
 
 
 def _show_one(path: Path) -> None:
@@ -166,12 +167,13 @@ def _fact(name: str, text: str) -> None:
 def _show_letters(amqp: AmqpSettings, path: Path, there: int) -> None:
     """Which unresolved bills have no dead letter any more. ``there``: dead letters, of all batches."""
     from worker.app.dead_letters import MOST_HELD
+    from worker.core.sweep import belongs
     from worker.shells.amqp.session import BrokerError
     from worker.shells.journal import Journal
 
     with closing(Journal(path, read_only=True)) as journal:
         facts, parked = journal.facts, dict(journal.dead_lettered())
-    if facts.direct or not parked:
+    if facts.direct or not parked or not belongs(facts, broker_of(amqp)):
         return
     batch, dead = facts.batch.id, amqp.names.dead
     if there > MOST_HELD:

@@ -332,6 +332,20 @@ def _exceed_the_delivery_limit(rabbit: Rabbit, queue: str) -> None:
         rabbit.channel.basic_reject(method.delivery_tag, requeue=True)
 
 
+def test_a_narrow_terminal_loses_no_column(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns a long message id is broken, so that reason and age stay whole; nothing is cut."""
+    name = "cancellation-of-the-order-service-of-merchant-121000001-2026-11-27-000000001"
+    desk.park([name], "not_found_after_unknown_effect")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    done = desk.run("list")
+
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
+    (row,) = (number for number, line in enumerate(lines) if line.lstrip().startswith("cancellation-of-the"))
+    assert lines[row].split()[2:] == ["not_found_after_unknown_effect", "2m"]
+    assert "".join(line.split()[0] for line in lines[row : row + 3] if line.strip()) == name
+    assert max(map(len, lines)) <= 80
+
+
 def test_several_with_one_id(desk: Desk) -> None:
     """All of them are shown; an id that is not there is an error."""
     desk.park(["a", "b", "a"])

@@ -334,7 +334,7 @@ FILES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "export": (
         ("dead", "export", "--output", "no/where"),
         1,
-        "no/where: No such file or directory; give a file that can",
+        "no/where cannot be written (No such file or directory)",
     ),
     "contract": (
         ("contract", "--output", "good.csv/x"),

@@ -110,6 +110,31 @@ def test_expire_service(case: str) -> None:
     assert (found.fine, found.signature) == (False, case == "signature")
 
 
+@pytest.mark.parametrize(
+    ("sent", "error", "word"),
+    [
+        (False, "no TLS with h:1: tlsv1 unrecognized name", "does not know the host name"),
+        (False, "no TLS with h:1: certificate not trusted: EE certificate key too weak", "not safe any more"),
+        (
+            False,
+            "no TLS with h:1: certificate not trusted: CA signature digest algorithm too weak",
+            "not safe any more",
+        ),
+        (False, "no TLS with h:1: tlsv1 alert internal error", "speaks TLS but refuses"),
+        (True, "tlsv1 alert internal error", "speaks TLS but refuses"),
+        (True, "more than 65536 bytes of headers", "larger than any"),
+        (True, "an answer of more than 524288 bytes", "larger than any"),
+        (False, "no connection to h:1: Too many open files", "ulimit -n"),
+        (False, "no connection to h:1 through the proxy: it answers 502", "proxy finds no way"),
+    ],
+)
+def test_silence_is_not_blamed_on_the_wrong_setting(sent: bool, error: str, word: str) -> None:
+    """What the other side or the system says about it leads to the cure that helps."""
+
+    assert word in token(NoReply(sent, error), CALL).cure
+    assert "http://" not in token(NoReply(sent, error), CALL).cure
+
+
 @pytest.mark.parametrize("case", FINE)
 def test_answers_about_the_bill_are_fine(case: str) -> None:
     """An answer about the bill itself shows that all our settings are right."""

@@ -9,6 +9,7 @@ import pytest
 from tests import readme
 from tests.readme import PAGES, ROOT, RUNBOOK, SNIPPETS, snippet
 from worker.cli import read
+from worker.core.delivery import PROGRESS_HEADERS
 from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.core.topology import topology
 from worker.settings import reference
@@ -132,6 +133,13 @@ def test_the_readme_leads_to_every_page() -> None:
     """No page is left that a reader of the README cannot find."""
 
     assert [page.name for page in PAGES if str(page.relative_to(ROOT)) not in README][1:] == []
+
+
+def test_headers_that_producers_can_write_are_explained() -> None:
+    """Our own headers carry what is known of earlier rounds, and nobody keeps a producer from writing them."""
+    text = (ROOT / "worker/manual/operations.md").read_text()
+
+    assert [name for name in PROGRESS_HEADERS if f"`{name}`" not in text] == []
 
 
 def test_files_that_they_name_exist() -> None:

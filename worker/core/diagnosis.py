@@ -145,7 +145,12 @@ _OF_PAGES: Final = (
 _CLIENT_CERTIFICATE: Final = (
     "it asks for a client certificate: set GATEWAY_CERT_FILE and GATEWAY_KEY_FILE to the one that the provider issued"
 )
+_TLS_REFUSED: Final = (
+    "it speaks TLS but refuses this connection: it may ask for a client certificate (GATEWAY_CERT_FILE), or for other "
+    "ciphers; ask the provider"
+)
 _OF_SILENCE: Final = (
+    Row(r"not sent", r"too many open files", "raise the limit of open files of this process (ulimit -n)"),
     Row(
         r"not sent",
         r"hostname mismatch|IP address mismatch",
@@ -157,10 +162,15 @@ _OF_SILENCE: Final = (
         "the gateway's certificate has expired: the provider has to renew it; else this machine's clock is wrong",
     ),
     Row(r"not sent", r"not yet valid", "this machine's clock is wrong: set it by NTP; else the certificate is too new"),
+    Row(
+        r"not sent",
+        r"key too weak|algorithm too weak|(?:ee|ca) key too small",
+        "the gateway's certificate is of a kind that is not safe any more: the provider has to renew it",
+    ),
     Row(r"not sent", r"revoked", "the gateway's certificate was revoked: the provider has to renew it"),
     Row(
         r"not sent",
-        r"alert certificate required|certificate_required",
+        r"alert certificate required",
         _CLIENT_CERTIFICATE,
     ),
     Row(
@@ -176,15 +186,10 @@ _OF_SILENCE: Final = (
     ),
     Row(
         r"not sent",
-        r"alert unrecognized name|unrecognized_name",
+        r"unrecognized name",
         "it does not know the host name of GATEWAY_BASE_URL: correct that",
     ),
-    Row(
-        r"not sent",
-        r"alert|no shared cipher|no ciphers|dh key too small|legacy",
-        "it speaks TLS but refuses this connection: it may ask for a client certificate (GATEWAY_CERT_FILE), or for "
-        "other ciphers; ask the provider",
-    ),
+    Row(r"not sent", r"alert|no shared cipher|no ciphers|dh key too small|legacy", _TLS_REFUSED),
     Row(
         r"not sent",
         r"not trusted|certificate",
@@ -216,6 +221,11 @@ _OF_SILENCE: Final = (
         r"proxy: it answers 403",
         "the proxy does not allow the way to the gateway: have it allowed, or put the gateway into NO_PROXY",
     ),
+    Row(
+        r"not sent",
+        r"proxy: it answers 50.",
+        "the proxy finds no way to the gateway: correct GATEWAY_BASE_URL, or ask who runs the proxy",
+    ),
     Row(r"not sent", r"proxy", "correct HTTPS_PROXY, or put the gateway into NO_PROXY"),
     Row(r"not sent", r"refused", "nothing listens there: correct host and port in GATEWAY_BASE_URL"),
     Row(
@@ -238,6 +248,12 @@ _OF_SILENCE: Final = (
         r"sent",
         r"timed out",
         "it took the request and stays silent: try again; if it is that slow, raise GATEWAY_READ_TIMEOUT_SECONDS",
+    ),
+    Row(r"sent", r"alert", _TLS_REFUSED),
+    Row(
+        r"sent",
+        r"more than \d+ bytes",
+        "its answer is larger than any of the gateway's API: correct GATEWAY_BASE_URL, then {setting}",
     ),
     Row(
         r"sent",

@@ -196,7 +196,8 @@ class Guarded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    """A private broker that speaks TLS, with a user without permissions and one without a virtual host."""
+    """A private broker that speaks TLS, with a user without permissions, one without a virtual host, and one that may
+    not publish commands."""
     folder = tmp_path_factory.mktemp("tls")
     authority = Authority("authority", folder)
     certificate, key = authority.issue("127.0.0.1")
@@ -211,11 +212,12 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "ssl_options.verify": "verify_none",
     }
     with running(PrivateBroker(config=config)) as broker:
-        for user in ("powerless", "unwelcome"):
+        for user in ("powerless", "unwelcome", "reader"):
             broker.ctl("add_user", user, PASSWORD)
         with Rabbit(broker.url) as rabbit:
             rabbit.declare(topology("qris.expire", "quorum", ()))
         broker.ctl("set_permissions", "powerless", "^$", "^$", "^$")
+        broker.ctl("set_permissions", "reader", ".*", "^amq.gen", ".*")
         yield Guarded(broker.port, port, str(authority.file))
 
 
@@ -251,6 +253,31 @@ def test_user_without_permission(run: Run, guarded: Guarded, command: str) -> No
     assert said.code == 1
     assert "the broker refuses access" in only_line(said)
     assert "give the user permission for it" in said.err
+
+
+def test_sweep_that_may_not_publish_says_so(guarded: Guarded, tmp_path: Path) -> None:
+    """What the broker refuses is tried again, since the reason may pass; whoever waits for it is told the reason."""
+    (tmp_path / "bills.csv").write_text("billnumber,merchantId\n1001,M1\n1002,M1\n")
+    settings = {
+        "AMQP_URL": f"amqp://reader:{PASSWORD}@127.0.0.1:{guarded.plain}/%2F",
+        "AMQP_DECLARE": "false",
+        "RETRY_DELAYS_SECONDS": "none",
+        "XDG_STATE_HOME": str(tmp_path),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker", "sweep", "bills.csv"],
+        env={**os.environ, **settings},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as sweep:
+        assert sweep.stderr is not None
+        said = next((line for line in sweep.stderr if "refuse" in line), "it ended without a word of it")
+        sweep.terminate()
+        sweep.stderr.read()
+
+    assert "the broker refuses message" in said
+    assert "access to exchange 'qris.expire.commands' in vhost '/' refused for user 'reader'" in said
 
 
 def test_user_without_a_virtual_host(run: Run, guarded: Guarded) -> None:

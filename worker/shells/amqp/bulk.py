@@ -192,7 +192,7 @@ class Bulk:
                 return "the broker blocks publishers (memory or disk alarm)"
             if link.trouble and not link.up:
                 return f"the broker is away: {link.trouble}"
-        return self._publisher.trouble
+        return self._publisher.trouble or self._publisher.set_aside
 
     # -- publishing -------------------------------------------------------------------------------------------------
 

@@ -76,10 +76,13 @@ def reason(error: BaseException) -> str:
         case StreamLostError():
             return f"the connection was lost ({_cause(error)})"
         case ssl.SSLCertVerificationError():
-            cure = "AMQP_URL needs the host's own name" if "mismatch" in error.verify_message else "set AMQP_CA_FILE"
-            return f"TLS: the certificate is not trusted ({error.verify_message.rstrip('.')}); {cure}"
+            why = error.verify_message.rstrip(".")
+            return f"TLS: the certificate is not trusted ({why}); {_trust_cure(why)}"
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
             return "TLS: none is spoken there; amqp:// instead of amqps://, or the port for TLS"
+        case ssl.SSLError(reason=str(said)) if _OF_OUR_CERTIFICATE.search(said):
+            words = said.lower().replace("_", " ")
+            return f"TLS: the broker refuses our certificate ({words}); set AMQP_CERT_FILE and AMQP_KEY_FILE"
         case ssl.SSLError(reason=str(said)):
             return f"TLS: {said.lower().replace('_', ' ')}"
         case OSError(strerror=str(strerror)):
@@ -114,6 +117,18 @@ def remedy(code: int | None, said: str) -> str:
         case 406:
             return "; match AMQP_QUEUE_TYPE to it, or delete it once it is empty"
     return ""
+
+
+_OF_OUR_CERTIFICATE: Final = re.compile("ALERT_(?:CERTIFICATE|BAD_CERTIFICATE|UNSUPPORTED_CERTIFICATE|UNKNOWN_CA)")
+
+
+def _trust_cure(why: str) -> str:
+    """What helps against a certificate that OpenSSL refuses in these words."""
+    if "mismatch" in why:
+        return "AMQP_URL needs the host's own name"
+    if "expired" in why or "not yet valid" in why:
+        return "have it renewed, or set this machine's clock"
+    return "have it renewed" if "too weak" in why or "revoked" in why else "set AMQP_CA_FILE"
 
 
 def _names_a_limit(said: str) -> bool:

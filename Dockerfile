@@ -2,8 +2,9 @@
 #
 #   podman build --build-arg REVISION="$(git rev-parse HEAD)" --timestamp 0 --tag qris-expire-worker:0.1.0 .
 #
-# For a release give the base by digest, --build-arg PYTHON_IMAGE=python:3.11-slim@sha256:…, and --no-cache: older
-# buildahs take labels with last time's arguments from their cache.
+# The base is not pinned here, since a digest written here would soon lack its security updates. For a release give the one that
+# you tested, --build-arg PYTHON_IMAGE=python:3.11-slim@sha256:…, and --no-cache: older buildahs take labels with last
+# time's arguments from their cache.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 # -- what both stages below have in common: Python without what installs packages, compiled once
@@ -46,8 +47,8 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     XDG_STATE_HOME=/var/lib
-# An image that cannot start is not built. A base without libstdc++6, which Debian's have, only makes it slower: greenlet
-# cannot be loaded there, and the worker's log says so.
+# An image that cannot start is not built, for instance on a base without libstdc++6, which greenlet needs; Debian's images
+# have it.
 RUN ["python", "-c", "import worker.service"]
 # A number, or Kubernetes cannot see that it is not root.
 USER 10001:10001

@@ -139,6 +139,7 @@ class Client:
             Names(amqp.prefix),
             _broker_parameters(amqp, "fleet"),
             declare=amqp.declare,
+            queue_type=amqp.queue_type,
             fibers=self.fibers,
             rng=self.rng,
             describe=lambda card: replace(

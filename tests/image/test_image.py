@@ -1,5 +1,7 @@
 """The image, built from this checkout and run as the manifests run it: nobody, read-only, without capabilities."""
 
+import json
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +60,9 @@ def test_what_it_says_of_itself(image: str) -> None:
 def test_it_is_small(image: str, base: str) -> None:
     """All of ours, dependencies and compiled files included, is less than 80 MB above the base image."""
 
-    assert (size_of(image) - size_of(base)) / 1e6 < OWN_MEGABYTES
+    ours, whole = (size_of(image) - size_of(base)) / 1e6, size_of(image) / 1e6
+    print(f"{ours:.0f} MB above the base image, {whole:.0f} MB in all")
+    assert ours < OWN_MEGABYTES
 
 
 def test_nothing_in_it_installs(image: str) -> None:
@@ -87,6 +91,27 @@ def test_no_file_of_the_checkout_slips_in(image: str) -> None:
     assert {path for path in package if not path.endswith(".pyc")} == {str(path.relative_to(ROOT)) for path in ours}
     assert sum(path.endswith(".pyc") for path in package) == sum(path.suffix == ".py" for path in ours)
     assert elsewhere.split() == ["/opt:", "venv", "/var/lib/qris-expire:"]
+
+
+def test_its_bill_of_materials(image: str) -> None:
+    """Its labels name the bill of materials and the licences, which list what is installed in it, with its versions."""
+
+    labels = config_of(image)["config"]["Labels"]
+    listed = inside(image, f"cat {labels['qris-expire.sbom']}")
+    licences = inside(image, f"cat {labels['qris-expire.licences']}").splitlines()
+    names = "import importlib.metadata as m; [print(each.name, each.version) for each in m.distributions()]"
+    installed = inside(image, f"/opt/venv/bin/python -c '{names}'")
+
+    def canonical(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    bill = json.loads(listed)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    assert bill["metadata"]["component"]["version"] == __version__
+    found = {(each["name"], each["version"]) for each in [*bill["components"], bill["metadata"]["component"]]}
+    assert found == {(canonical(name), version) for name, version in map(str.split, installed.splitlines())}
+    assert {line.partition(":")[0] for line in licences} == {f"{name} {version}" for name, version in found}
+    assert not any(line.endswith("UNKNOWN") for line in licences)
 
 
 def test_commands_run_in_it(image: str) -> None:

@@ -12,8 +12,12 @@ from tests.brokers import PrivateBroker, PrivateCluster
 from tests.load import Scene, confirm_seconds, under_load
 from tests.rabbit import delete_topology, new_prefix
 from tests.worker_process import Producer, WorkerProcess
+from worker.core.fleet.messages import Limit, Orders
 from worker.core.lanes import CANCELLATION
+from worker.core.topology import Names
 from worker.sandbox.simulator import Script, Simulator
+from worker.settings import AmqpSettings, Secret
+from worker.shells.amqp.fleet_tool import fleet_tool
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -25,8 +29,17 @@ LONGEST_PAUSE = 30.0
 
 def node_of(cluster: PrivateCluster, queue: str) -> PrivateBroker:
     """The node on which this queue's leader is."""
-    found = dict(line.split() for line in cluster.nodes[0].ctl("list_queues", "name", "leader").splitlines())
+    lines = cluster.nodes[0].ctl("list_queues", "name", "leader").splitlines()
+    # Before 4.0 a classic queue has none.
+    found = dict(line.split() for line in lines if len(line.split()) == 2)
     return next(node for node in cluster.nodes if node.node == found[queue])
+
+
+def home_of(cluster: PrivateCluster, queue: str) -> PrivateBroker:
+    """The node that has the only copy of this classic queue."""
+    lines = cluster.nodes[0].ctl("list_queues", "name", "pid").splitlines()
+    (at,) = (found[1] for line in lines if (found := re.match(rf"{re.escape(queue)}\s+<([^.]+)\.", line)))
+    return next(node for node in cluster.nodes if node.node == at)
 
 
 def others(cluster: PrivateCluster, node: PrivateBroker) -> list[PrivateBroker]:
@@ -135,3 +148,61 @@ def test_a_lost_quorum(cluster: PrivateCluster, tmp_path: Path) -> None:
         scene.wait_ready(60)
         told(scene, "quorum lost, with the start of two nodes")
         scene.settle(timeout=90)
+
+
+def test_a_worker_starts_while_a_node_is_down(cluster: PrivateCluster, tmp_path: Path) -> None:
+    """Of each node in turn: killed, it holds nothing back. Work goes on, a worker that starts meanwhile works, too,
+    whether it declares the topology or only looks, and what an operator wants is known to it."""
+
+    with under_load(cluster.urls[0], tmp_path, urls=cluster.urls) as scene:
+        with fleet_tool(AmqpSettings(url=Secret(cluster.urls[0]), prefix=scene.names.prefix)) as tool:
+            tool.order(Orders(1, {}, Limit(90.0, "ana@desk")), {})
+        for number, victim in enumerate(cluster.nodes):
+            left = [node.url for node in others(cluster, victim)]
+            directory = tmp_path / f"second-{number}"
+            directory.mkdir()
+            scene.urls = left
+            scene.begin()
+            victim.kill()
+            scene.more_calls(timeout=60)
+            scene.wait_ready(60)
+            told(scene, f"{victim.node} killed")
+            declare = str(number == 0).lower()
+            with WorkerProcess(
+                ",".join(left), scene.names.prefix, scene.gateway, directory, AMQP_DECLARE=declare
+            ) as second:
+                second.wait_ready(60)
+                second.wait_for(lambda: second.metrics()("rate_limit") == 90, 30, "it knows the limit")
+                second.stop()
+            cluster.start()
+        scene.more_calls(timeout=60)
+        scene.settle()
+
+
+def test_the_home_of_classic_lanes_is_down(cluster: PrivateCluster, tmp_path: Path) -> None:
+    """A classic queue has one copy. While its node is down the worker waits, and says which node is to be started
+    (since 4.0 the broker does not say it); once it is back, every command has its outcome."""
+
+    prefix = new_prefix()
+    url = cluster.urls[0]
+    with (
+        Simulator(Script(latency=0.2)) as gateway,
+        WorkerProcess(",".join(cluster.urls), prefix, gateway, tmp_path, AMQP_QUEUE_TYPE="classic") as worker,
+    ):
+        worker.wait_ready()
+        victim = home_of(cluster, Names(prefix).queue(CANCELLATION))
+        url = others(cluster, victim)[0].url
+        with Producer(url, prefix) as producer:
+            producer.publish_many((f"b-{number}" for number in range(100)), sweep_every=0)
+            producer.collect(10, 30)
+            victim.kill()
+            worker.wait_for(lambda: worker.get("/readyz")[0] == 503, 60, "it is not ready")
+            if others(cluster, victim)[0].ctl("version").startswith("3."):
+                said = f"home node '{victim.node}' of durable queue"
+                worker.wait_for(lambda: said in json.dumps(worker.events()), 60, "it says which node is down")
+                assert "start that node again: a classic queue has no other copy" in json.dumps(worker.events())
+            victim.start()
+            worker.wait_ready(120)
+            producer.collect_all(60)
+            worker.stop()
+    delete_topology(url, prefix)

@@ -237,7 +237,8 @@ def test_deep_nesting(opening: str) -> None:
     inner = opening * (60_000 // len(opening))
 
     assert invalid(f'{{"note": {inner}') == "malformed_json"
-    assert invalid(f'{{"note": {"[" * 30_000}{"]" * 30_000}}}') == "malformed_json"
+    # Python 3.14 reads it, and finds no bill in it.
+    assert invalid(f'{{"note": {"[" * 30_000}{"]" * 30_000}}}') in {"malformed_json", "invalid_command"}
 
 
 @pytest.mark.parametrize("number", ["9" * 60_000, "-" + "9" * 5_000, "1e999999", "1.5", "0", "-0"])

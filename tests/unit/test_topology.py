@@ -6,7 +6,16 @@ import json
 
 import pytest
 
-from worker.core.topology import Binding, Exchange, Names, QueueType, Topology, definitions, topology
+from worker.core.topology import (
+    LOOKED_AT_LIMIT,
+    Binding,
+    Exchange,
+    Names,
+    QueueType,
+    Topology,
+    definitions,
+    topology,
+)
 
 DEAD_LETTERED = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
 
@@ -72,7 +81,7 @@ def test_quorum_queues() -> None:
         "p.dead",
         "p.fleet.orders",
     }
-    assert made["p.fleet.orders"] == {"x-queue-type": "classic", "x-max-length": 1}
+    assert made["p.fleet.orders"] == {"x-queue-type": "quorum", "x-delivery-limit": LOOKED_AT_LIMIT}
     assert made["p.sweep"] == {
         "x-queue-type": "quorum",
         "x-delivery-limit": 50,

@@ -117,10 +117,10 @@ def topology(prefix: str, queue_type: QueueType, delays: Iterable[int]) -> Topol
     return Topology(_exchanges(names), tuple(_queues(names, queue_type, delays)), _bindings(names))
 
 
-def fleet_topology(prefix: str) -> Topology:
+def fleet_topology(prefix: str, queue_type: QueueType) -> Topology:
     """The part of it that the fleet's connection needs."""
     names = Names(prefix)
-    return Topology((Exchange(names.fleet, "fanout"),), (_orders(names),), ())
+    return Topology((Exchange(names.fleet, "fanout"),), (_orders(names, queue_type),), ())
 
 
 def definitions(topology: Topology, vhost: str) -> dict[str, list[dict[str, Any]]]:
@@ -175,16 +175,16 @@ def _exchanges(names: Names) -> tuple[Exchange, ...]:
 def _queues(names: Names, queue_type: QueueType, delays: tuple[int, ...]) -> Iterable[Queue]:
     yield Queue(names.dead, _parked(queue_type))
     yield Queue(names.unrouted, _parked(queue_type))
-    yield _orders(names)
+    yield _orders(names, queue_type)
     for lane in LANES:
         yield Queue(names.queue(lane), _lane(queue_type, names))
         for seconds in delays:
             yield Queue(names.retry(lane, seconds), _retry(queue_type, names, lane, seconds))
 
 
-def _orders(names: Names) -> Queue:
-    # Classic whatever AMQP_QUEUE_TYPE is: a quorum queue of one message keeps the old one while somebody looks at it.
-    return Queue(names.orders, {"x-queue-type": "classic", "x-max-length": 1})
+def _orders(names: Names, queue_type: QueueType) -> Queue:
+    # Without a length of one: after a look at the old message a quorum queue of that length would drop the new one.
+    return Queue(names.orders, _parked(queue_type))
 
 
 def _bindings(names: Names) -> tuple[Binding, ...]:

@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, Final
@@ -311,6 +311,13 @@ def decode(body: bytes) -> Letter | None:
 def encode_orders(orders: Orders) -> bytes:
     """Orders as they rest at the broker."""
     return json.dumps({"v": VERSION, **asdict(orders)}, separators=(",", ":"), allow_nan=False).encode()
+
+
+def newest(bodies: Sequence[bytes]) -> tuple[int, Orders | None]:
+    """Which of the messages that rest in the queue of the orders holds, and what it says; None for what is not one."""
+    read = [decode_orders(body) for body in bodies]
+    index = max(range(len(read)), key=lambda each: -1 if (it := read[each]) is None else it.revision)
+    return index, read[index]
 
 
 def decode_orders(body: bytes) -> Orders | None:

@@ -18,8 +18,8 @@ from pika.exceptions import ChannelClosed
 
 from worker.app.fleet import Fleet
 from worker.core import jakarta
-from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, decode_orders, encode
-from worker.core.topology import Names, fleet_topology
+from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, encode, newest
+from worker.core.topology import Names, QueueType, fleet_topology
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.fibers import Fibers
@@ -56,6 +56,7 @@ class FleetLink:
         parameters: Parameters,
         *,
         declare: bool,
+        queue_type: QueueType,
         fibers: Fibers,
         rng: random.Random,
         describe: Callable[[Card], Card],
@@ -64,6 +65,7 @@ class FleetLink:
         self._fleet = fleet
         self._names = names
         self._declare = declare
+        self._queue_type = queue_type
         self._fibers = fibers
         self._describe = describe
         self._watch = watch
@@ -155,8 +157,10 @@ class FleetLink:
             self._channel.queue_delete(self._names.leader(self._fleet.member.client, term), callback=_nothing)
 
     def read_orders(self) -> None:
-        """See `Wire`. The message goes back to its queue; whoever comes meanwhile finds none, and looks again."""
+        """See `Wire`. Of all messages there, the newest goes back to the queue, and those that it replaced go; whoever
+        comes meanwhile finds none, and looks again."""
         connection, looks = self._connection, iter(range(LOOKS))
+        held: list[tuple[int, bytes]] = []
 
         def told(orders: Orders | None) -> None:
             if connection is self._connection:
@@ -168,21 +172,30 @@ class FleetLink:
 
         def opened(channel: Any) -> None:
             def found(_: Any, method: Any, _properties: Any, body: bytes) -> None:
-                told(decode_orders(body))
-                if channel.is_open:
-                    channel.basic_nack(method.delivery_tag, requeue=True)
-                    channel.close()
+                held.append((method.delivery_tag, body))
+                channel.basic_get(self._names.orders, callback=self._guard(found, channel))
+
+            def all_found() -> None:
+                index, orders = newest([body for _, body in held])
+                channel.basic_nack(held.pop(index)[0], requeue=True)
+                for tag, _ in held:
+                    channel.basic_ack(tag)
+                channel.close()
+                told(orders)
 
             def look(_: Any = None) -> None:
                 if next(looks, None) is None:
                     channel.close()  # `closed` follows
                 else:
-                    channel.basic_get(self._names.orders, callback=self._guard(found))
+                    channel.basic_get(self._names.orders, callback=self._guard(found, channel))
 
             def empty(_: Any) -> None:
-                self._fibers.loop.call_later(LOOK_AGAIN, self._guard(look, channel))
+                if held:
+                    all_found()
+                else:
+                    self._fibers.loop.call_later(LOOK_AGAIN, self._guard(look, channel))
 
-            channel.add_callback(self._guard(empty), [pika.spec.Basic.GetEmpty], one_shot=False)
+            channel.add_callback(self._guard(empty, channel), [pika.spec.Basic.GetEmpty], one_shot=False)
             channel.add_on_close_callback(self._guard(closed))
             look()
 
@@ -219,7 +232,7 @@ class FleetLink:
 
         Declaring(
             connection,
-            fleet_topology(self._names.prefix),
+            fleet_topology(self._names.prefix, self._queue_type),
             declare=self._declare,
             on_done=declared,
             guard=self._guard,

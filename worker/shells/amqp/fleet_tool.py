@@ -18,9 +18,9 @@ from worker.core.fleet.messages import (
     Orders,
     Who,
     decode,
-    decode_orders,
     encode,
     encode_orders,
+    newest,
 )
 from worker.core.topology import Names, fleet_topology
 from worker.shells.amqp.session import BrokerError, apply, broker_error, session
@@ -67,10 +67,16 @@ class FleetTool:
     def orders(self) -> Orders:
         """What operators want now, by what rests at the broker."""
         for look in range(LOOKS):
-            method, _, body = self._channel.basic_get(self._names.orders)
-            if method is not None:
-                self._channel.basic_nack(method.delivery_tag, requeue=True)
-                return decode_orders(body) or Orders()
+            held = []
+            while (found := self._channel.basic_get(self._names.orders))[0] is not None:
+                held.append((found[0].delivery_tag, found[2]))
+            if held:
+                index, orders = newest([body for _, body in held])
+                # First the newest is back, then those that it replaced go.
+                self._channel.basic_nack(held.pop(index)[0], requeue=True)
+                for tag, _ in held:
+                    self._channel.basic_ack(tag)
+                return orders or Orders()
             if look < LOOKS - 1:
                 self._channel.connection.sleep(LOOK_AGAIN)
         return Orders()
@@ -96,7 +102,7 @@ def fleet_tool(amqp: AmqpSettings) -> Iterator[FleetTool]:
     names = Names(amqp.prefix)
     with session(amqp, "fleet tool") as connection:
         if amqp.declare:
-            apply(connection, fleet_topology(amqp.prefix))
+            apply(connection, fleet_topology(amqp.prefix, amqp.queue_type))
         channel = connection.channel()
         channel.confirm_delivery()
         try:

@@ -1185,6 +1185,33 @@ def test_direct_sweep_needs_no_broker(away: Desk) -> None:
     assert (attempts["00000001"], attempts["00000003"], attempts["00000004"]) == (1, 5, 8)
 
 
+def test_direct_batch_is_followed_as_it_is_sent(away: Desk) -> None:
+    """Without --direct an unfinished one is refused, with the command that continues it; of a finished one the table is
+    shown, and its unresolved bill is no success."""
+
+    with Simulator(Script.parse({"bills": {"00000002": [BROKEN]}})) as gateway:
+        done = away("sweep", away.file(3), "--direct", "--batch-id", "b", **direct(away, gateway))
+        shown = away("sweep", "--follow", "b")
+        again = away("sweep", "--follow", "b", "--retry-unresolved")
+    with (
+        Simulator(Script(down=True)) as gateway,
+        away.calling(
+            "sweep", away.file(3, "c.csv", 10), "--direct", "--batch-id", "c", **direct(away, gateway)
+        ) as process,
+    ):
+        wait_until(lambda: gateway.report().turned_away, 60, "a first call")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    unfinished = away("sweep", "--follow", "c")
+
+    assert (done.returncode, shown.returncode) == (1, 1), shown.stderr
+    assert shown.stdout.startswith("nothing was sent: batch b, ")
+    assert rows_of(shown.stdout) == rows_of(done.stdout)
+    assert (again.returncode, unfinished.returncode) == (2, 2)
+    assert "`qris-expire sweep --follow b --direct --retry-unresolved`" in again.stderr
+    assert "`qris-expire sweep --follow c --direct`" in unfinished.stderr
+
+
 def test_direct_sweep_sends_unresolved_bills_again_when_asked_for(away: Desk) -> None:
     """The way that the end of it names."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar, assert_never
 
 from worker.app.dispatch import Dispatcher, Holds, Wishes
-from worker.app.sweep import Ended, Screen
+from worker.app.sweep import Ended, Screen, failing
 from worker.core.breaker import State
 from worker.core.delivery import BATCH_ID, Delivery, Progress
 from worker.core.lanes import SWEEP
@@ -248,8 +248,7 @@ class Direct:
     def _trouble(self) -> str:
         holds: Holds = self._dispatcher.holds()
         if holds.breakers[SWEEP] is not State.CLOSED:
-            wait = max(0.0, (holds.until or 0.0) - self._clock.monotonic())
-            return f"the gateway fails; the next bills test it in {wait:.0f} s"
+            return failing((holds.until or 0.0) - self._clock.monotonic())
         if holds.throttled:
             return "the gateway asks us to slow down"
         if holds.sick:

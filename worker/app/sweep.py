@@ -36,6 +36,11 @@ QUIET_SECONDS: Final = 20.0
 BEATS_SECONDS: Final = 5.0  # what the leader told last is true for so long
 
 
+def failing(left: float) -> str:
+    """The breaker is open; ``left``: seconds until the next probe."""
+    return f"paused: the gateway is failing, {f'next probe in {left:.0f} s' if left >= 1 else 'it is being probed'}"
+
+
 def why_paused(beat: Beat, lane: str) -> str:
     """Why the fleet makes no calls for the lane, in a sentence for people; empty if it does."""
     wanted = beat.orders.pauses.get(lane)
@@ -45,8 +50,7 @@ def why_paused(beat: Beat, lane: str) -> str:
         )
     breaker = beat.breakers.get(lane)
     if breaker is not None and breaker.state:
-        when = f"next probe in {breaker.left:.0f} s" if breaker.left >= 1 else "it is being probed"
-        return f"paused: the gateway is failing, {when}"
+        return failing(breaker.left)
     if beat.hold > 0:
         return f"paused: the gateway asks for fewer calls, for {beat.hold:.0f} s more"
     return ""

@@ -40,7 +40,7 @@ def check_batch_id(batch: str) -> None:
 
     if not is_batch_id(batch):
         raise Trouble(
-            f"{batch!r} is no batch id; give 1 to 64 letters, digits, '.', '_', '-', not beginning with a sign",
+            f"{batch!r} is no batch id; give 1 to 64 letters, digits, '.', '_', '-', beginning with a letter or digit",
             code=INVALID,
         )
 

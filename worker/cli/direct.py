@@ -86,8 +86,8 @@ def _in_the_fleet(client: Client, settings: Settings) -> Iterator[None]:
             raise Trouble(
                 f"{error}; without the broker the rate limit of all workers cannot be kept, so nothing was sent"
             ) from None
-        own = f", and keeps its own limit of {limit:g} calls/s" if limit else ""
-        note(f"{error}: this sweep shares nothing with workers{own}")
+        own = f"; it keeps the limit of {limit:g} calls/s for itself" if limit else ""
+        note(f"{error}; without the broker this sweep shares no rate limit and no token with workers{own}")
         yield
         return
     link = client.join(settings.amqp)

@@ -148,7 +148,8 @@ def sweep(
     A sweep can be interrupted anywhere and called again: its journal knows what was sent to which broker, and the same
     batch always gives the same bill the same id.
 
-    Exit code 0: published; with --wait or --direct, all expired. 1: some not. 2: bad input or settings. 130: ctrl-C.
+    Exit code 0: published; with --wait or --direct, all expired. 1: some not. 2: bad input, also one without bills, or
+    bad settings. 130: ctrl-C.
 
     Examples:
 
@@ -332,14 +333,16 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
     from worker.app.sweep import Ended
     from worker.shells.amqp.session import BrokerError
 
+    if wish.follow is not None:
+        _check_way(journal, again=wish.retry_unresolved)
     if wish.republish:
         journal.publish_again()
     if wish.resume:
         journal.resume(time.time())
     if wish.retry_unresolved:
         _retry(journal)
-    before, batch = journal.tally(), journal.facts.batch.id
-    follow = wish.wait or (wish.follow is not None and (journal.facts.inbox or wish.republish))
+    before, facts = journal.tally(), journal.facts
+    follow = wish.wait or (wish.follow is not None and (facts.inbox or facts.direct or wish.republish))
     if follow and not before.unsent:
         tell(_nothing_sent(journal, before))
     if before.unsent or (follow and before.waiting):
@@ -357,14 +360,28 @@ def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
     if not follow:
         _say_published(amqp, journal, before, after)
         return 0
-    through_broker.close_inbox(amqp, batch, after)
+    through_broker.close_inbox(amqp, facts.batch.id, after)
     code = _conclude(wish, journal, after)
     if after.unsent and journal.facts.stopped:
         note(
-            f"batch {batch} was stopped by {journal.facts.stopped}; {after.unsent:,} bills are not sent; to send them: "
-            f"`qris-expire sweep --follow {batch} --resume`"
+            f"batch {facts.batch.id} was stopped by {journal.facts.stopped}; {after.unsent:,} bills are not sent; "
+            f"to send them: `qris-expire sweep --follow {facts.batch.id} --resume`"
         )
     return code
+
+
+def _check_way(journal: Journal, *, again: bool) -> None:
+    """That a batch which is sent straight to the gateway is not continued through the broker by mistake.
+
+    ``again``: its unresolved bills are to be sent again. Raises `Trouble`.
+    """
+    facts, tally = journal.facts, journal.tally()
+    if facts.direct and not facts.inbox and (tally.unsent or tally.waiting or (again and tally.unresolved)):
+        raise Trouble(
+            f"batch {facts.batch.id} is sent without a broker; to continue it: "
+            f"`qris-expire sweep --follow {facts.batch.id} --direct{' --retry-unresolved' if again else ''}`",
+            code=INVALID,
+        )
 
 
 def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: Tally) -> None:

@@ -26,6 +26,7 @@ WARM = 20
 HOOK = """
 import json, os, sys, threading
 import greenlet, pika.channel
+from worker.shells.amqp.connection import Connection
 
 calls, seen, here = [], [0], os.environ["TRACED"]
 
@@ -34,7 +35,10 @@ def hook(frame, event, argument):
         name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
         calls.append((os.path.relpath(frame.f_code.co_filename, here), name))
 
-decode, ack = pika.BasicProperties.decode, pika.channel.Channel.basic_ack
+decode = pika.BasicProperties.decode
+of = Connection if hasattr(Connection, "acknowledge") else pika.channel.Channel  # older checkouts ack pika's own way
+name = "acknowledge" if of is Connection else "basic_ack"
+ack = getattr(of, name)
 
 def decoded(self, *arguments, **options):
     seen[0] += 1
@@ -54,7 +58,7 @@ def acked(self, *arguments, **options):
     ack(self, *arguments, **options)
 
 pika.BasicProperties.decode = decoded  # once for each delivery
-pika.channel.Channel.basic_ack = acked
+setattr(of, name, acked)
 """
 
 

@@ -23,6 +23,7 @@ MAX_ANSWER_BYTES: Final = 512 * 1024
 
 _STATUS: Final = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?", re.ASCII | re.DOTALL)
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_USUAL_FIELD: Final = re.compile(rf"^({_TOKEN.pattern}):([ -~]*)\r\n", re.MULTILINE)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _LENGTH: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _CHUNK_SIZE: Final = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?", re.DOTALL)
@@ -128,7 +129,7 @@ class Answer:
         end, after = self._blank_line()
         if end < 0:
             return False
-        head = _read_head(bytes(buffer[self._at : end]), self._tunnel)
+        head = _read_head(buffer[self._at : end + 1].decode("latin-1"), self._tunnel)
         self._at = self._searched = after
         if head.interim:
             return True
@@ -235,15 +236,11 @@ class _Head(NamedTuple):
     codings: Sequence[str] = ()
 
 
-@lru_cache(maxsize=32)  # a gateway's heads differ in the second of their date: many are the one before
-def _read_head(head: bytes, tunnel: bool) -> _Head:
-    """Reads all lines down to the blank one. How the body ends: RFC 9112, 6.3."""
-    lines = head.decode("latin-1").replace("\r\n", "\n").removesuffix("\r").split("\n")
-    found = _STATUS.fullmatch(lines[0])
-    if found is None:
-        raise NotHttp("it does not begin with a status line")
-    minor, status, reason = int(found[1]), int(found[2]), (found[3] or "").strip()
-    headers = _fields(lines[1:])
+def _read_head(text: str, tunnel: bool) -> _Head:
+    """Reads all lines before the blank one. How the body ends: RFC 9112, 6.3."""
+    first, _, rest = text.partition("\n")
+    minor, status, reason = _status(first.removesuffix("\r"))
+    headers = _fields(rest)
     if status < 200:
         if status == 101:
             raise NotHttp("the answer changes the protocol")
@@ -268,10 +265,24 @@ def _read_head(head: bytes, tunnel: bool) -> _Head:
     return _Head(status, reason, headers, kept_alive and minor > 0, chunked=chunked, codings=codings + others)
 
 
-def _fields(lines: list[str]) -> dict[str, str]:
+@lru_cache(maxsize=64)  # a gateway has a few status lines
+def _status(line: str) -> tuple[int, int, str]:
+    found = _STATUS.fullmatch(line)
+    if found is None:
+        raise NotHttp("it does not begin with a status line")
+    return int(found[1]), int(found[2]), (found[3] or "").strip()
+
+
+def _fields(text: str) -> dict[str, str]:
+    """The field lines of a head: nearly always each is whole, plain and not repeated, and one pattern finds them all."""
+    headers = {name.lower(): value.strip(" ") for name, value in _USUAL_FIELD.findall(text)}
+    return headers if len(headers) == text.count("\n") else _unusual_fields(text)
+
+
+def _unusual_fields(text: str) -> dict[str, str]:
     headers: dict[str, str] = {}
     name = ""
-    for line in lines:
+    for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):
         if line[:1] in _FOLDS:  # the line before goes on; before the first field it is nothing (RFC 9112, 2.2 and 5.2)
             if name:
                 headers[name] = f"{headers[name]} {_printable(line)}".strip()
@@ -285,7 +296,6 @@ _FOLDS: Final = frozenset(" \t")
 _NONE: Final[Mapping[str, str]] = {}
 
 
-@lru_cache(maxsize=256)  # most lines of a gateway's answers are the same every time
 def _field(line: str) -> tuple[str, str]:
     name, colon, value = line.partition(":")
     name = name.rstrip(" \t").lower()

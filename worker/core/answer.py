@@ -274,7 +274,7 @@ def _status(line: str) -> tuple[int, int, str]:
 
 
 def _fields(text: str) -> dict[str, str]:
-    """The field lines of a head: nearly always each is whole, plain and not repeated, and one pattern finds them all."""
+    """The field lines of a head. Nearly always each is plain and not repeated, and one pattern finds them all."""
     headers = {name.lower(): value.strip(" ") for name, value in _USUAL_FIELD.findall(text)}
     return headers if len(headers) == text.count("\n") else _unusual_fields(text)
 

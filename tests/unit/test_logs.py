@@ -189,33 +189,34 @@ def test_lines_of_several_threads_stay_whole() -> None:
     assert [json.loads(line)["text"] for line in read] == ["x" * 500] * 800
 
 
-def test_lines_of_a_turn_are_written_together() -> None:
-    """Whoever has turns writes once for each: in the order of the lines, and each write is whole lines."""
+def test_gathered_lines_are_written_together() -> None:
+    """When they fill what a pipe takes at once, or when they are asked for: in their order, whole lines each time."""
 
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)  # a read gives one write
     with os.fdopen(writer, "w") as stream:
         logs.configure("json", "info", stream)
         log = structlog.get_logger()
-        with logs.by_turn() as end_turn:
+        with logs.gathered() as bring_out:
             for number in range(30):
                 log.info("attempt", number=number, text="x" * 400)
+            written = [os.read(reader, select.PIPE_BUF) for _ in range(3)]
             with pytest.raises(BlockingIOError):
                 os.read(reader, select.PIPE_BUF)
-            end_turn()
-            written = [os.read(reader, select.PIPE_BUF) for _ in range(4)]
+            bring_out()
+            written.append(os.read(reader, select.PIPE_BUF))
     os.close(reader)
 
     assert [json.loads(line)["number"] for line in b"".join(written).splitlines()] == list(range(30))
     assert all(each.startswith(b"{") and each.endswith(b"}\n") for each in written)
 
 
-def test_warnings_and_other_threads_do_not_wait_for_the_end_of_a_turn() -> None:
-    """A warning brings out what waits before it; a line of another thread is none of this one's turn."""
+def test_warnings_and_other_threads_are_not_gathered() -> None:
+    """A warning goes out at once, after what waits before it; a line of another thread does not wait."""
 
     stream = io.StringIO()
     logs.configure("json", "info", stream)
     log = structlog.get_logger()
-    with logs.by_turn():
+    with logs.gathered():
         log.info("first")
         other = threading.Thread(target=lambda: log.info("other thread"))
         other.start()
@@ -227,6 +228,22 @@ def test_warnings_and_other_threads_do_not_wait_for_the_end_of_a_turn() -> None:
     log.info("fourth")
 
     assert [line["event"] for line in lines(stream)] == ["other thread", "first", "second", "third", "fourth"]
+
+
+def test_gathered_lines_wait_one_by_one_for_a_reader() -> None:
+    """So that the most that waits is a number of lines."""
+
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb") as end:
+        logs.configure("json", "info", stream)
+        log = structlog.get_logger()
+        most = fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) // 1000 + 100
+        with logs.gathered():
+            for number in range(most):
+                log.info("attempt", number=number, text="x" * 1000)
+        came = [json.loads(end.readline())["number"] for _ in range(most)]
+
+    assert came == list(range(most))
 
 
 def test_closed_pipe_does_not_stop_the_worker() -> None:

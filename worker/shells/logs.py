@@ -72,14 +72,15 @@ def configure(
 
 
 @contextmanager
-def by_turn() -> Iterator[Callable[[], None]]:
-    """Within it, this thread's lines of level info wait for a call of what it gives, which writes them together: a line
-    for each command costs two system calls otherwise. A warning or worse goes out at once, after those that wait."""
+def gathered() -> Iterator[Callable[[], None]]:
+    """Within it, this thread's lines of level info wait until they fill a piece that a pipe takes at once, or until what
+    it gives is called: a write for each line costs as much as the line. A warning or worse goes out at once, after
+    those that wait."""
     if _lines is None:
         yield lambda: None
         return
-    with _lines.by_turn():
-        yield _lines.end_turn
+    with _lines.gathered():
+        yield _lines.bring_out
 
 
 def _signed(render: Render, process: str) -> Render:
@@ -120,8 +121,9 @@ class _Lines:
         self._waiting: deque[bytes] = deque()  # the first one is being written
         self._catching_up = False
         self._lost = 0
-        self._by_turn: int | None = None  # the thread whose lines wait for the end of its turn
-        self._turn: list[str] = []
+        self._gatherer: int | None = None  # the thread whose lines are gathered
+        self._gathered: list[str] = []
+        self._size = 0  # of those, in characters
         self._writable = select.poll()
         try:
             self._fd: int | None = stream.fileno()
@@ -130,44 +132,41 @@ class _Lines:
             self._fd = None
 
     def msg(self, line: str) -> None:
-        """Writes it, after what waits for the end of the turn."""
-        self.info(line)
-        if self._turn:
-            self.end_turn()
+        """Writes it, after what this thread has gathered."""
+        if self._gatherer == threading.get_ident():
+            self.bring_out()
+        self._write(line)
 
     warning = error = critical = msg
 
     def info(self, line: str) -> None:
-        """Writes it, at the end of the turn where there are turns."""
-        if self._by_turn == threading.get_ident():
-            self._turn.append(line)
-        else:
+        """Writes it, in company where this thread gathers lines."""
+        if self._gatherer != threading.get_ident():
             self._write(line)
+            return
+        self._size += len(line) + 1
+        if self._size > select.PIPE_BUF or self._waiting:  # or a reader is awaited: then each line waits by itself
+            self.bring_out()
+            self._size = len(line) + 1
+        self._gathered.append(line)
 
     debug = info
 
     @contextmanager
-    def by_turn(self) -> Iterator[None]:
-        """See the module's `by_turn`."""
-        self._by_turn = threading.get_ident()
+    def gathered(self) -> Iterator[None]:
+        """See the module's `gathered`."""
+        self._gatherer = threading.get_ident()
         try:
             yield
         finally:
-            self._by_turn = None
-            self.end_turn()
+            self._gatherer = None
+            self.bring_out()
 
-    def end_turn(self) -> None:
-        """Writes what waits, in pieces of whole lines that a pipe takes at once; line by line once it takes none."""
-        lines, self._turn = self._turn, []
-        piece, size = list[str](), 0
-        for line in lines:
-            if piece and (self._waiting or size + len(line) >= select.PIPE_BUF):
-                self._write("\n".join(piece))
-                piece, size = [], 0
-            piece.append(line)
-            size += len(line) + 1
-        if piece:
-            self._write("\n".join(piece))
+    def bring_out(self) -> None:
+        """Writes what was gathered."""
+        if self._gathered:
+            lines, self._gathered, self._size = self._gathered, [], 0
+            self._write("\n".join(lines))
 
     def _write(self, line: str) -> None:
         """A full disk or a closed pipe loses the line, never the command that is worked on."""

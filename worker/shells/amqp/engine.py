@@ -45,7 +45,7 @@ from worker.shells.amqp.fleet import FleetLink
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher, named
 from worker.shells.fibers import Fibers
-from worker.shells.logs import by_turn
+from worker.shells.logs import gathered
 from worker.shells.telemetry import tell_fate
 from worker.shells.tracing import Tracing
 
@@ -156,6 +156,7 @@ class Engine:
         self._publish_link = link("publish", self._publish_up, self._publish_down)
         self._consume_link = link("consume", self._consume_up, self._consume_down)
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
+        self._write_log: Callable[[], None] = _nothing
         self._ticked = time.monotonic()
         self._tell_at = 0.0
         self._look_at = 0.0
@@ -264,11 +265,10 @@ class Engine:
             self._publish_link.connect()
             self._consume_link.connect()
             self._tick()
-            with by_turn() as write_log:
+            with gathered() as self._write_log:
                 while not self._stopped:
                     self._fibers.turn()
                     self._end_turn()
-                    write_log()
             self._fibers.close()
         except BaseException as error:  # noqa: BLE001  # without this the process would stay and do nothing
             self._fail(error)
@@ -306,6 +306,7 @@ class Engine:
         self._loop.call_later(TICK, self._guard(self._tick))
         now = time.monotonic()
         self._ticked = now
+        self._write_log()
         self._attention = True
         self._publisher.tick(now)
         self._publish_link.expect(self._publisher.ready, now)

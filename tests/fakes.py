@@ -186,15 +186,15 @@ class FakeGate:
         if self.slot and not paced:
             self._clock.sleep(self.slot)
             self.during_slot()
-            self._check(probe=probe)
+            self._check(probe=probe, waited=self._clock.monotonic() - began)
         self.entered.append((probe, paced))
         return self._clock.monotonic() - began
 
-    def _check(self, *, probe: bool) -> None:
+    def _check(self, *, probe: bool, waited: float = 0.0) -> None:
         if self.draining:
             raise Draining
         if self.hold is not None and not (probe and self.hold.outage):
-            raise self.hold
+            raise Held(outage=self.hold.outage, waited=waited)
 
     @property
     def until(self) -> float:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ import json, os, sys, threading
 import greenlet, pika.channel
 from worker.shells.amqp.connection import Connection
 
-calls, seen, here = [], [0], os.environ["TRACED"]
+calls, here, last_ack = [], os.environ["TRACED"], [0]
 
 def hook(frame, event, argument):
     if event == "call" and frame.f_code.co_filename.startswith(here):
@@ -41,20 +42,23 @@ name = "acknowledge" if of is Connection else "basic_ack"
 ack = getattr(of, name)
 
 def decoded(self, *arguments, **options):
-    seen[0] += 1
-    if seen[0] == int(os.environ["TRACE_AT"]):
+    after = decode(self, *arguments, **options)
+    if self.message_id and not calls and last_ack[0] >= int(os.environ["TRACE_AFTER"]):  # a command, not the fleet's
         greenlet.settrace(lambda event, pair: sys.setprofile(hook))
         sys.setprofile(hook)
-    return decode(self, *arguments, **options)
+    return after
 
 def acked(self, *arguments, **options):
-    if calls:
+    tag = max(filter(lambda each: type(each) is int, arguments))
+    if calls and tag > last_ack[0]:
         sys.setprofile(None)
         greenlet.settrace(None)
         with open(os.environ["TRACE_TO"] + ".part", "w") as file:
             json.dump(calls, file)
         os.rename(os.environ["TRACE_TO"] + ".part", os.environ["TRACE_TO"])
         calls.clear()
+        tag = -1000
+    last_ack[0] = tag
     ack(self, *arguments, **options)
 
 pika.BasicProperties.decode = decoded  # once for each delivery
@@ -70,15 +74,16 @@ def trace(package: Path) -> list[tuple[str, str]]:
         settings = {
             **altered(folder, HOOK),
             "TRACED": str(package),
-            "TRACE_AT": str(WARM + 1),
+            "TRACE_AFTER": str(WARM),
             "TRACE_TO": str(result),
         }
         settings["PYTHONPATH"] = f"{folder / 'altered'}:{package.parent}"
         with WorkerProcess(url, prefix, gateway, folder, **settings) as worker:
             worker.wait_ready()
             with Producer(url, prefix) as producer:
-                for number in range(WARM + 1):
+                for number in range(2 * WARM):
                     producer.of(producer.publish(f"bill-{number}"))
+                    time.sleep(0.02)  # so that one is acked before the next comes
             wait_until(result.exists, 30, "it is traced")
             worker.stop()
         delete_topology(url, prefix)

@@ -260,7 +260,7 @@ class Settlement(RuleBasedStateMachine):
         orders = self.desk.settle(task, disposition)
         assert not orders.reject
         if orphaned:
-            assert orders == Orders(), "published for a command that the broker has given away"
+            assert orders == Orders(taken_back=True), "published for a command that the broker has given away"
             return
         if orders.again:
             self.working.append(task)
@@ -379,7 +379,7 @@ def test_an_orphan_publishes_nothing() -> None:
         task = task_of(arrived(desk))
         desk.channel_lost(1)
 
-        assert desk.settle(task, disposition) == Orders()
+        assert desk.settle(task, disposition) == Orders(taken_back=True)
         assert len(desk) == 0
 
 

@@ -299,11 +299,12 @@ class Dispatcher:
             return 0.0
         started = self._clock.monotonic()
         while self._fleet.limited and not self._pace(lane):
-            self._check(lane, probe)
-            if self._clock.monotonic() - started > IN_HAND:
-                raise Held(outage=False)
-        self._check(lane, probe)
+            waited = self._clock.monotonic() - started
+            self._check(lane, probe, waited)
+            if waited > IN_HAND:
+                raise Held(outage=False, waited=waited)
         waited = self._clock.monotonic() - started
+        self._check(lane, probe, waited)
         self.on_wait(waited)
         return waited
 
@@ -400,17 +401,17 @@ class Dispatcher:
                 task.delivery.progress.calls = task.round.calls
                 self._failed.append(task)
 
-    def _check(self, lane: str, probe: bool) -> None:
+    def _check(self, lane: str, probe: bool, waited: float = 0.0) -> None:
         if self._draining.is_set():
             raise Draining
         if self._held[lane] is None:  # what holds it is there from the look that follows each change
             return
         if not probe and (self._fleet.sick or self._breakers.state(lane) is not State.CLOSED):
-            raise Held(outage=True)
+            raise Held(outage=True, waited=waited)
         if self._fleet.paused(lane):
-            raise Held(outage=False)
+            raise Held(outage=False, waited=waited)
         if self._throttle.until > 0.0 and self._throttle.holding(self._clock.monotonic()):
-            raise Held(outage=False)
+            raise Held(outage=False, waited=waited)
 
     # -- the fleet ---------------------------------------------------------------------------------------------------
 

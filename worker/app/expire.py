@@ -168,11 +168,12 @@ class Expire:
             job.shared_failure = failure.shared
             return self._judged(job, failure.verdict, None, None, started, counts=not failure.shared, token=True)
         job.shared_failure = False
-        waited = self._clock.monotonic() - started
-        if waited > TOKEN_AT_HAND:
+        asked, started = started, self._clock.monotonic()
+        if started - asked > TOKEN_AT_HAND:
             # All senders may have waited for this token: they must not call together now, nor into a hold or drain.
-            job.round.waited(waited)
+            job.round.waited(started - asked)
             until = self._enter(job)
+            started = self._clock.monotonic()
         lost = 0
         while True:
             job.round.calls += 1
@@ -185,7 +186,6 @@ class Expire:
                 self._new_external_id(),
             )
             progress.sent(signed.external_id)
-            started = self._clock.monotonic()
             answer = self._gateway.send(signed, until if lost < LOST_PERMITS else math.inf)
             if not isinstance(answer, NoReply) or not (answer.starved or answer.late):
                 break
@@ -195,6 +195,7 @@ class Expire:
                 self._hold_starved(job, started)
             lost += 1
             until = self._enter(job)
+            started = self._clock.monotonic()
         verdict = judge(answer)
         if verdict.kind is Kind.TOKEN:
             self._tokens.refused(token.generation)
@@ -217,12 +218,11 @@ class Expire:
         """Returns when the call may begin, and until when it may; the wait for a slot is no part of the round's budget,
         even when a hold begins meanwhile."""
         self._check(job)
-        started = self._clock.monotonic()
         paced, job.paced = job.paced, False
         try:
             waited = self._gate.enter(job.task.lane, probe=job.probe, paced=paced)
-        except Held:
-            job.round.waited(self._clock.monotonic() - started)
+        except Held as held:
+            job.round.waited(held.waited)
             raise
         if waited:
             job.round.waited(waited)

@@ -250,7 +250,7 @@ def _read_head(text: str, tunnel: bool) -> _Head:
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None and length is not None:
         raise NotHttp("it has both a Content-Length and a Transfer-Encoding")
-    codings = _list(headers.get("content-encoding", ""))
+    codings = _list(headers["content-encoding"]) if "content-encoding" in headers else []
     if status in (204, 304) or tunnel:
         return _Head(status, reason, headers, kept_alive, bodiless=True, codings=codings)
     if coding is None:
@@ -310,6 +310,7 @@ def _printable(value: str) -> str:
     return value.strip(" ")
 
 
+@lru_cache(maxsize=64)  # a gateway's answers have a few lengths
 def _length(value: str) -> int:
     """The same number twice is one number (RFC 9110, 8.6)."""
     texts = [text.strip() for text in value.split(",")]

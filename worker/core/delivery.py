@@ -295,8 +295,8 @@ def _published(timestamp: object, stamped: object, received_at: float) -> float 
     objective of one second counts half of the punctual commands as late. So one is read as the end of its second.
     Milliseconds are exact: as some producers send them, or in the header that RabbitMQ sets if it is told to.
     """
-    value = stamped if _is_number(stamped) else timestamp if _is_number(timestamp) else None
-    if value is None:
+    value = stamped if stamped is not None and _is_number(stamped) else timestamp
+    if value is None or not _is_number(value):
         return None
     exact = value > 10**11
     return min(value / 1000 if exact else value + 1.0, received_at)

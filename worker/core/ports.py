@@ -84,11 +84,13 @@ class Clock(Protocol):
 
 
 class Held(Exception):
-    """The command's lane is held: it goes back to the front and loses nothing. ``outage``: by the breaker."""
+    """The command's lane is held: it goes back to the front and loses nothing. ``outage``: by the breaker. ``waited``:
+    seconds that it had waited for a slot by then."""
 
-    def __init__(self, *, outage: bool) -> None:
+    def __init__(self, *, outage: bool, waited: float = 0.0) -> None:
         super().__init__("breaker" if outage else "throttled")
         self.outage = outage
+        self.waited = waited
 
 
 class Draining(Exception):

@@ -306,11 +306,12 @@ class Arrival(NamedTuple):
 
 class Orders(NamedTuple):
     """What settles a command: publish these, and ack when all are confirmed; or hand these tags back to the broker as
-    failed deliveries; or work on the task again."""
+    failed deliveries; or work on the task again. ``taken_back``: the broker has taken the command back."""
 
     publish: Sequence[Message] = ()
     reject: Sequence[Tag] = ()
     again: bool = False
+    taken_back: bool = False
 
 
 class Settled(NamedTuple):
@@ -366,23 +367,25 @@ class Desk:
         assert entry is not None
         if not entry.tags and not isinstance(disposition, Crashed):
             self._remember(task, disposition)
-            return Orders()
+            return Orders(taken_back=True)
         match disposition:
             case Report(outcome):
                 messages = [outcome_message(self._outcomes, delivery, outcome)]
                 if outcome.dead_lettered:
                     messages.append(dead_letter(self._names, delivery, outcome))
-                return self._publish(entry, messages)
             case Delay(seconds, round_):
-                return self._publish(entry, [delayed(self._names, delivery, seconds, round_, self._new_id())])
+                messages = [delayed(self._names, delivery, seconds, round_, self._new_id())]
             case GiveBack():
-                return self._publish(entry, [returned(self._names, delivery, self._new_id())])
+                messages = [returned(self._names, delivery, self._new_id())]
             case TakenBack() | Hold():  # redelivered to us between the sender's look and ours
                 return Orders(again=True)
             case Crashed():
-                return Orders(reject=self.abandon(task))
+                taken_back = entry.orphaned
+                return Orders(reject=self.abandon(task), taken_back=taken_back)
             case _:
                 assert_never(disposition)
+        self._ledger.publish(entry, len(messages))
+        return Orders(messages)
 
     def confirmed(self, task: Task, disposition: Disposition) -> Settled | None:
         """One message of its orders is confirmed; None before the last, and when it was parked meanwhile."""
@@ -427,10 +430,6 @@ class Desk:
     def __len__(self) -> int:
         """Commands not settled."""
         return len(self._ledger)
-
-    def _publish(self, entry: Entry, messages: Sequence[Message]) -> Orders:
-        self._ledger.publish(entry, len(messages))
-        return Orders(messages)
 
     def _end_of_parked(self, entry: Entry) -> None:
         """One of the messages of a parked command was refused or confirmed."""

@@ -73,8 +73,8 @@ def configure(
 
 @contextmanager
 def gathered() -> Iterator[Callable[[], None]]:
-    """Within it, this thread's lines of level info wait until they fill a piece that a pipe takes at once, or until what
-    it gives is called: a write for each line costs as much as the line. A warning or worse goes out at once, after
+    """Within it, this thread's lines of level info wait until they fill a piece that a pipe takes at once, or until
+    what it gives is called: a write for each line costs as much as the line. A warning or worse goes out at once, after
     those that wait."""
     if _lines is None:
         yield lambda: None

@@ -25,20 +25,21 @@ def tell_fate(log: Any, delivery: Delivery, disposition: Disposition, seconds: f
     progress = delivery.progress
     about = {
         "command_id": delivery.command_id,
-        "trace_id": delivery.trace_id,
+        "trace_id": delivery.trace.trace_id if delivery.trace is not None else None,
         "lane": delivery.lane,
         "batch_id": delivery.batch_id,
     }
     match disposition:
         case Report(outcome):
-            (log.warning if outcome.dead_lettered else log.info)(
+            dead_lettered = outcome.dead_lettered
+            (log.warning if dead_lettered else log.info)(
                 "command.ended",
                 **about,
                 billnumber=outcome.billnumber,
                 status=outcome.status,
                 reason=outcome.reason,
                 attempts=outcome.attempts,
-                dead_lettered=outcome.dead_lettered,
+                dead_lettered=dead_lettered,
                 response_code=outcome.response_code,
                 response_message=outcome.response_message,
                 detail=outcome.detail,

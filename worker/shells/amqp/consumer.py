@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import pika
@@ -17,8 +18,9 @@ from worker.shells.amqp.link import Guard, Link
 
 log = structlog.get_logger()
 
-OnDelivery = Callable[[str, Tag, bool, Any, bytes], None]
-"""``on_delivery(lane, tag, redelivered, properties, body)``"""
+OnDelivery = Callable[[str, int, Any, Any, Any, bytes], None]
+"""``on_delivery(lane, number, channel, method, properties, body)``: ``number`` is that of `Tag.channel`; the rest is
+what pika tells."""
 
 
 SHARED_EVERY: Final = 1.0  # seconds between two looks whether others consume a paused lane
@@ -78,7 +80,8 @@ class Consumer:
         self._lanes: dict[str, _Lane] = {}
         self._by_number: dict[int, _Lane] = {}
         self._paused: frozenset[str] = frozenset()
-        self._to_flush = False  # there are acks to send
+        self.to_flush = False
+        """Whether there are acks to send."""
         self._without_get: set[str] = set()  # lanes whose queue refuses basic.get
         self.acks = dict.fromkeys(queues, 0)
         """Deliveries acked so far, by lane."""
@@ -157,7 +160,7 @@ class Consumer:
         if lane is not None:
             lane.acks.settle(tag.number)
             self.acks[lane.lane] += 1
-            self._to_flush = True
+            self.to_flush = True
 
     def reject(self, tag: Tag) -> None:
         """Back to the queue as a failed delivery: every version of RabbitMQ counts it up to the delivery limit. (Since
@@ -175,9 +178,7 @@ class Consumer:
 
     def flush(self) -> None:
         """Sends the acks."""
-        if not self._to_flush:
-            return
-        self._to_flush = False
+        self.to_flush = False
         for lane in self._lanes.values():
             if lane.channel.is_open:
                 for number, multiple in lane.acks.flush():
@@ -204,9 +205,7 @@ class Consumer:
             if self._link is not None:
                 self._link.works()
 
-        def delivered(_: Any, method: Any, properties: Any, body: bytes) -> None:
-            self._on_delivery(lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body)
-
+        delivered = partial(self._on_delivery, lane.lane, lane.number)
         tag = lane.consumer_tag = self._begin(lane, self._prefetch[lane.lane], delivered, began)
 
     def _begin(self, lane: _Lane, prefetch: int, delivered: Callable[..., None], began: Callable[[Any], None]) -> str:
@@ -232,8 +231,8 @@ class Consumer:
             if lane.fetching is fetch:
                 self._fetched(lane)
 
-        def delivered(_: Any, method: Any, properties: Any, body: bytes) -> None:
-            self._on_delivery(lane.lane, Tag(lane.number, method.delivery_tag), method.redelivered, properties, body)
+        def delivered(*told: Any) -> None:
+            self._on_delivery(lane.lane, lane.number, *told)
             fetch.left -= 1
             if fetch.left <= 0:
                 end()
@@ -254,9 +253,8 @@ class Consumer:
             send(lane.channel)
 
     def _get(self, lane: _Lane) -> None:
-        def got(_: Any, method: Any, properties: Any, body: bytes) -> None:
-            tag = Tag(lane.number, method.delivery_tag)
-            self._on_delivery(lane.lane, tag, method.redelivered, properties, body)
+        def got(*told: Any) -> None:
+            self._on_delivery(lane.lane, lane.number, *told)
             if lane.fetching is not None:
                 lane.fetching.left -= 1
                 self._get(lane)

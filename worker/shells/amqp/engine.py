@@ -299,7 +299,7 @@ class Engine:
         if self._attention:
             self._attention = False
             self._regulate()
-        if not self._dispatcher.settling:  # in a drain, after consumption has ended
+        if self._consumer.to_flush and not self._dispatcher.settling:  # in a drain, after consumption has ended
             self._consumer.flush()
 
     def _tick(self) -> None:
@@ -403,7 +403,8 @@ class Engine:
 
     # -- deliveries and results -------------------------------------------------------------------------------------
 
-    def _delivered(self, lane: str, tag: Tag, redelivered: bool, properties: Any, body: bytes) -> None:
+    def _delivered(self, lane: str, channel: int, _: Any, method: Any, properties: Any, body: bytes) -> None:
+        tag, redelivered = Tag(channel, method.delivery_tag), method.redelivered
         delivery = receive(
             lane,
             body,
@@ -448,9 +449,9 @@ class Engine:
 
     def _settle(self, task: Task, disposition: Disposition) -> list[Publication[tuple[Task, Disposition]]]:
         """Carries out what the desk says, but for what it wants published."""
-        if task.orphaned:
-            self._left(task.delivery, TakenBack())
         orders = self._desk.settle(task, disposition)
+        if orders.taken_back:
+            self._left(task.delivery, TakenBack())
         if orders.again:
             self._dispatcher.offer(task)
         for tag in orders.reject:

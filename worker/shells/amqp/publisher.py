@@ -85,7 +85,7 @@ class Publisher(Generic[S]):
         *,
         on_confirmed: Callable[[Publication[S]], None],
         on_refused: Callable[[Publication[S], str], bool] = lambda _publication, _reason: False,
-        after_confirms: Callable[[], None] = lambda: None,
+        after_confirms: Callable[[], None] | None = None,
         guard: Guard,
     ) -> None:
         self._loop = loop
@@ -228,7 +228,7 @@ class Publisher(Generic[S]):
         if channel is not self._channel:
             return  # a channel given up: its numbers mean nothing on the new one
         confirmed, again = self._confirms.settle(number, multiple=multiple, ack=ack)
-        if not self._confirms:
+        if self._alone is not None and not self._confirms:
             self._alone = None
         if confirmed:
             self._refused_last = False
@@ -245,7 +245,8 @@ class Publisher(Generic[S]):
         for publication in confirmed:
             self._watch.confirmed(now - publication.published_at)
             self._on_confirmed(publication)
-        self._after_confirms()
+        if self._after_confirms is not None:
+            self._after_confirms()
         for publication in again:
             self._later(publication)
         if again and not ack:

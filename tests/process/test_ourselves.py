@@ -178,15 +178,23 @@ def test_a_worker_that_lost_a_command_says_nothing_of_it(amqp_url: str, prefix: 
         assert gateway.report().calls_by_bill["lost"] == 2
 
 
-def test_a_worker_that_hears_nothing_of_the_broker_calls_no_more(amqp_url: str, prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "latency", "heartbeat"),
+    [("4019301", 5, 1), ("4039306", 1, 2)],
+    ids=["another call would follow", "a delayed round was on its way"],
+)
+def test_a_worker_that_hears_nothing_of_the_broker_calls_no_more(
+    amqp_url: str, prefix: str, tmp_path: Path, code: str, latency: float, heartbeat: int
+) -> None:
     """The network swallows everything: the broker takes the worker for gone and gives its command to somebody else,
-    who expires it. The worker must know by then: what it would be told next ("not found") is the other's doing."""
+    who expires it. The worker must know by then: what it would be told next ("not found") is the other's doing. Nor
+    does it publish a copy of the command that was on its way."""
 
-    answers = (Fault(code="4019301", latency=5), Fault(code="4049301", message="QR not Found", repeat=True))
+    answers = (Fault(code=code, latency=latency), Fault(code="4049301", message="QR not Found", repeat=True))
     with (
         FaultProxy(*address(amqp_url)) as proxy,
         Simulator(Script(patterns=(Pattern("^lost", answers),))) as gateway,
-        WorkerProcess(f"{by_way_of(proxy.port, amqp_url)}?heartbeat=1", prefix, gateway, tmp_path) as worker,
+        WorkerProcess(f"{by_way_of(proxy.port, amqp_url)}?heartbeat={heartbeat}", prefix, gateway, tmp_path) as worker,
     ):
         worker.wait_ready()
         with Producer(amqp_url, prefix) as producer:
@@ -201,6 +209,8 @@ def test_a_worker_that_hears_nothing_of_the_broker_calls_no_more(amqp_url: str, 
             worker.wait_ready()
             other = producer.publish("other")
             assert producer.collect(1, 30)[0].command_id == other.id
+            delayed = [producer.names.retry("cancellation", delay) for delay in (1, 2)]
+            assert [producer.rabbit.depth(queue) for queue in delayed] == [0] * len(delayed)
             worker.stop()
             assert gateway.report().calls_by_bill["lost"] == 1
 

@@ -384,6 +384,7 @@ class Engine:
 
     def _publish_down(self, _reason: str) -> None:
         self._publisher.down()
+        self._withdraw()
         self._looking = None
         self._vanished = ""
         self._lost = True
@@ -391,8 +392,17 @@ class Engine:
 
     def _consume_down(self, _reason: str) -> None:
         self._consumer.down()
+        self._withdraw()
         self._lost = True
         self._changed()
+
+    def _withdraw(self) -> None:
+        """Copies of commands that the broker has taken back: it gives them to somebody, who would not know of another
+        one in a queue. Outcomes are published all the same, since they say what happened."""
+        for publication in self._publisher.withdraw(_copy_of_an_orphan):
+            task, _ = publication.settles
+            self._desk.settle(task, TakenBack())
+            self._left(task.delivery, TakenBack())
 
     def _changed(self) -> None:
         self._attention = True
@@ -590,6 +600,11 @@ class Engine:
 def _named(delivery: Delivery) -> dict[str, str | None]:
     """What finds a command in the log."""
     return {"command_id": delivery.command_id, "trace_id": delivery.trace_id, "lane": delivery.lane}
+
+
+def _copy_of_an_orphan(publication: Publication[tuple[Task, Disposition]]) -> bool:
+    task, disposition = publication.settles
+    return task.orphaned and isinstance(disposition, (Delay, GiveBack))
 
 
 def _nothing() -> None:

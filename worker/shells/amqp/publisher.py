@@ -195,6 +195,16 @@ class Publisher(Generic[S]):
                 while self._backlog:
                     self._send(self._backlog.popleft())
 
+    def withdraw(self, unwanted: Callable[[Publication[S]], bool]) -> list[Publication[S]]:
+        """Takes back those that wait to be sent, for the first time or again, and need not be any more."""
+        found = [each for each in (*self._suspects, *self._backlog, *self._aside) if unwanted(each)]
+        for each in found:
+            self._aside.pop(each, None)
+        if found:
+            self._suspects = deque(each for each in self._suspects if each not in found)
+            self._backlog = deque(each for each in self._backlog if each not in found)
+        return found
+
     def tick(self, now: float) -> None:
         """Counts what is unconfirmed, and notices confirms that do not come."""
         self._watch.unconfirmed(len(self))

@@ -309,6 +309,16 @@ class World:
         if len(leaders) > 1:
             raise Broken(f"{self.now:.3f}: {leaders} lead")
 
+    def check_all_work(self, within: float) -> None:
+        """Everybody is connected, well, lets every lane go, and has called lately if it has work."""
+        for node in self.nodes:
+            member, silent = node.member, self.now - node.called
+            well = node.connection and not member.own.health.sick and member.breakers.worst is State.CLOSED
+            if not well or (node.sweep and silent > within):
+                raise Broken(f"{self.now:.3f}: {node.name} does not work ({silent:.1f} s without a call)")
+        if len(self.leaders()) != 1:
+            raise Broken(f"{self.now:.3f}: {self.leaders()} lead")
+
     def arrived(self, node: Node, lane: str, probe: bool) -> None:
         """A call at the gateway's edge."""
         self.calls.append(self.now)
@@ -467,8 +477,11 @@ def main() -> None:
     world, began = World(options.seed, options.members, options.limit, loss=options.loss), time.monotonic()
     for minute in range(int(options.hours * 60)):
         world.run(60.0 * (minute + 1))
+    hours = world.now / 3600
+    world.calm(25.0)
+    world.check_all_work(within=2.0 * options.members / (options.limit or options.members))
     print(
-        f"seed {options.seed}: {options.hours} h of {options.members} members: {world.events} events, "
+        f"seed {options.seed}: {hours} h of {options.members} members: {world.events} events, "
         f"{world.total} calls ({world.total / world.now:.2f}/s of {options.limit}), most in a second {world.most}, "
         f"{world.terms} terms, {world.failed} failed, {world.counts}, {time.monotonic() - began:.0f} s"
     )

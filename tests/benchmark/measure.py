@@ -54,6 +54,7 @@ class Setup:
     # Only the sweep lane is loaded, so it may hold all senders.
     share: str = "1"
     paced: int = PACED
+    limit: int = 0  # calls per second of all processes; 0 for none
 
     @property
     def senders(self) -> int:
@@ -66,6 +67,7 @@ class Setup:
             "WORKER_CONCURRENCY": str(self.senders),
             "WORKER_SWEEP_SHARE": self.share,
             "WORKER_PROCESSES": str(self.processes),
+            "GATEWAY_MAX_REQUESTS_PER_SECOND": str(self.limit),
         }
 
 

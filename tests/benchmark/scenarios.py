@@ -37,6 +37,8 @@ DEFAULT_CONCURRENCY: Final = 32
 WAITING: Final = 0.02
 WAITING_SENDERS: Final = 16
 """A gateway (seconds) and a concurrency whose processes wait more than they work: 800 commands a second each."""
+LIMIT: Final = 400
+"""Calls a second that all processes of a fleet together may make: half of what one of them can do then."""
 DEFAULT_SHARE: Final = "0.75"
 
 
@@ -181,16 +183,19 @@ def latency(plan: Plan, milliseconds: Sequence[float]) -> Table:
 
 
 def processes(plan: Plan, numbers: Sequence[int]) -> Table:
-    """One worker as several processes: where the processor is the limit, and where the gateway's time is."""
+    """One worker as several processes: where the processor is the limit, where the gateway's time is, and where the
+    gateway's rate limit is."""
     setups = [replace(plan.setup(WORKER, 0.0, number), paced=0) for number in sorted(numbers)]
     setups += [
         replace(one, latency=WAITING, concurrency=WAITING_SENDERS, commands=plan.size(6_000 * one.processes))
         for one in setups
     ]
+    setups += [replace(one, commands=plan.size(SECONDS * LIMIT), limit=LIMIT) for one in setups[len(numbers) :]]
     runs = plan.rounds_of(setups)
     rows = [
         [
             f"{some[0].setup.latency * 1000:g}",
+            f"{some[0].setup.limit or 'none'}",
             str(some[0].setup.senders),
             str(some[0].setup.processes),
             f"{median(one.rate for one in some):,.0f}",
@@ -206,6 +211,7 @@ def processes(plan: Plan, numbers: Sequence[int]) -> Table:
         f"WORKER_PROCESSES, medians of {plan.rounds}",
         (
             "gateway ms",
+            "limit",
             "in flight of each",
             "processes",
             "per s",

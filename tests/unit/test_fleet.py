@@ -348,7 +348,7 @@ def test_bounds_hold_the_offset(offset: float, exchanges: list[tuple[float, floa
         ours += pause
         sent, heard = ours, ours + there - offset
         ours += there + back
-        known.answer(heard, ours, sent, heard, number)
+        known.message(heard, ours, number, sent - heard)
         best = min(best, there + back)
         assert known.lower - 1e-6 <= offset <= known.upper + 1e-6
     assert known.doubt <= best + 1.0 * 1e-2
@@ -358,7 +358,7 @@ def test_a_clock_that_stood_still() -> None:
     """Messages that seem to come before they were sent make everything unknown until a new report is answered."""
 
     known = Offset()
-    known.answer(100.0, 1000.0, 999.99, 99.99, 5)
+    known.message(100.0, 1000.0, 5, 999.99 - 99.99)
     before = known.known
     known.message(103.0, 1000.5, 8)
 

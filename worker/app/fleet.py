@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, assert_never
 
-from worker.core.breaker import State
 from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Card, Letter, Message, Orders
 from worker.core.fleet.own import Call, Changed, Pass, ReadOrders, Say
@@ -117,10 +116,6 @@ class Fleet:
     def sick(self) -> bool:
         """We fail where others succeed: give back, take nothing."""
         return self.member.own.health.sick
-
-    def state(self, lane: str) -> State:
-        """The lane's breaker."""
-        return self.member.breakers.state(lane)
 
     def paused(self, lane: str) -> bool:
         """Whether an operator has paused the lane."""

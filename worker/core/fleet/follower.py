@@ -130,10 +130,10 @@ class Follower:
             self._seen[lane] += 1
             self._known[lane] = max(0, self._known[lane] - 1)
         sent = self._sent.get(grant.answers)
+        lower = float("-inf")
         if sent is not None and grant.answers >= offset.answers:
-            offset.answer(grant.at, now, sent, grant.heard, own.number + 1)
-        else:
-            offset.message(grant.at, now, own.number + 1)
+            lower = sent - grant.heard
+        offset.message(grant.at, now, own.number + 1, lower)
         if offset.known:
             own.purse.add(((offset.ours(slot), lane) for slot, lane in slots), offset.doubt)
         else:

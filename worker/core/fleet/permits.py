@@ -166,31 +166,21 @@ class Offset:
         """Seconds by which a moment of theirs may be earlier on our clock than `ours` says."""
         return self.upper - self.lower
 
-    def message(self, theirs: float, now: float, next_report: int) -> None:
-        """A message of the leader has come, sent at ``theirs``."""
-        if self.known:
-            self._drift(now)
-            self.upper = min(self.upper, now - theirs)
-            self._cross(next_report)
-
-    def answer(self, theirs: float, now: float, sent: float, heard: float, next_report: int) -> None:
-        """The same, when it answers the report that we sent at ``sent`` and that was heard at ``heard`` (theirs)."""
-        self._drift(now)
-        self.upper = min(self.upper, now - theirs)
-        self.lower = max(self.lower, sent - heard)
-        self._cross(next_report)
+    def message(self, theirs: float, now: float, next_report: int, lower: float = -math.inf) -> None:
+        """A message of the leader has come, sent at ``theirs``. ``lower``: the lower bound that it proves, when it
+        answers a report: the moment when we sent that less the one when it was heard."""
+        if not self.known and lower == -math.inf:
+            return
+        grown = max(0.0, now - self.at) * DRIFT
+        self.at = now
+        self.upper = min(self.upper + grown, now - theirs)
+        self.lower = max(self.lower - grown, lower)
+        if self.upper < self.lower:
+            self.reset(next_report)
 
     def ours(self, theirs: float) -> float:
         """A moment of the leader's clock on ours, at the latest."""
         return theirs + self.upper
-
-    def _drift(self, now: float) -> None:
-        grown = max(0.0, now - self.at) * DRIFT
-        self.upper, self.lower, self.at = self.upper + grown, self.lower - grown, now
-
-    def _cross(self, next_report: int) -> None:
-        if self.upper < self.lower:
-            self.reset(next_report)
 
 
 @dataclass(slots=True)

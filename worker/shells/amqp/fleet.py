@@ -30,7 +30,6 @@ LOOK_AGAIN: Final = 0.05  # seconds until the next look for orders that somebody
 LOOKS: Final = 5
 TICK: Final = 1.0
 SICK: Final = "our calls fail while those of others succeed: look at the way from here to the gateway"
-LOCKED: Final = 405  # the broker's code for a queue that another connection has
 
 log = structlog.get_logger()
 

@@ -33,6 +33,7 @@ SLACK = 10.0
 """Seconds by which a loaded machine may be late with something."""
 
 LIMIT = 100
+QUIET = 2.0  # seconds in which a call would come that must not come
 FROZEN = 8.0  # seconds that a leader stands still
 SETTLED = 3.0  # seconds after which whatever has happened to a process is over for the others
 BUSY = {"GATEWAY_MAX_REQUESTS_PER_SECOND": str(LIMIT), "WORKER_CONCURRENCY": "16"}
@@ -255,14 +256,17 @@ def test_one_token(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
 def test_one_token_costs_no_time(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
     """On such a gateway commands take at most twice as long as on one where old tokens live on."""
 
-    ordinary = [one_token(fresh, f"{prefix}-{number}", tmp_path, 5, 10.0, kills=False) for number in range(2)]
-    assert one_token(fresh, f"{prefix}-2", tmp_path, 5, 10.0) <= 2 * max(ordinary)
+    before, slow, after = (
+        one_token(fresh, f"{prefix}-{number}", tmp_path, 5, 10.0, kills=kills)
+        for number, kills in enumerate((False, True, False))
+    )
+    assert slow <= 2 * max(before, after)
 
 
 def one_token(
     broker: PrivateBroker, prefix: str, directory: Path, processes: int, life: float, *, kills: bool = True
 ) -> float:
-    """Three lives of a token, of which a new one ``kills`` the old; the 95th percentile of a command's seconds."""
+    """Three lives of a token; does a new one ``kill`` the old? The 95th percentile of a command's seconds."""
     with (
         Simulator(Script(single_token=kills, token_lifetime=life, expires_in="int")) as gateway,
         fleet(broker.url, prefix, gateway, directory, processes) as workers,
@@ -345,7 +349,7 @@ def broken(worker: WorkerProcess) -> float:
 def test_one_hold(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
     """A throttled answer to one process holds all of them."""
 
-    throttled = Fault(code="4299300", retry_after="5")
+    throttled = Fault(code="4299300", retry_after="8")
     with (
         Simulator(keep_calls=10_000) as gateway,
         fleet(fresh.url, prefix, gateway, tmp_path, 3, WORKER_CONCURRENCY="2") as workers,
@@ -354,12 +358,12 @@ def test_one_hold(fresh: PrivateBroker, prefix: str, tmp_path: Path) -> None:
         gateway.replace(Script(rates=(Rate(1.0, throttled),)))
         producer.publish("one")
         wait_until(
-            lambda: all(worker.metrics()("consumption_paused", reason="throttled") for worker in workers), 4, "all held"
+            lambda: all(worker.metrics()("consumption_paused", reason="throttled") for worker in workers), 6, "all held"
         )
         gateway.replace(Script())
         before = gateway.report().expire_calls
         producer.publish_many(f"t-{number}" for number in range(20))
-        time.sleep(2.0)
+        time.sleep(QUIET)
         assert gateway.report().expire_calls == before
         producer.collect_all(30)
 
@@ -514,7 +518,7 @@ def test_an_operator_pauses_and_resumes(fresh: PrivateBroker, prefix: str, tmp_p
         for worker in workers:
             worker.wait_ready()
             wait_until(partial(told, worker), 20, "told")
-        time.sleep(1.0)
+        time.sleep(QUIET)
         assert gateway.report().expire_calls == 0
 
         wait_until(lambda: members(workers[0]) == 2, 20, "both")
@@ -548,10 +552,10 @@ def test_a_direct_sweep_is_a_member(fresh: PrivateBroker, prefix: str, tmp_path:
         Simulator(keep_calls=10_000) as gateway,
         fleet(fresh.url, prefix, gateway, tmp_path, 1, **settings) as workers,
     ):
+        first = gateway.report().token_calls
         around = {**workers[0].environment(), **settings}  # writes the key anew, and so the worker renews its token
         backlog(fresh.url, prefix, 100)
-        time.sleep(3.0)
-        wait_until(lambda: gateway.report().expire_calls > 5, 20, "calls")
+        wait_until(lambda: gateway.report().token_calls > first and gateway.report().expire_calls > 5, 20, "calls")
         tokens = gateway.report().token_calls
         done = subprocess.run(
             [sys.executable, "-m", "worker", "sweep", str(rows), "--direct", "--state-dir", str(tmp_path / "state")],

@@ -479,7 +479,7 @@ def main() -> None:
         world.run(60.0 * (minute + 1))
     hours = world.now / 3600
     world.calm(25.0)
-    world.check_all_work(within=8.0 * options.members / options.limit if options.limit else 5.0)
+    world.check_all_work(within=4.0 * options.members / options.limit if options.limit else 5.0)
     print(
         f"seed {options.seed}: {hours} h of {options.members} members: {world.events} events, "
         f"{world.total} calls ({world.total / world.now:.2f}/s of {options.limit}), most in a second {world.most}, "

@@ -312,6 +312,22 @@ def test_members_have_their_turns() -> None:
     assert all(0.0 <= slot <= HORIZON + 0.03 for slots in given.values() for slot, _ in slots)
 
 
+def test_a_lanes_turns_do_not_hang_on_the_other_lane() -> None:
+    """A member with many cancellations does not put the sweep of others out of turn."""
+
+    shares = Shares(Slots(100.0))
+    for name in "abcd":
+        shares.need(name).reported({SWEEP: 50}, {})
+    for second in range(60):
+        shares.need("b").wanted[CANCELLATION] = int(second % 3 == 0)
+        shares.give("x", second, second + 0.031)  # one slot
+        for need in shares.needs.values():
+            need.seen = dict(need.given)
+    swept = {name: need.given[SWEEP] for name, need in shares.needs.items()}
+
+    assert max(swept.values()) - min(swept.values()) <= 1
+
+
 def test_a_silent_member_wastes_little() -> None:
     """A member that shows no sign of having seen its slots gets no more than a part of a second's."""
 

@@ -82,7 +82,7 @@ class Shares:
     slots: Slots = field(default_factory=Slots)
     needs: dict[str, Need] = field(default_factory=dict)
     _turn: int = 0
-    _last: str = ""
+    _last: dict[str, str] = field(default_factory=dict)  # by lane: who was served last
 
     def need(self, member: str) -> Need:
         """What the member wants."""
@@ -132,8 +132,9 @@ class Shares:
         if not wanting[lane]:
             return None
         members = sorted(wanting[lane])
-        self._last = next((member for member in members if member > self._last), members[0])
-        return self._last, lane
+        last = self._last.get(lane, "")
+        self._last[lane] = next((member for member in members if member > last), members[0])
+        return self._last[lane], lane
 
 
 @dataclass(slots=True)

@@ -518,7 +518,7 @@ def test_broker_that_is_away_costs_nothing(desk: Desk) -> None:
 
     assert done.returncode == 1
     assert "no broker answers" in done.stderr
-    assert "to go on: qris-expire sweep --follow b --wait; or send it without a broker: --direct" in done.stderr
+    assert "to continue: qris-expire sweep --follow b --wait; or send it without a broker: --direct" in done.stderr
 
 
 def test_topology_of_somebody_else_is_not_touched(desk: Desk, rabbit: Rabbit) -> None:
@@ -711,7 +711,7 @@ def test_sweep_that_dies_twice_loses_nothing_and_sends_nothing_under_two_ids(des
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=30)[1]
     assert process.returncode == 130
-    assert "qris-expire: to go on: qris-expire sweep --follow b --report out.csv\n" in said
+    assert "qris-expire: to continue: qris-expire sweep --follow b --report out.csv\n" in said
     seen = rabbit.consume(tap, rabbit.depth(tap), 30)
     ids = {(json.loads(message.body)["billnumber"], message.properties.message_id) for message in seen}
     assert len(ids) == bills
@@ -1202,7 +1202,7 @@ def test_direct_batch_is_followed_as_it_is_sent(away: Desk) -> None:
         wait_until(lambda: gateway.report().turned_away, 60, "a first call")
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-    unfinished = away("sweep", "--follow", "c")
+    unfinished, status = away("sweep", "--follow", "c"), away("status", "c")
 
     assert (done.returncode, shown.returncode) == (1, 1), shown.stderr
     assert shown.stdout.startswith("nothing was sent: batch b, ")
@@ -1210,6 +1210,7 @@ def test_direct_batch_is_followed_as_it_is_sent(away: Desk) -> None:
     assert (again.returncode, unfinished.returncode) == (2, 2)
     assert "`qris-expire sweep --follow b --direct --retry-unresolved`" in again.stderr
     assert "`qris-expire sweep --follow c --direct`" in unfinished.stderr
+    assert "`qris-expire sweep --follow c --direct`" in status.stdout
 
 
 def test_direct_sweep_sends_unresolved_bills_again_when_asked_for(away: Desk) -> None:
@@ -1281,7 +1282,7 @@ def test_direct_sweep_goes_on_where_it_was(away: Desk, how: signal.Signals) -> N
     assert sum(line["effectUnknown"] == "true" for line in report) == in_doubt
     if how is signal.SIGINT:
         assert (called, in_doubt) == (before, 0)
-        assert "to go on: qris-expire sweep --follow b --direct --report out.csv" in said
+        assert "to continue: qris-expire sweep --follow b --direct --report out.csv" in said
     else:
         assert in_doubt > 0
 

@@ -211,7 +211,7 @@ def _known(path: Path, digest: str) -> bool:
     if facts.digest != digest:
         raise Trouble(
             f"batch {facts.batch.id} was begun with other input ({facts.source}, or another --merchant-id); "
-            f"give another --batch-id, or go on with it: --follow {facts.batch.id}",
+            f"give another --batch-id, or continue it: --follow {facts.batch.id}",
             code=INVALID,
         )
     return True

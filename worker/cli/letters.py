@@ -56,7 +56,7 @@ def tell_redrive(report: Report, order: Order) -> int:
         case Ended.DONE:
             return 0
         case Ended.STOPPED:
-            raise Trouble("stopped; nothing is lost, the same command goes on with the rest", code=INTERRUPTED)
+            raise Trouble("stopped; nothing is lost, the same command continues with the rest", code=INTERRUPTED)
         case Ended.CANARY:
             raise Trouble(
                 f"the canary was bad ({outcomes}); the rest stays, see `dead list` and the gateway, then try again"

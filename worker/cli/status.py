@@ -150,11 +150,11 @@ def _show_one(path: Path) -> None:
             f"`qris-expire sweep --follow {batch} --resume`",
         )
     elif tally.unsent:
-        _fact("state", f"{tally.unsent:,} bills are not sent; go on with `qris-expire sweep --follow {batch}`")
+        _fact("state", f"{tally.unsent:,} bills are not sent; to send them: `qris-expire sweep --follow {batch}{way}`")
     elif facts.inbox or facts.direct:
-        how = " --direct" if facts.direct else ""
         _fact(
-            "state", f"{tally.waiting:,} bills wait for an outcome; `qris-expire sweep --follow {batch}{how}` goes on"
+            "state",
+            f"{tally.waiting:,} bills wait for an outcome; to continue: `qris-expire sweep --follow {batch}{way}`",
         )
     else:
         _fact("state", "published; nobody follows its outcomes")

@@ -79,7 +79,7 @@ def sweep(
     ] = None,
     wait: Annotated[bool, Option("--wait", help="Follow the outcomes until every bill has one.")] = False,
     follow: Annotated[
-        str | None, Option(metavar="BATCH", help="Instead of FILE: go on with a batch that was interrupted.")
+        str | None, Option(metavar="BATCH", help="Instead of FILE: continue a batch that was interrupted.")
     ] = None,
     window: Annotated[
         int | None,
@@ -92,7 +92,7 @@ def sweep(
             help="Instead of FILE: publish nothing more of a batch that is followed, wherever its process runs.",
         ),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Go on with a batch that was stopped.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue a batch that was stopped.")] = False,
     report: Annotated[
         Path | None,
         Option(
@@ -213,7 +213,7 @@ def _check(wish: _Wish) -> None:
     if wish.follow is not None and (
         wish.dry_run or wish.batch_id or wish.merchant_id or wish.skip_invalid or wish.allow_empty
     ):
-        raise Trouble("--follow goes on with a batch as it is; leave out the options about its input", code=INVALID)
+        raise Trouble("--follow continues a batch as it is; leave out the options about its input", code=INVALID)
     if wish.allow_not_found is not None and not 0 <= wish.allow_not_found <= 100:
         raise Trouble("--allow-not-found takes a percentage from 0 to 100", code=INVALID)
     if wish.direct and wish.republish:
@@ -388,7 +388,7 @@ def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: T
     facts, lane = journal.facts, amqp.names.queue("sweep")
     batch, fresh = facts.batch.id, before.unsent - after.unsent
     if facts.stopped:
-        said = f"batch {batch} was stopped by {facts.stopped}; published {plural(fresh, 'bill')}; --resume goes on"
+        said = f"batch {batch} was stopped by {facts.stopped}; published {plural(fresh, 'bill')}; --resume continues it"
     elif fresh:
         said = f"published {plural(fresh, 'bill')} to {lane} as batch {batch}"
     else:
@@ -492,5 +492,5 @@ def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
     sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if wish.direct else 'published'}"
     return [
         f"{sent}, {tally.answered:,} have an outcome; nothing is lost",
-        f"to go on: {shlex.join(again)}{or_else}",
+        f"to continue: {shlex.join(again)}{or_else}",
     ]

@@ -126,6 +126,17 @@ def good(count: int) -> list[str]:
     return [f"good-{number}" for number in range(count)]
 
 
+def test_a_link_that_is_closed_while_it_reconnects(private_broker: PrivateBroker) -> None:
+    """The end of its connection comes after the link was closed for good, and is no error."""
+    with declared(private_broker) as (_, exchange), started(private_broker.url, exchange) as it:
+        it.link.reconnect("the broker is silent")
+        it.link.close()
+        assert not it.link.closed
+        it.turn_until(lambda: it.link.closed, "the connection has ended")
+
+        assert it.connections == 1
+
+
 def test_a_return_is_of_the_message_that_it_brings_back(private_broker: PrivateBroker) -> None:
     """Of two with one id and address the first was routed, and is not confirmed yet, when the second comes back."""
     private_broker.start()

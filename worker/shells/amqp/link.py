@@ -158,7 +158,7 @@ class Link:
         self._closing = True
         if self.up:
             self._hang_up("closed by us")
-        else:
+        elif self._connection is not None and not self._connection.is_closing:
             self._connection = None
 
     def _hang_up(self, reason: str) -> None:
@@ -189,8 +189,8 @@ class Link:
             self._on_refused(reason, cure(error))
         self._retry(reason)
 
-    def _lost(self, _connection: Any, error: BaseException) -> None:
-        reason = self._connection.complaint or describe(error)
+    def _lost(self, connection: Any, error: BaseException) -> None:
+        reason = connection.complaint or describe(error)
         self._connection = None
         self.blocked = False
         self.trouble = self.trouble or reason

@@ -859,7 +859,13 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def echo(self) -> None:
         term, number = self.numbers.pop(0)
-        self.one.received(self.now, Letter("a", "client", Beat(term, number, 0.0)))
+        self.one.received(self.now, Letter(self.one.me, "client", Beat(term, number, 0.0)))
+        self.look()
+
+    @precondition(lambda self: not self.joined)
+    @rule()
+    def rename(self) -> None:
+        self.one.rename(f"{self.one.me}.2")
         self.look()
 
     @precondition(lambda self: self.joined)
@@ -942,7 +948,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def few_probes(self) -> None:
-        assert all(self.one.probes(lane, self.now) <= 3 or self.one.terms.leader not in (None, "a") for lane in LANES)
+        assert all(
+            self.one.probes(lane, self.now) <= 3 or self.one.terms.leader not in (None, self.one.me) for lane in LANES
+        )
 
     @invariant()
     def a_lease_needs_an_echo(self) -> None:

@@ -190,6 +190,11 @@ class Member:
         self.terms.joined(now)
         self.own.say(None, Hello(self.own.rules.limit))
 
+    def rename(self, me: str) -> None:
+        """Another name, before we join: the queue of the old one is still at the broker. To the others we are new."""
+        self.leader.peers[me] = self.leader.peers.pop(self.me)
+        self.me = self.terms.me = self.own.me = me
+
     def lost(self, now: float) -> None:
         """The connection is gone."""
         self.terms.lost()

@@ -20,6 +20,7 @@ from worker.app.fleet import Fleet
 from worker.core import jakarta
 from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, encode, newest
 from worker.core.topology import Names, QueueType, fleet_topology
+from worker.shells.amqp.consumer import LOCKED
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.fibers import Fibers
@@ -71,6 +72,7 @@ class FleetLink:
         self._connection: Any = None
         self._channel: Any = None
         self._joined = False
+        self._name, self._names_used = fleet.me, 1
         self._link = Link(
             "fleet",
             fibers.loop,
@@ -274,6 +276,10 @@ class FleetLink:
 
     def _closed(self, channel: Any, reason: Any) -> None:
         if channel is self._channel or self._channel is None:
+            if getattr(reason, "reply_code", None) == LOCKED:
+                # Since 4.3 the queue of a lost connection stays as long as the node of that connection is down.
+                self._names_used += 1
+                self._fleet.member.rename(f"{self._name}.{self._names_used}")
             self._link.reconnect(f"the fleet's channel was closed: {getattr(reason, 'reply_text', reason)}")
 
     def _came(self, _channel: Any, _method: Any, properties: Any, body: bytes) -> None:

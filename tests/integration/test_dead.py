@@ -163,7 +163,9 @@ def audit(errors: str, event: str = "dead.redrive") -> dict[str, Any]:
 
 
 def redrive(desk: Desk, parked: ParkedLetters, stop: Callable[[], int] = lambda: 0, **order: Any) -> Redrive:
-    run = Redrive(parked, desk.names, Order(**order), clock=_Clock(), hop=lambda: "h", stop=stop, show=lambda *_: None)
+    run = Redrive(
+        parked, desk.names, Order(**order), clock=_Clock(), copy_id=lambda: "h", stop=stop, show=lambda *_: None
+    )
     run.run()
     return run
 

@@ -104,7 +104,9 @@ class FakeParked:
 
 def redrive(parked: FakeParked, stop: Callable[[], int] = lambda: 0, **order: Any) -> Report:
     """A whole redrive."""
-    run = Redrive(parked, NAMES, Order(**order), clock=parked.clock, hop=lambda: "h", stop=stop, show=lambda *_: None)
+    run = Redrive(
+        parked, NAMES, Order(**order), clock=parked.clock, copy_id=lambda: "h", stop=stop, show=lambda *_: None
+    )
     return run.run()
 
 

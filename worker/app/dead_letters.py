@@ -229,7 +229,7 @@ class Report:
 
 
 class Redrive:
-    """One redrive. ``hop`` gives each message that is brought back a new copy id. ``each`` sees every match, once."""
+    """One redrive. ``copy_id`` makes a new copy id for each message that is brought back. ``each`` sees every match."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class Redrive:
         order: Order,
         *,
         clock: Clock,
-        hop: Callable[[], str],
+        copy_id: Callable[[], str],
         stop: Stop,
         show: Show,
         each: Callable[[DeadLetter], None] = lambda _: None,
@@ -247,7 +247,7 @@ class Redrive:
         self._names = names
         self._order = order
         self._clock = clock
-        self._hop = hop
+        self._copy_id = copy_id
         self._stop = stop
         self._show = show
         self._each = each
@@ -339,7 +339,7 @@ class Redrive:
             if not self._may_go() or self._clock.monotonic() > give_back_at:
                 self._left_out = True
                 break
-            again = redriven(self._names, letter, held.parcel, self._hop(), self._clock.epoch())
+            again = redriven(self._names, letter, held.parcel, self._copy_id(), self._clock.epoch())
             if not self._parked.publish(again, held.number):
                 self.report.without_lane += 1
                 continue

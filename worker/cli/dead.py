@@ -222,7 +222,7 @@ def redrive(
             amqp.names,
             order,
             clock=SystemClock(),
-            hop=lambda: uuid.uuid4().hex,
+            copy_id=lambda: uuid.uuid4().hex,
             stop=signals.received,
             show=progress.show,
             each=census.add,

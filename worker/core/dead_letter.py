@@ -147,11 +147,11 @@ def read(names: Names, parcel: Parcel) -> DeadLetter:
     )
 
 
-def redriven(names: Names, letter: DeadLetter, parcel: Parcel, hop: str, now: float) -> Message:
+def redriven(names: Names, letter: DeadLetter, parcel: Parcel, copy_id: str, now: float) -> Message:
     """The command back to its lane with a fresh start: no attempts, rounds or external ids, nothing of its death. It is
     dated ``now`` (seconds since the epoch): its age counts from the redrive.
 
-    ``hop`` must be new. Without it, a worker that still remembers having settled the parked message would take a
+    ``copy_id`` must be new. Without it, a worker that still remembers having settled the parked message would take a
     redelivery of this one for that, and ack it unseen. Raises `ValueError` where no lane is known.
     """
     if letter.lane is None:
@@ -163,7 +163,7 @@ def redriven(names: Names, letter: DeadLetter, parcel: Parcel, hop: str, now: fl
     properties["timestamp"] = int(now)
     carried = {name: value for name, value in properties.items() if value is not None}
     return Message(
-        names.commands, letter.lane, parcel.body, {**carried, "delivery_mode": 2, "headers": {**kept, COPY_ID: hop}}
+        names.commands, letter.lane, parcel.body, {**carried, "delivery_mode": 2, "headers": {**kept, COPY_ID: copy_id}}
     )
 
 

@@ -1185,6 +1185,26 @@ def test_direct_sweep_needs_no_broker(away: Desk) -> None:
     assert (attempts["00000001"], attempts["00000003"], attempts["00000004"]) == (1, 5, 8)
 
 
+def test_direct_sweep_says_why_it_is_not_in_the_fleet(desk: Desk, declared: Rabbit) -> None:
+    """Its progress names what is wrong with the fleet's queue at the broker."""
+
+    orders = f"{desk.names.prefix}.fleet.orders"
+    declared.delete_queue(orders)
+    declared.declare_queue(orders, "classic", max_length=7)
+    with (
+        Simulator() as gateway,
+        desk.calling("sweep", desk.file(3), "--direct", "--batch-id", "b", **direct(desk, gateway)) as process,
+    ):
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "not in the fleet of the workers: " in said:
+                break
+
+    assert f"topology: queue {orders}: PRECONDITION_FAILED" in said
+
+
 def test_direct_batch_is_followed_as_it_is_sent(away: Desk) -> None:
     """Without --direct an unfinished one is refused, with the command that continues it; of a finished one the table is
     shown, and its unresolved bill is no success."""

@@ -13,6 +13,8 @@ from worker.cli import INVALID, Trouble
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended
+    from worker.cli.meter import Meter
+    from worker.core.sweep import Standing
     from worker.settings import Settings
     from worker.shells.fibers import Fibers
     from worker.shells.journal import Journal
@@ -35,7 +37,7 @@ def send(journal: Journal, settings: Settings) -> Ended:
         client = Client(settings, share=1.0)
     except CredentialsError as error:
         raise Trouble(str(error), code=INVALID) from None
-    with _turning(client.fibers) as loop, _in_the_fleet(client, settings):
+    with _turning(client.fibers) as loop, _in_the_fleet(client, settings) as fleet:
         _check_credentials(client)
         journal.direct(journal.facts.published + WINDOW)
         signals.install()
@@ -48,7 +50,7 @@ def send(journal: Journal, settings: Settings) -> Ended:
                 drain_seconds=settings.worker.drain_seconds,
                 stop=signals.received,
                 chores=_chores(client, loop),
-                screen=meter,
+                screen=_Screen(meter, fleet),
                 clock=client.clock,
             )
             client.pool(direct.finish).start()
@@ -70,11 +72,25 @@ def _turning(fibers: Fibers) -> Iterator[threading.Thread]:
         over.set()
 
 
+class _Screen:
+    """The meter, which also says why this sweep is not in the fleet; ``fleet`` is empty while it is."""
+
+    def __init__(self, meter: Meter, fleet: Callable[[], str]) -> None:
+        self._meter = meter
+        self._fleet = fleet
+
+    def show(self, standing: Standing, trouble: str) -> None:
+        """See `Screen`."""
+        outside = self._fleet()
+        self._meter.show(standing, trouble or (f"not in the fleet of the workers: {outside}" if outside else ""))
+
+
 @contextmanager
-def _in_the_fleet(client: Client, settings: Settings) -> Iterator[None]:
+def _in_the_fleet(client: Client, settings: Settings) -> Iterator[Callable[[], str]]:
     """Wherever the broker is there, this sweep is a member of its workers' fleet: their rate, holds, breaker and token
-    are its own. Without a broker it has the gateway for itself, and says so. Raises `Trouble` where a broker refuses
-    us, and a rate limit that counts for all could not be kept."""
+    are its own. Without a broker it has the gateway for itself, and says so. Yields what says why it is not in the
+    fleet, empty while it is. Raises `Trouble` where a broker refuses us, and a rate limit that counts for all could
+    not be kept."""
     from worker.cli.screen import note
     from worker.shells.amqp.session import BrokerError, BrokerUnreachable, connect
 
@@ -88,12 +104,12 @@ def _in_the_fleet(client: Client, settings: Settings) -> Iterator[None]:
             ) from None
         own = f"; it keeps the limit of {limit:g} calls/s for itself" if limit else ""
         note(f"{error}; without the broker this sweep shares no rate limit and no token with workers{own}")
-        yield
+        yield lambda: ""
         return
     link = client.join(settings.amqp)
     link.start()
     try:
-        yield
+        yield lambda: link.trouble
     finally:
         client.fibers.ask(link.close).result()
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from rich.console import Console
 
+from worker.sandbox.broker import free_port
 from worker.sandbox.demo import FAULTS, FOREIGN, HOME, LONGEST, SETTINGS, DemoError, fact, seen_by_gateway
 from worker.sandbox.simulator import Script, Simulator
 
@@ -58,6 +59,8 @@ def _sweep(directory: Path, simulator: Simulator) -> int:
         **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
         **SETTINGS,
         **simulator.environment(directory / "client-key.pem"),
+        # A sweep joins the fleet of the broker that it finds; the demo must find none.
+        "AMQP_URL": f"amqp://127.0.0.1:{free_port()}/",
         # From a checkout that is not installed, the child would not find its own package.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
     }

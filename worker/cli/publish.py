@@ -145,22 +145,22 @@ def _inbox(channel: Any, names: Names, lane: str) -> str:
 
 
 def _publish(channel: Any, names: Names, order: _Order) -> None:
-    import pika
-    from pika.exceptions import NackError, UnroutableError
+    from worker.core.delivery import Message
+    from worker.shells.amqp.session import NotTaken, Unroutable, publish
 
-    properties = pika.BasicProperties(
-        content_type="application/json",
-        delivery_mode=pika.DeliveryMode.Persistent.value,
-        message_id=order.command_id,
-        timestamp=int(time.time()),
-    )
+    properties = {
+        "content_type": "application/json",
+        "delivery_mode": 2,
+        "message_id": order.command_id,
+        "timestamp": int(time.time()),
+    }
     try:
-        channel.basic_publish(names.commands, order.lane, order.body, properties, mandatory=True)
-    except UnroutableError:
+        publish(channel, Message(names.commands, order.lane, order.body, properties))
+    except Unroutable:
         raise Trouble(
             f"no queue is bound to {names.commands} for {order.lane}; run `qris-expire topology --apply`"
         ) from None
-    except NackError:
+    except NotTaken:
         raise Trouble(f"{names.queue(order.lane)} does not take the command now; try again later") from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -226,11 +226,9 @@ def _letters(amqp: AmqpSettings, batch: str) -> frozenset[str]:
 def _depths(amqp: AmqpSettings, batch: str) -> tuple[str, int | None]:
     """What waits in the queues that matter, in one line, or why that is unknown; and the number of dead letters, None
     where the broker does not tell."""
-    from pika.exceptions import ChannelClosed
-
     from worker.core.lanes import SWEEP
     from worker.core.sweep import inbox_name
-    from worker.shells.amqp.session import BrokerError, session
+    from worker.shells.amqp.session import BrokerError, depth, session
 
     names = amqp.names
     queues = {
@@ -242,8 +240,9 @@ def _depths(amqp: AmqpSettings, batch: str) -> tuple[str, int | None]:
     try:
         with session(amqp, "status") as connection:
             for queue in queues:
-                with suppress(ChannelClosed):
-                    depths[queue] = connection.channel().queue_declare(queue, passive=True).method.message_count
+                found = depth(connection, queue)
+                if found is not None:
+                    depths[queue] = found
     except BrokerError as error:
         return str(error), None
     shown = [f"{plural(count, queues[queue])} in {queue}" for queue, count in depths.items()]

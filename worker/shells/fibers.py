@@ -31,7 +31,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
@@ -154,8 +153,11 @@ class Fibers:
         armed = [getcurrent()]
 
         def resume() -> None:
-            with suppress(IndexError):  # not looked at first: two threads may call at the same moment
-                self.soon(partial(armed.pop().switch, True))
+            try:
+                fiber = armed.pop()  # not looked at first: two threads may call at the same moment
+            except IndexError:
+                return
+            self.soon(partial(fiber.switch, True))
 
         return resume
 

@@ -92,10 +92,9 @@ def _signed(render: Render, process: str) -> Render:
 
 def json_line(level: str, event: MutableMapping[str, Any]) -> str:
     """One JSON object without line breaks: timestamp in ``+07:00``, level, event, and the rest as given."""
-    line = {"timestamp": _clock(), "level": level, "event": event.pop("event", "")}
     if "exc_info" in event:
         _add_exception(event)
-    line.update(event)
+    line = {"timestamp": _clock(), "level": level, "event": event.pop("event", ""), **event}
     try:
         return _encode(line)
     except (TypeError, ValueError, RecursionError):  # NaN, a cycle, keys of another type
@@ -240,7 +239,7 @@ class _Foreign(logging.Handler):
             self.handleError(record)
 
 
-_encoder = json.JSONEncoder(separators=(",", ":"), default=str, allow_nan=False, check_circular=True)
+_encoder = json.JSONEncoder(separators=(",", ":"), default=str, allow_nan=False, check_circular=False)
 _encode = _encoder.encode
 _second = (0, "")
 

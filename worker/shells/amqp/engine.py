@@ -97,7 +97,11 @@ class Plan:
 
 
 class Engine:
-    """Deliveries in, acks out. An ack is sent for one reason only: everything that settles it is confirmed."""
+    """Deliveries in, acks out. An ack is sent for one reason only: everything that settles it is confirmed.
+
+    It makes its consumer, publisher and links itself and is not handed them: whatever they notice is a call of a method
+    here, so neither could be made before the other, and nobody else has a use for them.
+    """
 
     def __init__(
         self,

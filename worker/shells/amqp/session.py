@@ -24,10 +24,13 @@ from pika.exceptions import (
     ChannelClosed,
     ConnectionBlockedTimeout,
     ConnectionClosedByBroker,
+    NackError,
     NoFreeChannels,
+    UnroutableError,
 )
 
 from worker import __version__
+from worker.core.delivery import Message
 from worker.core.topology import Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.errors import NO_PLAIN, limit, reason, refusal, remedy
@@ -137,6 +140,34 @@ def session(amqp: AmqpSettings, role: str = "tool") -> Iterator[pika.BlockingCon
     finally:
         with suppress(AMQPError):
             connection.close()
+
+
+class Unroutable(Exception):
+    """No queue is bound for a message."""
+
+
+class NotTaken(Exception):
+    """A queue does not take a message now."""
+
+
+def publish(channel: Any, message: Message) -> None:
+    """Publishes on a channel with confirms, and returns when the broker has the message. Raises `Unroutable` or
+    `NotTaken`."""
+    properties = pika.BasicProperties(**message.properties)
+    try:
+        channel.basic_publish(message.exchange, message.routing_key, message.body, properties, mandatory=True)
+    except UnroutableError:
+        raise Unroutable from None
+    except NackError:
+        raise NotTaken from None
+
+
+def depth(connection: pika.BlockingConnection, queue: str) -> int | None:
+    """How many messages wait in the queue; None when there is no such queue, or we may not look."""
+    try:
+        return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
+    except ChannelClosed:
+        return None
 
 
 def apply(connection: pika.BlockingConnection, topology: Topology) -> None:

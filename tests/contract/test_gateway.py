@@ -448,6 +448,19 @@ class Rotated:
         return self._contexts[-1]
 
 
+def test_a_call_that_may_not_begin_any_more_is_none(client_for: Build) -> None:
+    """The gateway sees nothing of it, and the connection is there for the next one."""
+    with serving(always(answer(b"{}"))) as server:
+        client = client_for(base_of(server))
+        late = client.send(signed(), until=time.monotonic())
+        sent = client.send(signed())
+
+    assert isinstance(late, NoReply)
+    assert (late.sent, late.late) == (False, True)
+    assert isinstance(sent, Reply)
+    assert (len(server.requests), server.connections) == (1, 1)
+
+
 def test_a_rotated_authority_takes_effect_with_the_next_call(client_for: Build, tmp_path: Path) -> None:
     """A new context means a new connection, and the old one is closed; the same context keeps it."""
     ours, theirs = Authority("ours", tmp_path), Authority("theirs", tmp_path)

@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from tests.waiting import wait_until
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, ScriptError, Simulator, own_key
 from worker.sandbox.simulator.checks import hmac_signed, rsa_signed, string_to_sign
+from worker.sandbox.simulator.server import Server
 
 SIGN_PATH = "/qr/qr-mpm-expire-billnumber"
 
@@ -731,6 +732,26 @@ def test_the_report_adds_up() -> None:
     assert report.first_call_at is not None
     assert report.last_call_at is not None
     assert report.first_call_at <= report.last_call_at <= time.time()
+
+
+def test_a_call_is_stamped_when_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the simulator finds time to read it."""
+
+    accept, late = Server.process_request, 1.0
+
+    def slowly(server: Server, request: Any, address: Any) -> None:
+        time.sleep(late)  # the call lies in the socket meanwhile
+        accept(server, request, address)
+
+    with gateway() as (simulator, partner):
+        partner.expire("B1")
+        monkeypatch.setattr(Server, "process_request", slowly)
+        partner.session.close()
+        began = time.time()
+        partner.expire("B2")
+        call = simulator.report().calls[-1]
+
+    assert began <= call.at < began + late
 
 
 def test_the_report_over_http(partner: Partner) -> None:

@@ -37,7 +37,7 @@ class Unavailable(Exception):
 def find_tools() -> None:
     """buildah and podman, installed where we may. Raises `Unavailable`."""
     missing = [tool for tool in ("buildah", "podman", "runc") if shutil.which(tool) is None]
-    if missing and shutil.which("apt-get") and os.geteuid() == 0:
+    if missing and may_install():
         packages = ("buildah", "podman", "runc", "conmon", "uidmap", "mmdebstrap")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         waiting = ("-o", "DPkg::Lock::Timeout=120")
@@ -46,6 +46,11 @@ def find_tools() -> None:
         missing = [tool for tool in missing if shutil.which(tool) is None]
     if missing:
         raise Unavailable(f"{' and '.join(missing)} not here; install buildah, podman and runc")
+
+
+def may_install() -> bool:
+    """Whether `find_tools` may install them: as root, where there is apt."""
+    return shutil.which("apt-get") is not None and os.geteuid() == 0
 
 
 def find_base() -> str:

@@ -251,6 +251,7 @@ def test_a_backlog_of_undated_commands(worker: Worker) -> None:
     assert "WORKER_CONCURRENCY" in found.action
     assert [other.key for other in found.others] == ["undated"]
     assert "have no timestamp" in found.others[0].text
+    assert "of their first delivery. But 3,582" in found.text
 
 
 def test_the_backlog_is_judged_by_what_the_whole_fleet_does(worker: Worker) -> None:

@@ -207,7 +207,9 @@ def _waited(situation: Situation) -> str:
     ages = situation.change.histogram("command_age_seconds") if situation.change else None
     if ages is None or not ages.count:
         return ""
-    return f", 95 % done within {_quantile(ages.buckets, ages.quantile(0.95))} of their publication"
+    # How long an undated command waited in the queue is unknown.
+    since = "first delivery" if situation.gained("commands_undated_total") else "publication"
+    return f", 95 % done within {_quantile(ages.buckets, ages.quantile(0.95))} of their {since}"
 
 
 def _quantile(buckets: Sequence[tuple[float, float]], value: float | None) -> str:

@@ -76,7 +76,7 @@ CHILD = """
         metrics = Metrics("1")
         for _ in range(5):
             metrics.received("sweep")
-        metrics.in_hand("sweep", 1)
+        metrics.in_hand = {"cancellation": 0, "sweep": 1}.__getitem__
         metrics.broker_connected(True)
 
         class Source:

@@ -572,7 +572,7 @@ WAITS: dict[str, tuple[dict[str, str], str, str]] = {
     "undeclared": (
         {"AMQP_DECLARE": "false", "AMQP_PREFIX": "another"},
         "broker.waiting",
-        "no exchange 'another.dead' in vhost '/'; run `qris-expire topology --apply`, or tell its owner",
+        "' in vhost '/'; run `qris-expire topology --apply`, or tell its owner",  # of whichever connection looks first
     ),
     "no TLS": (
         {"AMQP_URL": "amqps://guest:{password}@127.0.0.1:{plain}/"},

@@ -117,6 +117,7 @@ def test_few_channels(tmp_path: Path, most: str, works: bool) -> None:
     ):
         if works:
             worker.wait_ready()
+            assert worker.events("broker.waiting") == []
         else:
             (said, *_) = worker.wait_for(lambda: worker.events("broker.waiting"), 30, "it waits")
             assert "allows only 1 channels to a connection; raise its channel_max" in said["reason"]

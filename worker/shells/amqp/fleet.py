@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Protocol
@@ -72,6 +73,7 @@ class FleetLink:
         self._connection: Any = None
         self._channel: Any = None
         self._joined = False
+        self._errands: deque[Callable[[Any], None]] = deque()  # the first one is under way
         self._name, self._names_used = fleet.me, 1
         self._link = Link(
             "fleet",
@@ -150,7 +152,7 @@ class FleetLink:
             callback = self._guard(declared, channel)
             channel.queue_declare(queue, exclusive=True, auto_delete=False, callback=callback)
 
-        self._open(opened)
+        self._errand(opened)
 
     def unlock(self, term: int) -> None:
         """See `Wire`."""
@@ -200,7 +202,7 @@ class FleetLink:
             channel.add_on_close_callback(self._guard(closed))
             look()
 
-        self._open(opened)
+        self._errand(opened)
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -244,6 +246,26 @@ class FleetLink:
         if self._connection is not None and self._connection.is_open:
             self._connection.channel(on_open_callback=self._guard(lambda channel: self._guard(then, channel)(channel)))
 
+    def _errand(self, work: Callable[[Any], None]) -> None:
+        """Does this on a channel of its own, which it has to close. One errand follows the other, since a broker may
+        allow no more than two channels to a connection."""
+        if self._connection is not None:
+            self._errands.append(work)
+            if len(self._errands) == 1:
+                self._open(self._begin_errand)
+
+    def _begin_errand(self, channel: Any) -> None:
+        over = partial(self._end_errand, channel.connection)
+        # One turn later, since pika forgets a channel only after it has told that it is closed.
+        channel.add_on_close_callback(self._guard(lambda *_: self._fibers.soon(over)))
+        self._errands[0](channel)
+
+    def _end_errand(self, connection: Any) -> None:
+        if connection is self._connection:
+            self._errands.popleft()
+            if self._errands:
+                self._open(self._begin_errand)
+
     def _opened(self, channel: Any) -> None:
         inbox = self._names.member(self._fleet.member.me)
         channel.add_on_close_callback(self._guard(self._closed))
@@ -270,6 +292,7 @@ class FleetLink:
 
     def _down(self, _reason: str) -> None:
         self._connection = self._channel = None
+        self._errands.clear()
         if self._joined:
             self._joined = False
             self._fleet.lost()

@@ -65,6 +65,10 @@ class Times(NamedTuple):
         return (later.busy - self.busy) / whole, (later.stolen - self.stolen) / whole
 
 
+LOOK = 1.0
+"""Seconds over which one look measures what others use."""
+
+
 class Patience:
     """How long the program may still wait for a quiet machine, in seconds, over all runs.
 
@@ -78,11 +82,11 @@ class Patience:
         """Look for a second at a time until it is quiet; the share of the machine that others used last."""
         while True:
             before = Times.now()
-            time.sleep(1.0)
+            time.sleep(LOOK)
             used = sum(before.shares(Times.now()))
             if used <= QUIET or self._left <= 0:
                 return used
-            self._left -= 1.0
+            self._left -= LOOK
 
 
 def load_average() -> float:

@@ -1,6 +1,5 @@
 """Private brokers start anywhere, keep their data, and leave nothing behind."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,14 +9,19 @@ import pika.exceptions
 import pytest
 
 from tests.brokers import INSTALLER, VERSIONS, PrivateBroker, PrivateCluster
-from tests.conftest import running
+from tests.conftest import in_ci, running
 from tests.rabbit import Rabbit, by_way_of, new_prefix
 from tests.waiting import wait_until
 from worker.sandbox.broker import Answer, BrokerUnavailable, answers, find_server, free_port, install
 
-needs_binaries = pytest.mark.skipif(
-    find_server() is None and not os.environ.get("CI"), reason="RabbitMQ is not installed"
-)
+
+@pytest.fixture
+def binaries() -> None:
+    """RabbitMQ is installed; without it a test is skipped, loudly, and fails in CI."""
+    if find_server() is None:
+        give_up = pytest.fail if in_ci() else pytest.skip
+        give_up("RabbitMQ is not installed")
+
 
 ORPHAN_MAKER = """
 import sys, threading, time
@@ -160,7 +164,7 @@ def test_ctl_reaches_this_node_only(private_broker: PrivateBroker) -> None:
         private_broker.ctl("eval", "1 = 2.")
 
 
-@needs_binaries
+@pytest.mark.usefixtures("binaries")
 def test_taken_port_is_refused(tmp_path: Path) -> None:
     """A port that was asked for and is taken is an error that names it, and nothing starts."""
 
@@ -173,7 +177,7 @@ def test_taken_port_is_refused(tmp_path: Path) -> None:
     assert not processes_of(tmp_path)
 
 
-@needs_binaries
+@pytest.mark.usefixtures("binaries")
 def test_killed_parent_leaves_no_process(tmp_path: Path) -> None:
     """SIGKILL of whoever started a broker ends the broker; the end of the thread that did so does not."""
 
@@ -191,7 +195,7 @@ def test_killed_parent_leaves_no_process(tmp_path: Path) -> None:
     assert not is_alive(broker)
 
 
-@needs_binaries
+@pytest.mark.usefixtures("binaries")
 def test_close_leaves_no_directory() -> None:
     """A broker that was closed while it booted has left neither process nor temporary directory."""
 

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -460,19 +461,19 @@ def test_no_secret_on_the_wire(fresh: PrivateBroker, prefix: str, tmp_path: Path
         Producer(fresh.url, prefix) as producer,
     ):
         secret = workers[0].environment()["GATEWAY_CLIENT_SECRET"].encode()
-        tokens = set(gateway.books.tokens())
-        for number in range(40):
-            producer.publish(f"w-{number}")
-            tokens |= set(gateway.books.tokens())
-            time.sleep(0.2)
+        tokens, numbers = set[str](), count()
+
+        def handed_over() -> bool:
+            producer.publish(f"w-{next(numbers)}")
+            tokens.update(gateway.books.tokens())
+            return len(tokens) >= 3 and bytes(recorder.seen).count(b"tokengiven") >= 2
+
+        wait_until(handed_over, 60, "a token was renewed twice, and handed over twice")
         producer.collect_all(30)
         seen = bytes(recorder.seen)
-        said = seen.count(b"tokengiven")
     recorder.close()
 
-    assert gateway.report().token_calls <= 6
-    assert said >= 2
-    assert len(tokens) >= 2
+    assert gateway.report().token_calls <= len(tokens) + 2
     assert secret not in seen
     assert not [token for token in tokens if token.encode() in seen]
 

@@ -56,7 +56,7 @@ OUTCOME = Validator(outcome_schema())
 def test_shipped_document_is_what_the_code_says(document: str) -> None:
     """The files of the package are made from the code as it is."""
 
-    assert (SHIPPED / FILES[document]).read_text() == documents(PREFIX)[document], REFRESH  # type: ignore[index]
+    assert (SHIPPED / FILES[document]).read_text() == documents(PREFIX)[document], REFRESH
 
 
 @pytest.mark.parametrize("schema", [command_schema(), outcome_schema()], ids=["command", "outcome"])

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,22 +11,24 @@ import pytest
 from worker import cli
 from worker.cli.command_line import Argument, Call, Documents, Group, Option, Shown, UsageError, read
 
+COLOURS = ("red", "dark-blue")
 
-class Colour(StrEnum):
-    """Some words."""
 
-    RED = "red"
-    DARK_BLUE = "dark-blue"
+@dataclass(frozen=True)
+class Way:
+    """Options that belong together."""
+
+    dry_run: Annotated[bool, Option(help="Only say so.")] = False
+    only: Annotated[list[str] | None, Option(choices=COLOURS, help="May be repeated.")] = None
 
 
 def paint(
     wall: Annotated[str, Argument(help="Which wall.")],
-    colour: Annotated[Colour, Argument(help="Its colour.")] = Colour.RED,
+    colour: Annotated[str, Argument(choices=COLOURS, help="Its colour.")] = "red",
     coats: Annotated[int, Option(help="How often.", min=1, max=9)] = 2,
     share: Annotated[float | None, Option(help="Of the wall.", min=0)] = None,
     report: Annotated[Path | None, Option("--report", "-r", help="Where to write.", metavar="OUT.csv")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only say so.")] = False,
-    only: Annotated[list[Colour] | None, Option("--only", help="May be repeated.")] = None,
+    way: Way = Way(),
 ) -> None:
     """Paints a wall: all of it. Dries by itself.
 
@@ -59,12 +61,11 @@ def test_what_is_left_out_has_its_default() -> None:
 
     assert parsed("north") == {
         "wall": "north",
-        "colour": Colour.RED,
+        "colour": "red",
         "coats": 2,
         "share": None,
         "report": None,
-        "dry_run": False,
-        "only": None,
+        "way": Way(),
     }
 
 
@@ -76,12 +77,11 @@ def test_everything_can_be_given_in_any_order() -> None:
 
     assert found == {
         "wall": "north",
-        "colour": Colour.DARK_BLUE,
+        "colour": "dark-blue",
         "coats": 3,
         "share": 0.5,
         "report": Path("o.csv"),
-        "dry_run": True,
-        "only": [Colour.RED, Colour.DARK_BLUE],
+        "way": Way(dry_run=True, only=["red", "dark-blue"]),
     }
 
 

@@ -1,7 +1,8 @@
 """Command lines: declared by the signatures of functions, read by argparse, explained by the functions' docstrings.
 
 A command is a function. Each parameter is `Annotated` with an `Option` or an `Argument`, and what has a default may be
-left out. A `Group` is a command that has commands of its own.
+left out. Options that belong together are the fields of a dataclass, which is one parameter then. A `Group` is a
+command that has commands of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -40,32 +40,33 @@ class Shown(Exception):
     """Help was asked for; the text is to be printed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """A word of the command line without a name."""
-
-    help: str
-    metavar: str | None = None
-
-
-@dataclass(frozen=True, slots=True, init=False)
 class Option:
     """A named value, or with ``bool`` a switch. Without ``names`` it is called like its parameter.
 
-    ``min`` and ``max`` bound a number, both included.
+    ``choices``: the words that it may be, if there are only these. ``min`` and ``max`` bound a number, both included.
     """
 
-    names: tuple[str, ...]
-    help: str
-    metavar: str | None
-    min: float
-    max: float
-
     def __init__(
-        self, *names: str, help: str, metavar: str | None = None, min: float = -math.inf, max: float = math.inf
+        self,
+        *names: str,
+        help: str,
+        metavar: str | None = None,
+        choices: Sequence[str] = (),
+        min: float = -math.inf,
+        max: float = math.inf,
     ) -> None:
-        for name, value in {"names": names, "help": help, "metavar": metavar, "min": min, "max": max}.items():
-            object.__setattr__(self, name, value)
+        self.names, self.help, self.metavar, self.choices = names, help, metavar, choices
+        self.min, self.max = min, max
+
+    def bounds(self) -> str:
+        """The bounds of a number in words; empty where there are none."""
+        if math.isinf(self.max):
+            return "" if math.isinf(self.min) else f" of at least {self.min:g}"
+        return f" from {self.min:g} to {self.max:g}"
+
+
+class Argument(Option):
+    """A word of the command line without a name."""
 
 
 @dataclass(slots=True)
@@ -138,11 +139,15 @@ class _Parameter:
     """One parameter of a command. ``kind`` is the type of one value; ``several``: it may be given again and again."""
 
     name: str
-    declared: Option | Argument
+    declared: Option
     kind: Any
     several: bool
     default: Any
     required: bool
+
+    @property
+    def named(self) -> bool:
+        return not isinstance(self.declared, Argument)
 
     @property
     def switch(self) -> bool:
@@ -150,61 +155,64 @@ class _Parameter:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        assert isinstance(self.declared, Option)
         return self.declared.names or (f"--{self.name.replace('_', '-')}",)
 
     @property
     def metavar(self) -> str:
         if self.declared.metavar:
             return self.declared.metavar
-        if isinstance(self.declared, Argument):
+        if not self.named:
             return self.name.upper().replace("_", "-")
-        if issubclass(self.kind, StrEnum):
-            return "|".join(self.kind)
-        return {int: "N", float: "NUMBER", Path: "FILE"}.get(self.kind, "TEXT")
+        return "|".join(self.declared.choices) or {int: "N", float: "NUMBER", Path: "FILE"}.get(self.kind, "TEXT")
 
     def value(self, text: str) -> Any:
         """Raises `argparse.ArgumentTypeError` with a text for people."""
-        if issubclass(self.kind, StrEnum):
-            if text not in list(self.kind):
-                raise argparse.ArgumentTypeError(f"must be one of {', '.join(self.kind)}")
-            return self.kind(text)
+        choices = self.declared.choices
+        if choices and text not in choices:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}")
         if self.kind not in KINDS:
             return self.kind(text)
         try:
             number = self.kind(text)
-            fits = not isinstance(self.declared, Option) or self.declared.min <= number <= self.declared.max
+            fits = self.declared.min <= number <= self.declared.max and math.isfinite(number)
         except ValueError:
             fits = False
-        if not fits or not math.isfinite(number):
-            raise argparse.ArgumentTypeError(f"must be {KINDS[self.kind]}{_bounds(self.declared)}")
+        if not fits:
+            raise argparse.ArgumentTypeError(f"must be {KINDS[self.kind]}{self.declared.bounds()}")
         return number
 
 
-def _bounds(declared: Option | Argument) -> str:
-    if isinstance(declared, Argument) or (math.isinf(declared.min) and math.isinf(declared.max)):
-        return ""
-    if math.isinf(declared.max):
-        return f" of at least {declared.min:g}"
-    return f" from {declared.min:g} to {declared.max:g}"
+def _declared(function: Function) -> Iterator[tuple[str, Any, Any]]:
+    """Name, hint and default of each parameter; the default is `inspect.Parameter.empty` where it must be given."""
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        yield name, hints[name], parameter.default
+
+
+def _several_options(annotated: Any) -> bool:
+    return is_dataclass(annotated)
 
 
 def _parameters(function: Function) -> Iterator[_Parameter]:
-    hints = get_type_hints(function, include_extras=True)
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint, declared = get_args(hints[name])
+    for name, annotated, default in _declared(function):
+        if _several_options(annotated):
+            yield from _parameters(annotated)
+            continue
+        hint, declared = get_args(annotated)
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         kind = next(each for each in kinds if each is not NoneType)
         several = get_origin(kind) is list
-        required = parameter.default is inspect.Parameter.empty
-        yield _Parameter(
-            name,
-            declared,
-            get_args(kind)[0] if several else kind,
-            several,
-            None if required else parameter.default,
-            required,
-        )
+        required = default is inspect.Parameter.empty
+        one = get_args(kind)[0] if several else kind
+        yield _Parameter(name, declared, one, several, None if required else default, required)
+
+
+def _values(function: Function, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What to call the function with: a dataclass is made of its fields."""
+    return {
+        name: annotated(**_values(annotated, given)) if _several_options(annotated) else given[name]
+        for name, annotated, _ in _declared(function)
+    }
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ def _read(path: str, function: Function, words: Sequence[str], documents: Callab
         raise Shown(documents().whole or "This command reads no settings.")
     parser = _Parser(prog=path, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for each in parameters:
-        if isinstance(each.declared, Option):
+        if each.named:
             kind: dict[str, Any] = {"action": "store_true"}
             if not each.switch:
                 kind = {"action": "append" if each.several else "store", "type": each.value}
@@ -246,12 +254,12 @@ def _read(path: str, function: Function, words: Sequence[str], documents: Callab
     if unknown_options:
         parser.error(f"not known here: {' '.join(unknown_options)}")
     given = vars(options) | _arguments(parser, parameters, [*rest, *after])
-    return Call(function, {each.name: given.get(each.name, each.default) for each in parameters})
+    return Call(function, _values(function, {each.name: each.default for each in parameters} | given))
 
 
 def _arguments(parser: _Parser, parameters: Sequence[_Parameter], words: Sequence[str]) -> dict[str, Any]:
     """The words without a name, in order. Not argparse's work: it gives up if options come between them."""
-    arguments = [each for each in parameters if isinstance(each.declared, Argument)]
+    arguments = [each for each in parameters if not each.named]
     if len(words) > len(arguments):
         parser.error(f"not known here: {' '.join(words[len(arguments) :])}")
     missing = [each.metavar for each in arguments[len(words) :] if each.required]
@@ -270,8 +278,8 @@ def _arguments(parser: _Parser, parameters: Sequence[_Parameter], words: Sequenc
 
 
 def _help(path: str, function: Function, parameters: Sequence[_Parameter], documents: Documents) -> str:
-    arguments = [each for each in parameters if isinstance(each.declared, Argument)]
-    options = [each for each in parameters if isinstance(each.declared, Option)]
+    arguments = [each for each in parameters if not each.named]
+    options = [each for each in parameters if each.named]
     words = [each.metavar if each.required else f"[{each.metavar}]" for each in arguments]
     parts = [" ".join(["Usage:", path, "[OPTIONS]", *words]), paragraphs(function.__doc__ or "")]
     if arguments:
@@ -298,8 +306,8 @@ def _option(parameter: _Parameter) -> str:
 
 def _explained(parameter: _Parameter) -> str:
     notes = []
-    if parameter.kind in KINDS and _bounds(parameter.declared):
-        notes.append(_bounds(parameter.declared).removeprefix(" of").strip())
+    if bounds := parameter.declared.bounds():
+        notes.append(bounds.removeprefix(" of").strip())
     if not parameter.switch and parameter.default not in (None, ""):
         notes.append(f"default {parameter.default}")
     return f"{parameter.declared.help} [{'; '.join(notes)}]" if notes else parameter.declared.help

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -15,24 +14,16 @@ if TYPE_CHECKING:
     from worker.core.contract import Examples
 
 
-class Document(StrEnum):
-    """What there is."""
-
-    ASYNCAPI = "asyncapi"
-    COMMAND = "command"
-    OUTCOME = "outcome"
-
-
 FILES: Final = {
-    Document.ASYNCAPI: "asyncapi.json",
-    Document.COMMAND: "command.schema.json",
-    Document.OUTCOME: "outcome.schema.json",
+    "asyncapi": "asyncapi.json",
+    "command": "command.schema.json",
+    "outcome": "outcome.schema.json",
 }
-"""Their names, in the package's directory ``contract`` and with ``--output``."""
+"""The documents and the names of their files, in the package's directory ``contract`` and with ``--output``."""
 
 
 def contract(
-    document: Annotated[Document, Argument(help="Which document.")] = Document.ASYNCAPI,
+    document: Annotated[str, Argument(choices=tuple(FILES), help="Which document.")] = "asyncapi",
     output: Annotated[Path | None, Option(metavar="DIR", help="Write all three documents into this directory.")] = None,
 ) -> None:
     """Prints the contract of the messages, as JSON.
@@ -62,14 +53,14 @@ def contract(
     print(f"wrote {', '.join(FILES.values())} to {output}")
 
 
-def documents(prefix: str) -> dict[Document, str]:
+def documents(prefix: str) -> dict[str, str]:
     """All of them as text, with the names under ``prefix``."""
     from worker.core.contract import asyncapi, command_schema, outcome_schema
 
-    made: dict[Document, Any] = {
-        Document.ASYNCAPI: asyncapi(prefix, examples()),
-        Document.COMMAND: command_schema(),
-        Document.OUTCOME: outcome_schema(),
+    made: dict[str, Any] = {
+        "asyncapi": asyncapi(prefix, examples()),
+        "command": command_schema(),
+        "outcome": outcome_schema(),
     }
     return {which: json.dumps(each, indent=2, ensure_ascii=False) + "\n" for which, each in made.items()}
 

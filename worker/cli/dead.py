@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Annotated, Final, Self
@@ -35,7 +35,7 @@ from worker.core.dead_letter import (
     export_json,
     read,
 )
-from worker.core.lanes import CANCELLATION, SWEEP
+from worker.core.lanes import LANES
 from worker.core.pace import Speed
 
 if TYPE_CHECKING:
@@ -48,25 +48,37 @@ ROWS: Final = 20
 SLOWEST: Final = 0.01  # per second: what is held must be given back now and then
 
 
-class Lane(StrEnum):
-    """The lanes, as an option takes them."""
-
-    CANCELLATION = CANCELLATION
-    SWEEP = SWEEP
-
-
 dead = Group("Lists, shows, redrives, exports and deletes dead letters. Looking removes nothing and keeps their order.")
 
-Reasons = Annotated[list[str] | None, Option("--reason", help="Only dead letters with this reason; may be repeated.")]
-LanesOption = Annotated[list[Lane] | None, Option("--lane", help="Only dead letters of this lane; may be repeated.")]
-Before = Annotated[
-    str | None,
-    Option(
-        "--before", help="Only those parked before this time, for example 2026-11-22T21:00:00+07:00.", metavar="RFC3339"
-    ),
-]
-Batches = Annotated[list[str] | None, Option("--batch", help="Only dead letters of this batch; may be repeated.")]
-Bills = Annotated[list[str] | None, Option("--bill", help="Only dead letters of this bill; may be repeated.")]
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which dead letters; without any option all of them."""
+
+    reason: Annotated[list[str] | None, Option(help="Only dead letters with this reason; may be repeated.")] = None
+    lane: Annotated[
+        list[str] | None, Option(choices=LANES, help="Only dead letters of this lane; may be repeated.")
+    ] = None
+    before: Annotated[
+        str | None,
+        Option(metavar="RFC3339", help="Only those parked before this time, for example 2026-11-22T21:00:00+07:00."),
+    ] = None
+    batch: Annotated[list[str] | None, Option(help="Only dead letters of this batch; may be repeated.")] = None
+    bill: Annotated[list[str] | None, Option(help="Only dead letters of this bill; may be repeated.")] = None
+
+    def filter(self) -> Filter:
+        """The same as a rule. Raises `Trouble`."""
+        from worker.core.command import parse_rfc3339
+
+        try:
+            moment = None if self.before is None else parse_rfc3339(self.before)
+        except ValueError as error:
+            raise Trouble(f"--before: {error}", code=INVALID) from None
+        wanted = (frozenset(words or ()) for words in (self.reason, self.lane, self.batch, self.bill))
+        reasons, lanes, batches, bills = wanted
+        return Filter(reasons, lanes, moment, batches, bills)
+
+
 Limit = Annotated[
     int | None, Option("--limit", help="Above 20,000 dead letters: look at the first N only.", min=1, metavar="N")
 ]
@@ -74,11 +86,7 @@ Limit = Annotated[
 
 @dead.command("list")
 def list_(
-    reason: Reasons = None,
-    lane: LanesOption = None,
-    before: Before = None,
-    batch: Batches = None,
-    bill: Bills = None,
+    options: Selection = Selection(),
     limit: Annotated[
         int | None,
         Option(
@@ -97,7 +105,7 @@ def list_(
         qris-expire dead list
         qris-expire dead list --reason retries_exhausted --limit 100
     """
-    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    amqp, chosen = _begin(options)
     census, there = Census(time.time()), Census(time.time())
     rows: list[DeadLetter] = []
 
@@ -162,11 +170,7 @@ def show(
 
 @dead.command()
 def redrive(
-    reason: Reasons = None,
-    lane: LanesOption = None,
-    before: Before = None,
-    batch: Batches = None,
-    bill: Bills = None,
+    options: Selection = Selection(),
     limit: Annotated[
         int | None, Option(help="Redrive at most N. Above 20,000 dead letters it is required.", min=1)
     ] = None,
@@ -204,7 +208,7 @@ def redrive(
     from worker.app.dead_letters import Order, Redrive, rehearse
     from worker.shells.clock import SystemClock
 
-    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    amqp, chosen = _begin(options)
     if 0 < rate < SLOWEST:
         raise Trouble(f"--rate: at least {SLOWEST:g} per second, or 0 for no limit", code=INVALID)
     order = Order(chosen, limit, rate, canary, stop_at_failures, timeout)
@@ -240,11 +244,7 @@ def export(
     output: Annotated[
         Path | None, Option(help="Write this file, which appears when it is complete; else standard output.")
     ] = None,
-    reason: Reasons = None,
-    lane: LanesOption = None,
-    before: Before = None,
-    batch: Batches = None,
-    bill: Bills = None,
+    options: Selection = Selection(),
     limit: Limit = None,
 ) -> int:
     """Writes dead letters as JSON lines: everything that `dead show` shows, the body as text or base64. They stay.
@@ -255,7 +255,7 @@ def export(
 
         qris-expire dead export --output dead.jsonl
     """
-    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    amqp, chosen = _begin(options)
     written = 0
     with _sink(output) as sink:
 
@@ -274,11 +274,7 @@ def export(
 
 @dead.command()
 def purge(
-    reason: Reasons = None,
-    lane: LanesOption = None,
-    before: Before = None,
-    batch: Batches = None,
-    bill: Bills = None,
+    options: Selection = Selection(),
     limit: Limit = None,
     yes: Annotated[bool, Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> int:
@@ -292,7 +288,7 @@ def purge(
     """
     from worker.app import dead_letters
 
-    amqp, chosen = _begin(reason, lane, before, batch, bill)
+    amqp, chosen = _begin(options)
     if not yes and not sys.stdin.isatty():
         raise Trouble("deleting is for good and nobody can be asked here; give --yes", code=INVALID)
     matching = removed = 0
@@ -325,29 +321,12 @@ def purge(
 # -- beginnings -----------------------------------------------------------------------------------------------------
 
 
-def _begin(
-    reason: list[str] | None = None,
-    lane: list[Lane] | None = None,
-    before: str | None = None,
-    batch: list[str] | None = None,
-    bill: list[str] | None = None,
-) -> tuple[AmqpSettings, Filter]:
-    from worker.core.command import parse_rfc3339
+def _begin(options: Selection = Selection()) -> tuple[AmqpSettings, Filter]:
     from worker.settings import AmqpSettings, load
 
-    try:
-        moment = None if before is None else parse_rfc3339(before)
-    except ValueError as error:
-        raise Trouble(f"--before: {error}", code=INVALID) from None
+    chosen = options.filter()
     amqp = load(AmqpSettings)
     signals.install()
-    chosen = Filter(
-        frozenset(reason or ()),
-        frozenset(each.value for each in lane or ()),
-        moment,
-        frozenset(batch or ()),
-        frozenset(bill or ()),
-    )
     return amqp, chosen
 
 

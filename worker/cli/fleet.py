@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 from worker.cli import INVALID, Trouble
@@ -16,7 +15,7 @@ from worker.cli.command_line import Argument, Group, Option
 from worker.cli.screen import output, plain_table, tell
 from worker.core import jakarta
 from worker.core.fleet.messages import Card, Limit, Orders, Pause
-from worker.core.lanes import CANCELLATION, LANES, SWEEP
+from worker.core.lanes import LANES
 from worker.core.words import duration, plural
 
 if TYPE_CHECKING:
@@ -28,13 +27,6 @@ ACTS_WITHIN: Final = 2.0  # seconds in which every member obeys
 UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 LONGEST: Final = 366 * 86_400.0
 STATES: Final = ("closed", "half-open", "open")
-
-
-class Lane(StrEnum):
-    """A lane of commands."""
-
-    CANCELLATION = CANCELLATION
-    SWEEP = SWEEP
 
 
 def show(
@@ -56,12 +48,12 @@ def show(
 fleet = Group("Shows the processes that are one client of the gateway; pauses them, and bounds their rate.", show)
 
 Reason = Annotated[str, Option("--reason", help="Why; everybody who looks at the fleet sees it.", metavar="TEXT")]
-LanesOption = Annotated[list[Lane] | None, Option("--lane", help="Only this lane; both without it.")]
+Lanes = Annotated[list[str] | None, Option(choices=LANES, help="Only this lane; both without it.")]
 
 
 @fleet.command()
 def pause(
-    lane: LanesOption = None,
+    lane: Lanes = None,
     for_: Annotated[
         str | None, Option("--for", help="End it after so long, as 90s, 30m, 1h or 2d.", metavar="TIME")
     ] = None,
@@ -78,18 +70,18 @@ def pause(
     """
     seconds = None if for_ is None else _seconds(for_)
     wanted = Pause(_who(), reason, time.time(), seconds)
-    return _order(lambda orders: replace(orders, pauses={**orders.pauses, **dict.fromkeys(_lanes(lane), wanted)}))
+    return _order(lambda orders: replace(orders, pauses={**orders.pauses, **dict.fromkeys(lane or LANES, wanted)}))
 
 
 @fleet.command()
-def resume(lane: LanesOption = None) -> int:
+def resume(lane: Lanes = None) -> int:
     """Ends a pause.
 
     Example:
 
         qris-expire fleet resume
     """
-    ended = _lanes(lane)
+    ended = lane or LANES
     return _order(
         lambda orders: replace(orders, pauses={name: each for name, each in orders.pauses.items() if name not in ended})
     )
@@ -188,10 +180,6 @@ def _order(change: Callable[[Orders], Orders]) -> int:
 def _left(pause: Pause, now: float) -> float | None:
     """Seconds left of a pause that ends by itself."""
     return None if pause.seconds is None else max(0.0, min(pause.seconds, pause.since + pause.seconds - now))
-
-
-def _lanes(lanes: Sequence[Lane] | None) -> list[str]:
-    return [str(lane) for lane in lanes] if lanes else list(LANES)
 
 
 def _who() -> str:

@@ -9,24 +9,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Argument, Option
 from worker.core.command import IDENTIFIER_RULE, Invalid, parse
-from worker.core.lanes import CANCELLATION, SWEEP
+from worker.core.lanes import CANCELLATION, LANES
 from worker.core.topology import Names
 
 if TYPE_CHECKING:
     from worker.settings import AmqpSettings
-
-
-class Lane(StrEnum):
-    """The lanes, as an option takes them."""
-
-    CANCELLATION = CANCELLATION
-    SWEEP = SWEEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +38,9 @@ def publish(
     reference: Annotated[
         str | None, Option(help="Your own reference, at most 128 characters; the outcome repeats it.")
     ] = None,
-    lane: Annotated[Lane, Option(help="The lane: cancellation is for real time, sweep for bulk.")] = Lane.CANCELLATION,
+    lane: Annotated[
+        str, Option(choices=LANES, help="The lane: cancellation is for real time, sweep for bulk.")
+    ] = CANCELLATION,
     not_after: Annotated[
         str | None,
         Option(help="No call starts after this time, for example 2026-11-22T23:59:59+07:00.", metavar="RFC3339"),
@@ -68,7 +62,7 @@ def publish(
     """
     from worker.settings import AmqpSettings, load
 
-    order = _Order(str(uuid.uuid4()), lane.value, _body(bill, merchant_id, reference, not_after))
+    order = _Order(str(uuid.uuid4()), lane, _body(bill, merchant_id, reference, not_after))
     amqp = load(AmqpSettings)
     stage = _Stage()
     with _broker(amqp, order, stage) as channel:

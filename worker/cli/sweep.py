@@ -41,91 +41,67 @@ SHOWN: Final = 3  # commands that --dry-run prints
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class Options:
     """The command line."""
 
-    file: str | None
-    batch_id: str | None
-    merchant_id: str | None
-    wait: bool
-    follow: str | None
-    report: Path | None
-    window: int | None
-    stop: str | None
-    resume: bool
-    force: bool
-    delimiter: str | None
-    accept_as_is: bool
-    skip_invalid: bool
-    allow_empty: bool
-    dry_run: bool
-    direct: bool
-    republish: bool
-    retry_unresolved: bool
-    allow_rejected: bool
-    allow_not_found: float | None
-    state_dir: Path | None
-
-
-def sweep(
-    file: Annotated[
-        str | None, Argument(help="CSV or .xlsx with a header, or JSON lines; - for standard input.")
-    ] = None,
+    file: Annotated[str | None, Argument(help="CSV or .xlsx with a header, or JSON lines; - for standard input.")] = (
+        None
+    )
     batch_id: Annotated[
         str | None, Option(help="Names the batch; else made from the input's content and the date.")
-    ] = None,
+    ] = None
     merchant_id: Annotated[
         str | None, Option(help="Merchant of the rows that have none; else GATEWAY_MERCHANT_ID, if it is set here.")
-    ] = None,
-    wait: Annotated[bool, Option("--wait", help="Follow the outcomes until every bill has one.")] = False,
+    ] = None
+    wait: Annotated[bool, Option("--wait", help="Follow the outcomes until every bill has one.")] = False
     follow: Annotated[
         str | None, Option(metavar="BATCH", help="Instead of FILE: continue a batch that was interrupted.")
-    ] = None,
+    ] = None
     window: Annotated[
         int | None,
         Option(metavar="N", help=f"With --wait, the most bills without an outcome at any time [{WINDOW:,}]."),
-    ] = None,
+    ] = None
     stop: Annotated[
         str | None,
         Option(
             metavar="BATCH",
             help="Instead of FILE: publish nothing more of a batch that is followed, wherever its process runs.",
         ),
-    ] = None,
-    resume: Annotated[bool, Option("--resume", help="Continue a batch that was stopped.")] = False,
+    ] = None
+    resume: Annotated[bool, Option("--resume", help="Continue a batch that was stopped.")] = False
     report: Annotated[
         Path | None,
         Option(
             metavar="OUT.csv", help="At the end, write a line for each row of the input to this file (.csv or .xlsx)."
         ),
-    ] = None,
-    force: Annotated[bool, Option("--force", help="Replace the file that --report names, if it exists.")] = False,
+    ] = None
+    force: Annotated[bool, Option("--force", help="Replace the file that --report names, if it exists.")] = False
     delimiter: Annotated[
         str | None, Option(metavar="CHARACTER", help="Of the report's columns; else that of the input.")
-    ] = None,
+    ] = None
     accept_as_is: Annotated[
         bool,
         Option("--accept-as-is", help="Send bills and merchants also where a spreadsheet seems to have changed them."),
-    ] = False,
-    skip_invalid: Annotated[bool, Option("--skip-invalid", help="Go on without the rows that cannot be used.")] = False,
+    ] = False
+    skip_invalid: Annotated[bool, Option("--skip-invalid", help="Go on without the rows that cannot be used.")] = False
     allow_empty: Annotated[
         bool, Option("--allow-empty", help="Exit with 0 also when the input has a header and no bills.")
-    ] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only check the input, and show what would be sent.")] = False,
+    ] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Only check the input, and show what would be sent.")] = False
     direct: Annotated[
         bool, Option("--direct", help="Without a broker and a worker: straight from here to the gateway.")
-    ] = False,
+    ] = False
     republish: Annotated[
         bool, Option("--republish", help="Publish again, under the same ids, what has no outcome.")
-    ] = False,
+    ] = False
     retry_unresolved: Annotated[
         bool,
         Option("--retry-unresolved", help="Send the bills again that stayed unresolved, as after a long outage."),
-    ] = False,
+    ] = False
     allow_rejected: Annotated[
         bool,
         Option("--allow-rejected", help="Exit with 0 also when the gateway refused bills for good, as paid ones."),
-    ] = False,
+    ] = False
     allow_not_found: Annotated[
         float | None,
         Option(
@@ -133,9 +109,11 @@ def sweep(
             help="With --allow-rejected, the most bills that the gateway may not know "
             f"[{SUSPICIOUS_PERCENT:g}]; more look like changed numbers.",
         ),
-    ] = None,
-    state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
-) -> int:
+    ] = None
+    state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None
+
+
+def sweep(options: Options) -> int:
     """Sends a file of bills to the sweep lane; with --wait, follows their outcomes until every bill has one.
 
     Columns: billnumber (or billNumber), merchantId, and if wanted reference and notAfter, in any order, case and
@@ -157,80 +135,53 @@ def sweep(
         qris-expire sweep bills.csv --wait --report out.csv
         qris-expire sweep --follow 20261122-0a1b2c3d4e5f --wait
     """
-    wish = _Wish(
-        file=file,
-        batch_id=batch_id,
-        merchant_id=merchant_id,
-        wait=wait,
-        follow=follow,
-        report=report,
-        window=window,
-        stop=stop,
-        resume=resume,
-        force=force,
-        delimiter=delimiter,
-        accept_as_is=accept_as_is,
-        skip_invalid=skip_invalid,
-        allow_empty=allow_empty,
-        dry_run=dry_run,
-        direct=direct,
-        republish=republish,
-        retry_unresolved=retry_unresolved,
-        allow_rejected=allow_rejected,
-        allow_not_found=allow_not_found,
-        state_dir=state_dir,
-    )
-    return _run(wish)
-
-
-def _run(wish: _Wish) -> int:
-    _check(wish)
-    settings = _settings(wish)
-    amqp = settings.amqp if wish.direct else settings
+    _check(options)
+    settings = _settings(options)
+    amqp = settings.amqp if options.direct else settings
     _silence()
     with _told():
-        if wish.stop is not None:
-            return through_broker.stop(wish.stop, amqp, state_directory(amqp.prefix, wish.state_dir))
-        if wish.dry_run:
-            return _dry_run(wish, amqp.prefix, settings)
-        directory = state_directory(amqp.prefix, wish.state_dir)
-        with _journal(wish, directory, settings) as journal:
-            if wish.report is not None:
-                report.check_existing(wish.report, journal, force=wish.force)
+        if options.stop is not None:
+            return through_broker.stop(options.stop, amqp, state_directory(amqp.prefix, options.state_dir))
+        if options.dry_run:
+            return _dry_run(options, amqp.prefix, settings)
+        directory = state_directory(amqp.prefix, options.state_dir)
+        with _journal(options, directory, settings) as journal:
+            if options.report is not None:
+                report.check_existing(options.report, journal, force=options.force)
             try:
-                return _direct(wish, settings, journal) if wish.direct else _publish(wish, amqp, journal)
+                return _direct(options, settings, journal) if options.direct else _publish(options, amqp, journal)
             except KeyboardInterrupt:
-                return _interrupted(wish, journal)
+                return _interrupted(options, journal)
 
 
-def _check(wish: _Wish) -> None:
+def _check(options: Options) -> None:
     from worker.core.command import IDENTIFIER_RULE, is_identifier
 
-    if [wish.file, wish.follow, wish.stop].count(None) != 2:
+    if [options.file, options.follow, options.stop].count(None) != 2:
         raise Trouble("give a FILE (or - for standard input), --follow BATCH or --stop BATCH", code=INVALID)
-    if wish.window is not None and (wish.window < 1 or wish.direct or not (wish.wait or wish.follow)):
+    if options.window is not None and (options.window < 1 or options.direct or not (options.wait or options.follow)):
         raise Trouble("--window takes a number from 1, and goes with --wait; leave it out otherwise", code=INVALID)
-    if wish.follow is not None and (
-        wish.dry_run or wish.batch_id or wish.merchant_id or wish.skip_invalid or wish.allow_empty
+    if options.follow is not None and (
+        options.dry_run or options.batch_id or options.merchant_id or options.skip_invalid or options.allow_empty
     ):
         raise Trouble("--follow continues a batch as it is; leave out the options about its input", code=INVALID)
-    if wish.allow_not_found is not None and not 0 <= wish.allow_not_found <= 100:
+    if options.allow_not_found is not None and not 0 <= options.allow_not_found <= 100:
         raise Trouble("--allow-not-found takes a percentage from 0 to 100", code=INVALID)
-    if wish.direct and wish.republish:
+    if options.direct and options.republish:
         raise Trouble("--direct publishes nothing; leave out --republish", code=INVALID)
-    if wish.merchant_id is not None and not is_identifier(wish.merchant_id):
+    if options.merchant_id is not None and not is_identifier(options.merchant_id):
         raise Trouble(f"--merchant-id must be {IDENTIFIER_RULE}", code=INVALID)
-    if wish.delimiter is not None and (len(wish.delimiter) != 1 or wish.delimiter in '"\r\n'):
+    if options.delimiter is not None and (len(options.delimiter) != 1 or options.delimiter in '"\r\n'):
         raise Trouble("--delimiter must be one character that is no quote and no line break", code=INVALID)
-    if wish.report is not None:
-        report.check_place(wish.report, wish.file)
+    if options.report is not None:
+        report.check_place(options.report, options.file)
 
 
-def _settings(wish: _Wish) -> Any:
+def _settings(options: Options) -> Any:
     """`Settings` for the gateway, or only the broker's."""
     from worker.settings import AmqpSettings, load
 
-    return load() if wish.direct else load(AmqpSettings)
+    return load() if options.direct else load(AmqpSettings)
 
 
 def _silence() -> None:
@@ -258,27 +209,32 @@ def _told() -> Iterator[None]:
 
 
 @contextmanager
-def _journal(wish: _Wish, directory: Path, settings: Any) -> Iterator[Journal]:
+def _journal(options: Options, directory: Path, settings: Any) -> Iterator[Journal]:
     """The batch's journal, ours alone."""
     from worker.shells.journal import Journal, lock
 
     def home() -> Home:
-        return gateway_of(settings.gateway) if wish.direct else broker_of(settings)
+        return gateway_of(settings.gateway) if options.direct else broker_of(settings)
 
-    if wish.follow is None:
-        with batch(_input(wish, settings), directory, home) as journal:
+    if options.follow is None:
+        with batch(_input(options, settings), directory, home) as journal:
             yield journal
         return
-    path = existing(directory, wish.follow, home())
+    path = existing(directory, options.follow, home())
     with lock(path), closing(Journal(path)) as journal:
         yield journal
 
 
-def _input(wish: _Wish, settings: Any) -> Input:
-    assert wish.file is not None
-    merchant = wish.merchant_id or (settings.gateway.merchant_id if wish.direct else _default_merchant())
+def _input(options: Options, settings: Any) -> Input:
+    assert options.file is not None
+    merchant = options.merchant_id or (settings.gateway.merchant_id if options.direct else _default_merchant())
     return Input(
-        wish.file, merchant or "", wish.batch_id, wish.skip_invalid, wish.accept_as_is, may_be_empty=wish.allow_empty
+        options.file,
+        merchant or "",
+        options.batch_id,
+        options.skip_invalid,
+        options.accept_as_is,
+        may_be_empty=options.allow_empty,
     )
 
 
@@ -289,36 +245,36 @@ def _default_merchant() -> str | None:
     return load(DefaultMerchant).id
 
 
-def _dry_run(wish: _Wish, prefix: str, settings: Any) -> int:
+def _dry_run(options: Options, prefix: str, settings: Any) -> int:
     from worker.core.sweep import batch_id, command_body, command_id
     from worker.core.topology import Names
     from worker.shells.journal import Journal
 
     with tempfile.TemporaryDirectory(prefix="qris-expire-") as scratch:
-        given = _input(wish, settings)
-        intake = take_in(replace(given, skip_invalid=given.skip_invalid or wish.report is not None), Path(scratch))
+        given = _input(options, settings)
+        intake = take_in(replace(given, skip_invalid=given.skip_invalid or options.report is not None), Path(scratch))
         bills, duplicates, invalid = intake.load.counts()
         first = intake.load.first(SHOWN)
-        batch = wish.batch_id or batch_id(intake.digest, time.time())
+        batch = options.batch_id or batch_id(intake.digest, time.time())
         check_batch_id(batch)
         path = Path(scratch) / "dry-run.db"
         intake.load.keep(
             path, batch=batch, source=intake.source, digest=intake.digest, form=intake.form, now=time.time()
         )
-        if wish.report is not None:
+        if options.report is not None:
             with closing(Journal(path)) as journal:
-                report.check_existing(wish.report, journal, force=wish.force)
-                report.write(journal, wish.report, wish.delimiter)
+                report.check_existing(options.report, journal, force=options.force)
+                report.write(journal, options.report, options.delimiter)
         check_any(given, bills, invalid)
     counts = _rows_in_words(bills, duplicates, invalid)
-    where = "straight to the gateway" if wish.direct else f"to {Names(prefix).queue('sweep')}"
+    where = "straight to the gateway" if options.direct else f"to {Names(prefix).queue('sweep')}"
     print(f"{intake.source}: {plural(bills + duplicates + invalid, 'row')}: {counts}")
     print(f"would go {where} as batch {batch}:")
     for bill in first:
         print(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
     if bills > len(first):
         print(f"… and {bills - len(first):,} more")
-    return INVALID if invalid and not wish.skip_invalid else 0
+    return INVALID if invalid and not options.skip_invalid else 0
 
 
 def _rows_in_words(bills: int, duplicates: int, invalid: int) -> str:
@@ -328,40 +284,42 @@ def _rows_in_words(bills: int, duplicates: int, invalid: int) -> str:
 # -- through the broker ---------------------------------------------------------------------------------------------
 
 
-def _publish(wish: _Wish, amqp: AmqpSettings, journal: Journal) -> int:
+def _publish(options: Options, amqp: AmqpSettings, journal: Journal) -> int:
     """Publishes what is not published, and follows if that is wanted."""
     from worker.app.sweep import Ended
     from worker.shells.amqp.session import BrokerError
 
-    if wish.follow is not None:
-        _check_way(journal, again=wish.retry_unresolved)
-    if wish.republish:
+    if options.follow is not None:
+        _check_way(journal, again=options.retry_unresolved)
+    if options.republish:
         journal.publish_again()
-    if wish.resume:
+    if options.resume:
         journal.resume(time.time())
-    if wish.retry_unresolved:
+    if options.retry_unresolved:
         _retry(journal)
     before, facts = journal.tally(), journal.facts
-    follow = wish.wait or (wish.follow is not None and (facts.inbox or facts.direct or wish.republish))
+    follow = options.wait or (options.follow is not None and (facts.inbox or facts.direct or options.republish))
     if follow and not before.unsent:
         tell(_nothing_sent(journal, before))
     if before.unsent or (follow and before.waiting):
         try:
-            ended = through_broker.send(amqp, journal, follow=follow, window=wish.window or WINDOW)
+            ended = through_broker.send(amqp, journal, follow=follow, window=options.window or WINDOW)
         except BrokerError as error:
-            raise Trouble(str(error), *_afterwards(wish, journal, "; or send it without a broker: --direct")) from None
+            raise Trouble(
+                str(error), *_afterwards(options, journal, "; or send it without a broker: --direct")
+            ) from None
         if ended is Ended.STOPPED:
-            return _interrupted(wish, journal)
+            return _interrupted(options, journal)
     elif follow:
         through_broker.take_late(amqp, journal)
     after = journal.tally()
-    if wish.report is not None:
-        report.write(journal, wish.report, wish.delimiter)
+    if options.report is not None:
+        report.write(journal, options.report, options.delimiter)
     if not follow:
         _say_published(amqp, journal, before, after)
         return 0
     through_broker.close_inbox(amqp, facts.batch.id, after)
-    code = _conclude(wish, journal, after)
+    code = _conclude(options, journal, after)
     if after.unsent and journal.facts.stopped:
         note(
             f"batch {facts.batch.id} was stopped by {journal.facts.stopped}; {after.unsent:,} bills are not sent; "
@@ -400,12 +358,12 @@ def _say_published(amqp: AmqpSettings, journal: Journal, before: Tally, after: T
 # -- without a broker -----------------------------------------------------------------------------------------------
 
 
-def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
+def _direct(options: Options, settings: Settings, journal: Journal) -> int:
     """The same engine, from the journal to the gateway."""
     from worker.app.sweep import Ended
     from worker.cli.direct import GatewayRefuses, send
 
-    if wish.retry_unresolved:
+    if options.retry_unresolved:
         _retry(journal)
     before = journal.tally()
     if before.answered == before.bills:
@@ -415,12 +373,12 @@ def _direct(wish: _Wish, settings: Settings, journal: Journal) -> int:
         try:
             ended = send(journal, settings)
         except GatewayRefuses as refusal:
-            raise Trouble(f"{refusal}; see `qris-expire check`", *_afterwards(wish, journal)) from None
+            raise Trouble(f"{refusal}; see `qris-expire check`", *_afterwards(options, journal)) from None
         if ended is not Ended.DONE:
-            return _interrupted(wish, journal)
-    if wish.report is not None:
-        report.write(journal, wish.report, wish.delimiter)
-    return _conclude(wish, journal, journal.tally())
+            return _interrupted(options, journal)
+    if options.report is not None:
+        report.write(journal, options.report, options.delimiter)
+    return _conclude(options, journal, journal.tally())
 
 
 # -- the end --------------------------------------------------------------------------------------------------------
@@ -441,15 +399,15 @@ def _nothing_sent(journal: Journal, tally: Tally) -> str:
     return f"nothing was sent: batch {batch}, begun {begun}, {state}; another --batch-id sends the input again"
 
 
-def _conclude(wish: _Wish, journal: Journal, tally: Tally) -> int:
+def _conclude(options: Options, journal: Journal, tally: Tally) -> int:
     from worker.core.needs import UNKNOWN, count, settled, suspicious
     from worker.core.words import share
 
     batch = journal.facts.batch.id
     print_tally(f"sweep {batch}", tally)
-    again = shlex.join(["qris-expire", "sweep", "--follow", batch, *_same_way(wish), "--retry-unresolved"])
+    again = shlex.join(["qris-expire", "sweep", "--follow", batch, *_same_way(options), "--retry-unresolved"])
     print_needs(journal, tally, again)
-    percent = SUSPICIOUS_PERCENT if wish.allow_not_found is None else wish.allow_not_found
+    percent = SUSPICIOUS_PERCENT if options.allow_not_found is None else options.allow_not_found
     if suspicious(tally, percent):
         unknown = count(tally, UNKNOWN)
         note(
@@ -462,34 +420,34 @@ def _conclude(wish: _Wish, journal: Journal, tally: Tally) -> int:
             f"dead letters of unresolved bills: `qris-expire dead list --batch {batch}`; after a redrive, "
             f"`qris-expire sweep --follow {batch}` takes in their outcomes"
         )
-    return 0 if settled(tally, rejected=wish.allow_rejected, percent=percent) else 1
+    return 0 if settled(tally, rejected=options.allow_rejected, percent=percent) else 1
 
 
-def _interrupted(wish: _Wish, journal: Journal) -> int:
-    for line in _afterwards(wish, journal):
+def _interrupted(options: Options, journal: Journal) -> int:
+    for line in _afterwards(options, journal):
         print(f"qris-expire: {line}", file=sys.stderr)
     return 143 if signals.names()[:1] == ["SIGTERM"] else INTERRUPTED
 
 
-def _same_way(wish: _Wish) -> list[str]:
+def _same_way(options: Options) -> list[str]:
     """Options without which a batch would not be found, or go another way."""
-    way = ["--direct"] if wish.direct else []
-    return [*way, "--state-dir", str(wish.state_dir)] if wish.state_dir is not None else way
+    way = ["--direct"] if options.direct else []
+    return [*way, "--state-dir", str(options.state_dir)] if options.state_dir is not None else way
 
 
-def _afterwards(wish: _Wish, journal: Journal, or_else: str = "") -> list[str]:
+def _afterwards(options: Options, journal: Journal, or_else: str = "") -> list[str]:
     """How far it is, and how to continue."""
     tally, batch = journal.tally(), journal.facts.batch.id
     again = ["qris-expire", "sweep", "--follow", batch]
-    again += ["--wait"] if wish.wait and not journal.facts.inbox else []
-    again += _same_way(wish)
-    again += ["--window", str(wish.window)] if wish.window is not None else []
-    again += ["--allow-rejected"] if wish.allow_rejected else []
-    again += ["--report", str(wish.report)] if wish.report is not None else []
-    again += ["--force"] if wish.force else []
-    again += ["--delimiter", wish.delimiter] if wish.delimiter is not None else []
-    again += ["--allow-not-found", f"{wish.allow_not_found:g}"] if wish.allow_not_found is not None else []
-    sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if wish.direct else 'published'}"
+    again += ["--wait"] if options.wait and not journal.facts.inbox else []
+    again += _same_way(options)
+    again += ["--window", str(options.window)] if options.window is not None else []
+    again += ["--allow-rejected"] if options.allow_rejected else []
+    again += ["--report", str(options.report)] if options.report is not None else []
+    again += ["--force"] if options.force else []
+    again += ["--delimiter", options.delimiter] if options.delimiter is not None else []
+    again += ["--allow-not-found", f"{options.allow_not_found:g}"] if options.allow_not_found is not None else []
+    sent = f"{tally.sent:,} of {tally.bills:,} bills are {'begun' if options.direct else 'published'}"
     return [
         f"{sent}, {tally.answered:,} have an outcome; nothing is lost",
         f"to continue: {shlex.join(again)}{or_else}",

@@ -174,21 +174,40 @@ def _tell(*lines: str) -> None:
 
 
 def _failed(error: Exception, *, debug: bool) -> int:
-    """Tells what is wrong with the settings, or that something unexpected happened; the exit code."""
+    """Tells what went wrong; the exit code."""
     import os
 
-    from worker.settings import SettingsError
     from worker.shells.logs import redact
 
-    if isinstance(error, SettingsError):
-        _tell(*error.problems)
-        return INVALID
+    expected = _expected(error)
+    if expected is not None:
+        _tell(*expected.lines)
+        return expected.code
     text = redact(" ".join(str(error).split()))
     if debug or os.environ.get("LOG_LEVEL", "").lower() == "debug":
         # Without local variables: they hold settings.
         _tell(redact("".join(traceback.format_exception(error)).rstrip()))
     _tell(f"unexpected: {type(error).__name__}: {text}; `qris-expire --debug …` shows where")
     return 1
+
+
+def _expected(error: Exception) -> Trouble | None:
+    """The errors of the layers below whose texts are for people; None for any other."""
+    from worker.core.rows import InputError
+    from worker.settings import SettingsError
+
+    if isinstance(error, SettingsError):
+        return Trouble(*error.problems, code=INVALID)
+    from worker.shells.amqp.session import BrokerError, TopologyMismatch
+    from worker.shells.credentials import CredentialsError
+    from worker.shells.http import ListenError
+    from worker.shells.journal import JournalError
+
+    if isinstance(error, InputError | CredentialsError | ListenError):
+        return Trouble(str(error), code=INVALID)
+    if isinstance(error, TopologyMismatch):
+        return Trouble(*error.problems)
+    return Trouble(str(error)) if isinstance(error, BrokerError | JournalError) else None
 
 
 def _settings(prefixes: Sequence[str]) -> list[tuple[str, str]]:

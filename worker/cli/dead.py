@@ -334,7 +334,6 @@ def _begin(options: Selection = Selection()) -> tuple[AmqpSettings, Filter]:
 def _parked(amqp: AmqpSettings, what: str, *, alone: bool = False) -> Iterator[ParkedLetters]:
     from worker.app.dead_letters import TooMany
     from worker.shells.amqp.parked import Interrupted, ParkedLetters
-    from worker.shells.amqp.session import BrokerError
 
     try:
         with ParkedLetters(amqp, what, stop=signals.received, alone=alone) as parked:
@@ -346,8 +345,6 @@ def _parked(amqp: AmqpSettings, what: str, *, alone: bool = False) -> Iterator[P
             f"there are {error.there:,} dead letters: to hold all of them could fill the memory of the broker, which "
             "then blocks every publisher; give --limit N to take the first N (about 7 KB of its memory each)"
         ) from None
-    except BrokerError as error:
-        raise Trouble(str(error)) from None
 
 
 def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None], limit: int | None) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from worker import signals
-from worker.cli import INVALID, Trouble
+from worker.cli import Trouble
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended
@@ -26,17 +26,16 @@ class GatewayRefuses(Exception):
 
 
 def send(journal: Journal, settings: Settings) -> Ended:
-    """Every bill that has no outcome, until it has one or people want it to end. Raises `Trouble`, `GatewayRefuses`."""
+    """Every bill that has no outcome, until it has one or people want it to end.
+
+    Raises `Trouble`, `CredentialsError`, `GatewayRefuses`.
+    """
     from worker.app.direct import Direct
     from worker.cli.meter import Meter
     from worker.shells.amqp.bulk import WINDOW
-    from worker.shells.credentials import CredentialsError
     from worker.wiring import Client
 
-    try:
-        client = Client(settings, share=1.0)
-    except CredentialsError as error:
-        raise Trouble(str(error), code=INVALID) from None
+    client = Client(settings, share=1.0)
     with _turning(client.fibers) as loop, _in_the_fleet(client, settings) as fleet:
         _check_credentials(client)
         journal.direct(journal.facts.published + WINDOW)

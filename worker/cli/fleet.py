@@ -135,16 +135,9 @@ def probe() -> int:
 def _with(talk: Callable[[FleetTool], T]) -> T:
     from worker.settings import AmqpSettings, load
     from worker.shells.amqp.fleet_tool import fleet_tool
-    from worker.shells.amqp.session import BrokerError, TopologyMismatch
 
-    amqp = load(AmqpSettings)
-    try:
-        with fleet_tool(amqp) as tool:
-            return talk(tool)
-    except TopologyMismatch as mismatch:
-        raise Trouble(*mismatch.problems) from None
-    except BrokerError as error:
-        raise Trouble(str(error)) from None
+    with fleet_tool(load(AmqpSettings)) as tool:
+        return talk(tool)
 
 
 def _order(change: Callable[[Orders], Orders]) -> int:

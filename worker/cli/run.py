@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from worker import signals, surroundings
-from worker.cli import INVALID, Trouble
+from worker.cli import Trouble
 
 if TYPE_CHECKING:
     from worker.settings import Settings
@@ -51,19 +51,15 @@ def _serve(settings: Settings) -> int:
 
 def _supervise(settings: Settings) -> int:
     from worker.processes import supervise
-    from worker.shells.http import ListenError
 
-    try:
-        code = supervise(
-            [sys.executable, "-m", "worker", "run"],
-            processes=settings.worker.processes,
-            host=settings.metrics.host,
-            port=settings.metrics.port,
-            drain_seconds=settings.worker.drain_seconds,
-            environment=dict(os.environ),
-        )
-    except ListenError as error:
-        raise Trouble(str(error), code=INVALID) from None
+    code = supervise(
+        [sys.executable, "-m", "worker", "run"],
+        processes=settings.worker.processes,
+        host=settings.metrics.host,
+        port=settings.metrics.port,
+        drain_seconds=settings.worker.drain_seconds,
+        environment=dict(os.environ),
+    )
     if code not in (0, 1):
         raise Trouble(
             "the processes refused to start; the line above with exit_code says why and what to do", code=code

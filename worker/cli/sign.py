@@ -84,13 +84,10 @@ class _Recorder:
 
 def _settings() -> tuple[GatewaySettings, Credentials]:
     from worker.settings import GatewaySettings, load
-    from worker.shells.credentials import Credentials, CredentialsError
+    from worker.shells.credentials import Credentials
 
     gateway = load(GatewaySettings)
-    try:
-        return gateway, Credentials(gateway, gateway.reread)
-    except CredentialsError as error:
-        raise Trouble(str(error), code=INVALID) from None
+    return gateway, Credentials(gateway, gateway.reread)
 
 
 def _command(bill: str, merchant_id: str | None, gateway: GatewaySettings) -> Command:
@@ -115,14 +112,9 @@ def _moment(text: str | None) -> float:
 
 
 def _fetched(gateway: GatewaySettings) -> str:
-    from worker.shells.credentials import CredentialsError
-
-    try:
-        with closing(Calling(gateway)) as calling:
-            grant = calling.fetch()
-            return "" if grant is None else grant.value
-    except CredentialsError as error:
-        raise Trouble(str(error), code=INVALID) from None
+    with closing(Calling(gateway)) as calling:
+        grant = calling.fetch()
+        return "" if grant is None else grant.value
 
 
 def _signed(command: Command, gateway: GatewaySettings, recorder: _Recorder, token: str, epoch: float) -> SignedRequest:

@@ -64,22 +64,16 @@ def status(
 
 
 def _prune(directory: Path, days: int) -> None:
-    from worker.shells.journal import JournalError, prune
+    from worker.shells.journal import prune
 
-    try:
-        gone = list(prune(directory, days, time.time()))
-    except JournalError as error:
-        raise Trouble(str(error)) from None
+    gone = list(prune(directory, days, time.time()))
     print(f"deleted {plural(len(gone), 'journal')} of finished batches, not changed for {plural(days, 'day')}")
 
 
 def _list(directory: Path) -> None:
     from worker.shells.journal import JournalError, journals
 
-    try:
-        paths = journals(directory)
-    except JournalError as error:
-        raise Trouble(str(error)) from None
+    paths = journals(directory)
     for path in paths:
         try:
             print("\n".join(_lines(path)))
@@ -111,21 +105,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
-    from worker.shells.journal import JournalError, journals_of
+    from worker.shells.journal import journals_of
 
     check_batch_id(batch)
-    try:
-        paths = journals_of(directory, batch)
-        if not paths:
-            raise Trouble(no_batch(directory, batch), code=INVALID)
+    paths = journals_of(directory, batch)
+    if not paths:
+        raise Trouble(no_batch(directory, batch), code=INVALID)
+    for path in paths:
+        _show_one(path)
+    depths, dead = _depths(amqp, batch)
+    if dead is not None:
         for path in paths:
-            _show_one(path)
-        depths, dead = _depths(amqp, batch)
-        if dead is not None:
-            for path in paths:
-                _show_letters(amqp, path, dead)
-    except JournalError as error:
-        raise Trouble(str(error)) from None
+            _show_letters(amqp, path, dead)
     _fact("broker", depths)
 
 

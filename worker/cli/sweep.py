@@ -139,19 +139,18 @@ def sweep(options: Options) -> int:
     settings = _settings(options)
     amqp = settings.amqp if options.direct else settings
     _silence()
-    with _told():
-        if options.stop is not None:
-            return through_broker.stop(options.stop, amqp, state_directory(amqp.prefix, options.state_dir))
-        if options.dry_run:
-            return _dry_run(options, amqp.prefix, settings)
-        directory = state_directory(amqp.prefix, options.state_dir)
-        with _journal(options, directory, settings) as journal:
-            if options.report is not None:
-                report.check_existing(options.report, journal, force=options.force)
-            try:
-                return _direct(options, settings, journal) if options.direct else _publish(options, amqp, journal)
-            except KeyboardInterrupt:
-                return _interrupted(options, journal)
+    if options.stop is not None:
+        return through_broker.stop(options.stop, amqp, state_directory(amqp.prefix, options.state_dir))
+    if options.dry_run:
+        return _dry_run(options, amqp.prefix, settings)
+    directory = state_directory(amqp.prefix, options.state_dir)
+    with _journal(options, directory, settings) as journal:
+        if options.report is not None:
+            report.check_existing(options.report, journal, force=options.force)
+        try:
+            return _direct(options, settings, journal) if options.direct else _publish(options, amqp, journal)
+        except KeyboardInterrupt:
+            return _interrupted(options, journal)
 
 
 def _check(options: Options) -> None:
@@ -189,20 +188,6 @@ def _silence() -> None:
     import structlog
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """The errors that are expected, as people read them."""
-    from worker.core.rows import InputError
-    from worker.shells.journal import JournalError
-
-    try:
-        yield
-    except JournalError as error:
-        raise Trouble(str(error)) from None
-    except InputError as error:  # its name and line are put before it where they are known
-        raise Trouble(str(error), code=INVALID) from None
 
 
 # -- the input ------------------------------------------------------------------------------------------------------
@@ -287,7 +272,8 @@ def _rows_in_words(bills: int, duplicates: int, invalid: int) -> str:
 def _publish(options: Options, amqp: AmqpSettings, journal: Journal) -> int:
     """Publishes what is not published, and follows if that is wanted."""
     from worker.app.sweep import Ended
-    from worker.shells.amqp.session import BrokerError
+    from worker.shells.amqp.bulk import Followed
+    from worker.shells.amqp.session import BrokerError, TopologyMismatch
 
     if options.follow is not None:
         _check_way(journal, again=options.retry_unresolved)
@@ -304,6 +290,8 @@ def _publish(options: Options, amqp: AmqpSettings, journal: Journal) -> int:
     if before.unsent or (follow and before.waiting):
         try:
             ended = through_broker.send(amqp, journal, follow=follow, window=options.window or WINDOW)
+        except (Followed, TopologyMismatch):  # which the same command would meet again
+            raise
         except BrokerError as error:
             raise Trouble(
                 str(error), *_afterwards(options, journal, "; or send it without a broker: --direct")

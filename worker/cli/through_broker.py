@@ -25,47 +25,38 @@ if TYPE_CHECKING:
 def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> Ended:
     """Publishes what is not published, and with ``follow`` keeps the outcomes until every bill has one.
 
-    Raises `Trouble`, and `BrokerError` when the broker does not answer before anything is begun.
+    Raises `Trouble`; before anything is begun also `BrokerError`, `Followed` and `TopologyMismatch`.
     """
     from worker.app.sweep import Sweep
     from worker.cli.meter import Meter
     from worker.core.lanes import SWEEP
     from worker.core.sweep import follower_name, inbox
-    from worker.shells.amqp.bulk import Bulk, Followed, Route
+    from worker.shells.amqp.bulk import Bulk, Route
     from worker.shells.amqp.session import parameters, session
     from worker.shells.clock import SystemClock
 
     before, batch, names = journal.tally(), journal.facts.batch.id, amqp.names
     own = inbox(names, batch, amqp.queue_type) if follow else None
-    try:
-        with session(amqp, "sweep") as connection:
-            _settle_in(journal, home_at(connection, amqp))
-            wanted = _prepare(connection, amqp, journal, own, before)
-        hosts = parameters(amqp, "sweep")
-        signals.install()
-        with Meter(f"sweep {batch}", publish=bool(before.unsent), follow=follow) as meter:
-            errand = Sweep(
-                journal,
-                names,
-                follow=follow,
-                stop=signals.received,
-                screen=meter,
-                clock=SystemClock(),
-                window=window,
-            )
-            route = Route(
-                wanted,
-                amqp.declare,
-                own,
-                batch,
-                follower=follower_name(names, batch),
-                who=_who(),
-                lane=names.queue(SWEEP),
-                fleet=names.fleet,
-            )
-            Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
-    except Followed as error:
-        raise Trouble(str(error)) from None
+    with session(amqp, "sweep") as connection:
+        _settle_in(journal, home_at(connection, amqp))
+        wanted = _prepare(connection, amqp, journal, own, before)
+    hosts = parameters(amqp, "sweep")
+    signals.install()
+    with Meter(f"sweep {batch}", publish=bool(before.unsent), follow=follow) as meter:
+        errand = Sweep(
+            journal, names, follow=follow, stop=signals.received, screen=meter, clock=SystemClock(), window=window
+        )
+        route = Route(
+            wanted,
+            amqp.declare,
+            own,
+            batch,
+            follower=follower_name(names, batch),
+            who=_who(),
+            lane=names.queue(SWEEP),
+            fleet=names.fleet,
+        )
+        Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
     assert errand.ended is not None
     return errand.ended
 
@@ -104,17 +95,14 @@ def stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
     """Ends the publishing of a batch, from anywhere."""
     from worker.core.sweep import inbox_name
     from worker.shells.amqp.bulk import stop as order_stop
-    from worker.shells.amqp.session import BrokerError, session
+    from worker.shells.amqp.session import session
     from worker.shells.journal import Journal, find, lock
 
     check_batch_id(batch)
     who, now = _who(), time.time()
-    try:
-        with session(amqp, "sweep") as connection:
-            home = home_at(connection, amqp)
-            said = order_stop(connection, inbox_name(amqp.names, batch), who, now)
-    except BrokerError as error:
-        raise Trouble(str(error)) from None
+    with session(amqp, "sweep") as connection:
+        home = home_at(connection, amqp)
+        said = order_stop(connection, inbox_name(amqp.names, batch), who, now)
     if said:
         tell(f"batch {batch}: nothing more is published; {said}")
         return 0
@@ -136,26 +124,21 @@ def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, ta
     from worker.core.sweep import follower_name
     from worker.core.topology import Topology, topology
     from worker.shells.amqp.bulk import check_free
-    from worker.shells.amqp.session import TopologyMismatch, apply, verify
+    from worker.shells.amqp.session import apply, verify
 
     wanted = topology(amqp.prefix, amqp.queue_type, ())
-    try:
-        if amqp.declare:
-            apply(connection, wanted)
-        else:
-            missing = verify(connection, wanted)
-            if missing:
-                raise Trouble(*missing)
-        if own is not None:
-            batch = journal.facts.batch.id
-            check_free(connection, follower_name(amqp.names, batch), batch)
-            lost = bool(verify(connection, Topology((), own.queues, ())))
-            if lost and tally.waiting:
-                raise Trouble(_lost(journal, tally))
-            apply(connection, own)
-            journal.has_inbox()
-    except TopologyMismatch as mismatch:
-        raise Trouble(*mismatch.problems) from None
+    if amqp.declare:
+        apply(connection, wanted)
+    elif missing := verify(connection, wanted):
+        raise Trouble(*missing)
+    if own is not None:
+        batch = journal.facts.batch.id
+        check_free(connection, follower_name(amqp.names, batch), batch)
+        lost = bool(verify(connection, Topology((), own.queues, ())))
+        if lost and tally.waiting:
+            raise Trouble(_lost(journal, tally))
+        apply(connection, own)
+        journal.has_inbox()
     return wanted
 
 

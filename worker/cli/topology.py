@@ -37,7 +37,7 @@ def topology(
     if apply:
         _apply(amqp, wanted)
     elif as_definitions:
-        print(json.dumps(definitions(wanted, _vhost(amqp)), indent=2))
+        print(_definitions(amqp, wanted))
     else:
         _print(wanted)
 
@@ -49,29 +49,21 @@ def _settings() -> tuple[AmqpSettings, Topology]:
     return amqp, plan(amqp.prefix, amqp.queue_type, retry.delays_seconds)
 
 
-def _vhost(amqp: AmqpSettings) -> str:
-    from worker.shells.amqp.session import BrokerError, parameters
-
-    try:
-        return str(parameters(amqp)[0].virtual_host)
-    except BrokerError as error:
-        raise Trouble(str(error)) from None
-
-
 def _apply(amqp: AmqpSettings, wanted: Topology) -> None:
-    from worker.shells.amqp.session import BrokerError, TopologyMismatch, apply, session
+    from worker.shells.amqp.session import apply, session
 
-    try:
-        with session(amqp, "topology") as connection:
-            apply(connection, wanted)
-    except TopologyMismatch as mismatch:
-        raise Trouble(*mismatch.problems) from None
-    except BrokerError as error:
-        raise Trouble(str(error)) from None
+    with session(amqp, "topology") as connection:
+        apply(connection, wanted)
     print(
         f"declared {len(wanted.exchanges)} exchanges, {len(wanted.queues)} queues and "
         f"{len(wanted.bindings)} bindings under {amqp.prefix}"
     )
+
+
+def _definitions(amqp: AmqpSettings, wanted: Topology) -> str:
+    from worker.shells.amqp.session import parameters
+
+    return json.dumps(definitions(wanted, str(parameters(amqp)[0].virtual_host)), indent=2)
 
 
 def _print(wanted: Topology) -> None:

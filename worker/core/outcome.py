@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from enum import StrEnum
@@ -10,9 +9,9 @@ from typing import Final, NamedTuple
 
 from worker.core import jakarta
 from worker.core.command import name_uuid
+from worker.core.compact import compact
 
 OUTCOME_TYPE: Final = "qris.expire.outcome.v1"
-_encode = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build one for every outcome
 _OUTCOME_NAMESPACE = uuid.UUID("0c4f3f6e-0f3a-5d2b-8c39-0d0a3a5f1d11").bytes
 
 
@@ -114,7 +113,7 @@ def outcome_id(command_id: str, lane: str, body: bytes, status: Status) -> str:
 def encode(outcome: Outcome) -> bytes:
     """The outcome's JSON, the contract's field names, ASCII only."""
     reason = outcome.reason
-    return _encode(
+    return compact(
         {
             "outcomeId": outcome.outcome_id,
             "commandId": outcome.command_id,
@@ -134,4 +133,4 @@ def encode(outcome: Outcome) -> bytes:
             "receivedAt": jakarta.iso(outcome.received_at),
             "completedAt": jakarta.iso(outcome.completed_at),
         }
-    ).encode("ascii")
+    )

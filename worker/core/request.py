@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from worker.core import jakarta
 from worker.core.command import Command
+from worker.core.compact import compact
 from worker.core.signing import Sign
 
 EXTERNAL_ID_DIGITS: Final = 36  # SNAP: a numeric string of at most 36, unique in the day
@@ -53,8 +53,7 @@ def external_ids(epoch: Callable[[], float], node: int) -> Callable[[], str]:
 
 def body(command: Command, bill_field: str = "billnumber") -> bytes:
     """The gateway's body, compact, in the order of its document. Built once: these bytes are hashed and sent."""
-    bill, merchant = json.dumps(command.billnumber), json.dumps(command.merchant_id)
-    return f'{{"{bill_field}":{bill},"additionalInfo":{{"merchantId":{merchant}}}}}'.encode("ascii")
+    return compact({bill_field: command.billnumber, "additionalInfo": {"merchantId": command.merchant_id}})
 
 
 def sign(command: Command, partner: Partner, signer: Sign, token: str, epoch: float, ext_id: str) -> SignedRequest:

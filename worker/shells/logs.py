@@ -6,7 +6,6 @@ Use ``structlog.get_logger()`` anywhere; before `configure` its lines go to stru
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from typing import Any, Final, Literal, TextIO
 import structlog
 
 from worker.core import jakarta
+from worker.core.compact import compact
 
 LogFormat = Literal["json", "console"]
 Render = Callable[[str, MutableMapping[str, Any]], str]
@@ -36,6 +36,7 @@ MAX_TRACEBACK: Final = 3_000
 MOST_WAITING: Final = 10_000
 """Lines that wait for a reader of the log: some 3 MB. `log.lost` counts those beyond."""
 
+_GATHERED: Final = ("info", "debug")
 LAST_WORDS: Final = 1.0  # seconds that the end of the process waits for a reader of the log
 
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)|(?<=Bearer )\S+", re.IGNORECASE)
@@ -56,16 +57,13 @@ def configure(
     if process is not None:
         render = _signed(render, process)
     global _lines
-    lines = _lines = _Lines(stream, render)
+    lowest = logging.getLevelNamesMapping()[level.upper()]
+    lines = _lines = _Lines(stream, render, lowest)
     atexit.register(lines.flush, LAST_WORDS)
     structlog.configure(
-        processors=[lambda _, method, event: render(method, event)],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: lines,
-        cache_logger_on_first_use=True,
+        processors=[], wrapper_class=_Logger, logger_factory=lambda *_: lines, cache_logger_on_first_use=True
     )
-    lowest = max(FOREIGN_LEVEL, logging.getLevelNamesMapping()[level.upper()])
-    logging.basicConfig(handlers=[_Foreign(render, lines)], level=lowest, force=True)
+    logging.basicConfig(handlers=[_Foreign(lines)], level=max(FOREIGN_LEVEL, lowest), force=True)
     # pika logs one lost connection as seven errors of several lines; the links log it as one line of ours.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
@@ -85,25 +83,60 @@ def gathered() -> Iterator[Callable[[], None]]:
 
 def _signed(render: Render, process: str) -> Render:
     def signed(level: str, event: MutableMapping[str, Any]) -> str:
-        return render(level, {"event": event.pop("event", ""), "process": process, **event})
+        return render(level, {"event": event["event"], "process": process, **event})
 
     return signed
 
 
 def json_line(level: str, event: MutableMapping[str, Any]) -> str:
-    """One JSON object without line breaks: timestamp in ``+07:00``, level, event, and the rest as given."""
+    """One JSON object without line breaks: timestamp in ``+07:00``, level, and the event, whose name comes first."""
     if "exc_info" in event:
         _add_exception(event)
-    line = {"timestamp": _clock(), "level": level, "event": event.pop("event", ""), **event}
+    line = {"timestamp": _clock(), "level": level, **event}
     try:
-        return _encode(line)
-    except (TypeError, ValueError, RecursionError):  # NaN, a cycle, keys of another type
-        return _encode({str(key): _plain(value) for key, value in line.items()})
+        return compact(line, str).decode("ascii")
+    except (TypeError, ValueError, RecursionError):  # a cycle, keys of another type
+        return compact({str(key): _plain(value) for key, value in line.items()}).decode("ascii")
 
 
 def redact(text: str) -> str:
     """Masks passwords in URLs and bearer tokens: a last resort for texts of others. Ours never hold one."""
     return _CREDENTIALS.sub("***", text)
+
+
+class _Logger(structlog.BoundLoggerBase):
+    """structlog's logger, which hands each event to `_Lines` at once. Its own way there, by processors of which we have
+    one, costs as much as the line."""
+
+    _logger: _Lines
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """A line for developers."""
+        self._log(logging.DEBUG, "debug", event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        """What happens."""
+        self._log(logging.INFO, "info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """What somebody should look at."""
+        self._log(logging.WARNING, "warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """What somebody has to repair."""
+        self._log(logging.ERROR, "error", event, fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """An error with the traceback of the exception that is being handled."""
+        self.error(event, exc_info=True, **fields)
+
+    def is_enabled_for(self, level: int) -> bool:
+        """Whether lines of this level of `logging` are written."""
+        return level >= self._logger.lowest
+
+    def _log(self, level: int, name: str, event: str, fields: dict[str, Any]) -> None:
+        if level >= self._logger.lowest:
+            self._logger.log(name, {"event": event, **self._context, **fields})
 
 
 class _Lines:
@@ -113,7 +146,8 @@ class _Lines:
     heartbeats and all senders. So once the stream takes nothing, lines wait, and a thread brings them out.
     """
 
-    def __init__(self, stream: TextIO, render: Render) -> None:
+    def __init__(self, stream: TextIO, render: Render, lowest: int) -> None:
+        self.lowest = lowest
         self._stream = stream
         self._render = render
         self._lock = threading.RLock()  # a signal's handler may log in the middle of a line of the same thread
@@ -130,26 +164,20 @@ class _Lines:
         except (OSError, ValueError):  # a stream in memory
             self._fd = None
 
-    def msg(self, line: str) -> None:
-        """Writes it, after what this thread has gathered."""
-        if self._gatherer == threading.get_ident():
-            self.bring_out()
-        self._write(line)
-
-    warning = error = critical = msg
-
-    def info(self, line: str) -> None:
-        """Writes it, in company where this thread gathers lines."""
+    def log(self, level: str, event: MutableMapping[str, Any]) -> None:
+        """Writes the line of an event; one of level info or debug in company, where this thread gathers lines."""
+        line = self._render(level, event)
         if self._gatherer != threading.get_ident():
             self._write(line)
-            return
-        self._size += len(line) + 1
-        if self._size > select.PIPE_BUF or self._waiting:  # or a reader is awaited: then each line waits by itself
+        elif level in _GATHERED:
+            self._size += len(line) + 1
+            if self._size > select.PIPE_BUF or self._waiting:  # or a reader is awaited: then each line waits by itself
+                self.bring_out()
+                self._size = len(line) + 1
+            self._gathered.append(line)
+        else:
             self.bring_out()
-            self._size = len(line) + 1
-        self._gathered.append(line)
-
-    debug = info
+            self._write(line)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -224,9 +252,9 @@ def _write(fd: int, data: bytes) -> None:
 class _Foreign(logging.Handler):
     """Lines of libraries that log with the standard library."""
 
-    def __init__(self, render: Render, lines: _Lines) -> None:
+    def __init__(self, lines: _Lines) -> None:
         super().__init__()
-        self._render, self._lines = render, lines
+        self._lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
         """Never raises."""
@@ -234,13 +262,11 @@ class _Foreign(logging.Handler):
             event: dict[str, Any] = {"event": redact(record.getMessage()), "logger": record.name}
             if record.exc_info:
                 event["exc_info"] = record.exc_info
-            self._lines.msg(self._render(record.levelname.lower(), event))
+            self._lines.log(record.levelname.lower(), event)
         except Exception:  # noqa: BLE001  # logging must not end what it reports
             self.handleError(record)
 
 
-_encoder = json.JSONEncoder(separators=(",", ":"), default=str, allow_nan=False, check_circular=False)
-_encode = _encoder.encode
 _second = (0, "")
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from worker.core.outcome import Reason
@@ -320,6 +321,7 @@ _WELL_FORMED: Final = re.compile(r"[2-5]\d{6}\Z", re.ASCII)
 _INVALID_TOKEN: Final = re.compile(r"(?:^|[\s,;])error\s*=\s*[\"']?invalid_token(?![\w-])", re.IGNORECASE)
 
 
+@lru_cache(maxsize=32)  # the answers of a gateway say a few things only
 def judge(answer: Reply | NoReply) -> Verdict:
     """The verdict on one attempt. A success needs HTTP 2xx *and* a success code; otherwise the code is trusted.
 

@@ -19,8 +19,8 @@ import pika
 from pika import spec
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
-from pika.data import encode_short_string, encode_table
-from pika.exceptions import NoFreeChannels, StreamLostError
+from pika.data import encode_table
+from pika.exceptions import NoFreeChannels, ShortStringTooLong, StreamLostError
 from pika.frame import Method, decode_frame
 
 from worker.core.delivery import Message
@@ -42,6 +42,8 @@ _CONTENT: Final = struct.Struct(">BHIHxxQH")  # of a content header: kind, chann
 _END: Final = spec.FRAME_END
 _LAST: Final = bytes([_END])
 _PROPERTIES: Final = 12  # where they begin in a content header
+_LONGEST_TEXT: Final = 255  # bytes of a text property
+_EMPTY_TABLE: Final = bytes(4)
 _INCOMPLETE: Final = 0
 _NOT_OURS: Final = -1
 
@@ -271,7 +273,18 @@ def _frame(data: bytes, at: int) -> tuple[int, int, int]:
 
 def _text(pieces: list[bytes], value: str | bytes) -> int:
     assert isinstance(value, (str, bytes)), "a property that is text in AMQP"
-    return int(encode_short_string(pieces, value))
+    data = value.encode() if isinstance(value, str) else value
+    if len(data) > _LONGEST_TEXT:
+        raise ShortStringTooLong(data)
+    pieces.append(bytes((len(data),)) + data)
+    return 1 + len(data)
+
+
+def _table(pieces: list[bytes], value: dict[str, Any]) -> int:
+    if not value:
+        pieces.append(_EMPTY_TABLE)
+        return len(_EMPTY_TABLE)
+    return int(encode_table(pieces, value))
 
 
 def _octet(pieces: list[bytes], value: int) -> int:
@@ -287,7 +300,7 @@ def _moment(pieces: list[bytes], value: int) -> int:
 _PROPERTY: Final[dict[str, tuple[int, Callable[[list[bytes], Any], int]]]] = {
     "content_type": (1 << 15, _text),
     "content_encoding": (1 << 14, _text),
-    "headers": (1 << 13, encode_table),
+    "headers": (1 << 13, _table),
     "delivery_mode": (1 << 12, _octet),
     "priority": (1 << 11, _octet),
     "correlation_id": (1 << 10, _text),
@@ -305,14 +318,19 @@ _PROPERTY: Final[dict[str, tuple[int, Callable[[list[bytes], Any], int]]]] = {
 
 def _content_header(number: int, body: int, properties: Mapping[str, Any]) -> bytes:
     """The frame before a body of so many bytes. Raises what pika raises for values that AMQP has no form for."""
-    flags, size, pieces = 0, 0, list[bytes]()
-    for name, (flag, encode) in _PROPERTY.items():
-        value = properties.get(name)
-        if value is not None:
-            flags |= flag
-            size += encode(pieces, value)
+    flags, in_order = _shape(tuple(properties))
+    size, pieces = 0, list[bytes]()
+    for name, encode in in_order:
+        size += encode(pieces, properties[name])
     head = _CONTENT.pack(spec.FRAME_HEADER, number, 14 + size, spec.Basic.INDEX, body, flags)
     return b"".join((head, *pieces, _LAST))
+
+
+@lru_cache(maxsize=64)  # messages of a kind have the same properties
+def _shape(names: Sequence[str]) -> tuple[int, Sequence[tuple[str, Callable[[list[bytes], Any], int]]]]:
+    """The flags of a content header with these properties, and how each is written, in the order of the header."""
+    found = [(name, flag, encode) for name, (flag, encode) in _PROPERTY.items() if name in names]
+    return sum(flag for _, flag, _ in found), [(name, encode) for name, _, encode in found]
 
 
 @lru_cache(maxsize=64)  # a worker publishes to a handful of addresses

@@ -420,7 +420,7 @@ def scaling_respects_prefetch_and_partner(manifests: Manifests) -> Complaints:
         processes = setting(manifests, WorkerSettings, "processes")
         for trigger in each["spec"]["triggers"]:
             lane = trigger["metadata"]["queueName"].rpartition(".")[2]
-            prefetch = PREFETCH_PER_SENDER * senders.get(lane, 0) * processes
+            prefetch = PREFETCH_PER_SENDER[lane] * senders.get(lane, 0) * processes
             if float(trigger["metadata"]["value"]) <= prefetch:
                 yield f"{lane}: the {prefetch} that one pod holds ask for another pod"
         target = manifests.one("Deployment", each["spec"]["scaleTargetRef"]["name"])

@@ -18,7 +18,7 @@ from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, address, by_way_of, new_prefix
 from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, working
-from worker.core.lanes import LANES, sweep_cap
+from worker.core.lanes import CANCELLATION, LANES, SWEEP, sweep_cap
 from worker.core.topology import LANE_DELIVERY_LIMIT, topology
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
 from worker.wiring import PREFETCH_PER_SENDER
@@ -30,7 +30,7 @@ CLOSING = 3.0
 """Seconds that a drained worker gives a broker that does not answer its close."""
 
 CONCURRENCY = 8
-UNACKED = PREFETCH_PER_SENDER * (CONCURRENCY + sweep_cap(CONCURRENCY, 0.75))
+UNACKED = PREFETCH_PER_SENDER[CANCELLATION] * CONCURRENCY + PREFETCH_PER_SENDER[SWEEP] * sweep_cap(CONCURRENCY, 0.75)
 """The most deliveries that one such worker holds."""
 
 

@@ -15,7 +15,7 @@ from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, by_way_of
 from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, working
-from worker.core.lanes import sweep_cap
+from worker.core.lanes import CANCELLATION, SWEEP, sweep_cap
 from worker.core.topology import topology
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
@@ -33,7 +33,7 @@ LONG_BACKOFF = {
 }
 
 CONCURRENCY = 16
-UNACKED = PREFETCH_PER_SENDER * (CONCURRENCY + sweep_cap(CONCURRENCY, 0.75))
+UNACKED = PREFETCH_PER_SENDER[CANCELLATION] * CONCURRENCY + PREFETCH_PER_SENDER[SWEEP] * sweep_cap(CONCURRENCY, 0.75)
 """The most deliveries that one such worker holds."""
 
 FAULTY = Script(

@@ -1,9 +1,8 @@
-"""Breaker, throttle and pacer: when senders are held, and for how long."""
+"""Breaker and throttle: when senders are held, and for how long."""
 
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.fakes import Ceiling
-from worker.core.breaker import Breakers, Pacer, State, Throttle
+from worker.core.breaker import Breakers, State, Throttle
 from worker.core.lanes import LANES
 from worker.core.verdict import Kind
 
@@ -353,40 +352,3 @@ def test_a_hold_never_shrinks(answers: list[tuple[float | None, float]], seed: i
         hold = throttle.record(wait, now, rng)
         assert throttle.until == max(before, now + hold)
         now += pause
-
-
-@given(
-    st.floats(0.1, 500),
-    st.lists(st.floats(0, 1), min_size=2, max_size=60),
-    st.floats(0, 1e6),
-)
-def test_pacer_has_no_bursts(rate: float, pauses: list[float], start: float) -> None:
-    """Calls are at least 1/rate apart, so no window of a second holds more than the rate; none waits for nothing."""
-
-    pacer, now, slots = Pacer(rate), start, []
-    for pause in pauses:
-        wait = pacer.reserve(now)
-        assert wait >= 0
-        slots.append(now + wait)
-        now += pause
-    # A float's grain at this time; the machine's own jitter is far coarser.
-    grain = 1e-6
-    assert all(later - earlier >= 1 / rate - grain for earlier, later in pairwise(slots))
-    for first in slots:
-        assert sum(first <= slot < first + 1 - grain * len(slots) for slot in slots) <= max(1, -(-rate // 1))
-
-
-def test_pacer_is_prompt() -> None:
-    """The first call goes at once, and so does one that comes late enough."""
-
-    pacer = Pacer(4.0)
-
-    assert [pacer.reserve(now) for now in (10.0, 10.0, 10.1, 12.0)] == [0, 0.25, pytest.approx(0.4), 0]
-
-
-def test_no_rate_no_pace() -> None:
-    """A rate of zero is no limit."""
-
-    pacer = Pacer(0.0)
-
-    assert [pacer.reserve(1.0) for _ in range(100)] == [0.0] * 100

@@ -1,4 +1,4 @@
-"""When senders wait for the gateway: one breaker for each lane, one throttle, and the pace of a rate limit."""
+"""When senders wait for the gateway: one breaker for each lane, and one throttle."""
 
 from __future__ import annotations
 
@@ -210,35 +210,3 @@ class Throttle:
     def holding(self, now: float) -> bool:
         """Whether senders must wait."""
         return now < self.until
-
-
-CATCH_UP: Final = 1.05
-
-
-@dataclass(slots=True)
-class Pacer:
-    """At most ``rate`` calls in any second, evenly spaced: a partner's limit counts bursts too. 0: no limit.
-
-    A caller takes a slot, waits for it, then waits for its departure. The second step is for a process that was stopped
-    for a moment (CPU throttling, a migrated machine): all its callers wake up at once, and would all call at once. They
-    go `CATCH_UP` times as fast as the limit instead.
-    """
-
-    rate: float
-    free_at: float = 0.0
-    departed_at: float = float("-inf")
-
-    def reserve(self, now: float) -> float:
-        """Takes the next slot; seconds until it."""
-        if not self.rate:
-            return 0.0
-        slot = max(self.free_at, now)
-        self.free_at = slot + 1.0 / self.rate
-        return slot - now
-
-    def depart(self, now: float) -> float:
-        """Seconds until a caller whose slot has come may go: 0.0, unless others have just gone."""
-        if not self.rate:
-            return 0.0
-        self.departed_at = max(self.departed_at + 1.0 / (self.rate * CATCH_UP), now)
-        return self.departed_at - now

@@ -8,7 +8,7 @@ goes wrong for integrators).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, get_args
 from urllib.parse import urlsplit
@@ -66,18 +66,8 @@ class Way(NamedTuple):
     scheme: Scheme
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row: patterns over a code (or a status, or whether the call was sent) and a message → what to do."""
-
-    code: str
-    message: str
-    text: str
-
-    def matches(self, code: str, message: str) -> bool:
-        """Whether both patterns match."""
-        return re.fullmatch(self.code, code) is not None and re.search(self.message, message, re.IGNORECASE) is not None
-
+Table = Mapping[str, str]
+"""Patterns over an answer's code (or status) and message, or over the error where there was no answer → what to do."""
 
 _TAKEN: Final = (Kind.DONE, Kind.REFUSED, Kind.ID_CLASH)
 
@@ -88,185 +78,99 @@ _CLIENT: Final = (
 )
 _TIMESTAMP: Final = "it wants X-TIMESTAMP in another form: change GATEWAY_TIMESTAMP_MILLISECONDS"
 
-_OF_TOKENS: Final = (
-    Row(r"401....", r"time ?stamp|clock", _CLOCK),
-    Row(r"400....", r"time ?stamp", _TIMESTAMP),
-    Row(r"40[134]....", r"forbidden|not allowed|not authori[sz]ed|access", CURE_FORBIDDEN),
-    Row(r"40[01]....", r"client", _CLIENT),
-    Row(
-        r"401....",
-        r"signature",
-        "GATEWAY_PRIVATE_KEY_FILE is not the key whose public half the provider has for GATEWAY_CLIENT_ID: give it the "
-        "public half of this one (openssl pkey -in KEY -pubout), or use the right file",
-    ),
-    Row(r"429....|403..04", r"", CURE_THROTTLED),
-    Row(r"5......", r"", CURE_THEIRS),
-    Row(r".......", r"", "it gives us no token: see GATEWAY_CLIENT_ID, GATEWAY_PRIVATE_KEY_FILE and the clock"),
-)
+_OF_TOKENS: Final = {
+    r"^401.... .*(?:time ?stamp|clock)": _CLOCK,
+    r"^400.... .*time ?stamp": _TIMESTAMP,
+    r"^40[134].... .*(?:forbidden|not allowed|not authori[sz]ed|access)": CURE_FORBIDDEN,
+    r"^40[01].... .*client": _CLIENT,
+    r"^401.... .*signature": "GATEWAY_PRIVATE_KEY_FILE is not the key whose public half the provider has for "
+    "GATEWAY_CLIENT_ID: give it the public half of this one (openssl pkey -in KEY -pubout), or use the right file",
+    r"^(?:429....|403..04)": CURE_THROTTLED,
+    r"^5": CURE_THEIRS,
+    r"": "it gives us no token: see GATEWAY_CLIENT_ID, GATEWAY_PRIVATE_KEY_FILE and the clock",
+}
 
 # What a message adds to its row of the verdict table, whose advice is used if none of these matches.
-_OF_EXPIRES: Final = (
-    Row(r"401....|403(?!..06|9319)....|404(?!9301|9308)....", r"forbidden|not allowed", CURE_FORBIDDEN),
-    Row(r"401....", r"time ?stamp|clock", _CLOCK),
-    Row(r"401....", r"client|partner", _CLIENT),
-    Row(r"400....", r"time ?stamp", _TIMESTAMP),
-    Row(
-        r"400..0[12]",
-        r"bill",
-        "it does not find the bill in our body, or not in this form: change GATEWAY_BILL_FIELD (to billNumber, say)",
-    ),
-    Row(r"400..0[12]", r"merchant", "the merchant has a wrong form: correct GATEWAY_MERCHANT_ID (or --merchant-id)"),
-    Row(r"400..0[12]", r"channel", "correct GATEWAY_CHANNEL_ID, then GATEWAY_CHANNEL_HEADERS"),
-)
+_OF_EXPIRES: Final = {
+    r"^(?:401....|403(?!..06|9319)....|404(?!9301|9308)....) .*(?:forbidden|not allowed)": CURE_FORBIDDEN,
+    r"^401.... .*(?:time ?stamp|clock)": _CLOCK,
+    r"^401.... .*(?:client|partner)": _CLIENT,
+    r"^400.... .*time ?stamp": _TIMESTAMP,
+    r"^400..0[12] .*bill": "it does not find the bill in our body, or not in this form: change GATEWAY_BILL_FIELD (to "
+    "billNumber, say)",
+    r"^400..0[12] .*merchant": "the merchant has a wrong form: correct GATEWAY_MERCHANT_ID (or --merchant-id)",
+    r"^400..0[12] .*channel": "correct GATEWAY_CHANNEL_ID, then GATEWAY_CHANNEL_HEADERS",
+}
 
-_OF_PAGES: Final = (
-    Row(
-        r"403",
-        r"",
-        "a firewall in front of the gateway turns us away: have the outbound address of this machine put on the "
-        "provider's IP allow-list",
-    ),
-    Row(r"400", r"https", "plain http is spoken to an https port: begin GATEWAY_BASE_URL with https://"),
-    Row(
-        r"40[45]",
-        r"",
-        "there is no such service: GATEWAY_BASE_URL must end with the version, as https://host/v1.0; else see "
-        "{setting}",
-    ),
-    Row(r"407", r"", "the proxy wants a login: correct HTTPS_PROXY, or put the gateway into NO_PROXY"),
-    Row(r"401", r"", "something in front of the gateway wants a login: correct GATEWAY_BASE_URL, or ask the provider"),
-    Row(r"429", r"", CURE_THROTTLED),
-    Row(r"3..", r"", "it is a redirect, which is not followed: set GATEWAY_BASE_URL to the API's own address"),
-    Row(r"2..", r"", "this is not the gateway's API: correct GATEWAY_BASE_URL, then {setting}"),
-    Row(r"5..", r"", CURE_THEIRS),
-    Row(r".*", r"", "this is no answer of the gateway's API: correct GATEWAY_BASE_URL, then {setting}"),
-)
+_OF_PAGES: Final = {
+    r"^403": "a firewall in front of the gateway turns us away: have the outbound address of this machine put on the "
+    "provider's IP allow-list",
+    r"^400 .*https": "plain http is spoken to an https port: begin GATEWAY_BASE_URL with https://",
+    r"^40[45]": "there is no such service: GATEWAY_BASE_URL must end with the version, as https://host/v1.0; else see "
+    "{setting}",
+    r"^407": "the proxy wants a login: correct HTTPS_PROXY, or put the gateway into NO_PROXY",
+    r"^401": "something in front of the gateway wants a login: correct GATEWAY_BASE_URL, or ask the provider",
+    r"^429": CURE_THROTTLED,
+    r"^3": "it is a redirect, which is not followed: set GATEWAY_BASE_URL to the API's own address",
+    r"^2": "this is not the gateway's API: correct GATEWAY_BASE_URL, then {setting}",
+    r"^5": CURE_THEIRS,
+    r"": "this is no answer of the gateway's API: correct GATEWAY_BASE_URL, then {setting}",
+}
 
-_CLIENT_CERTIFICATE: Final = (
-    "it asks for a client certificate: set GATEWAY_CERT_FILE and GATEWAY_KEY_FILE to the one that the provider issued"
-)
 _TLS_REFUSED: Final = (
     "it speaks TLS but refuses this connection: it may ask for a client certificate (GATEWAY_CERT_FILE), or for other "
     "ciphers; ask the provider"
 )
-_OF_SILENCE: Final = (
-    Row(r"not sent", r"too many open files", "raise the limit of open files of this process (ulimit -n)"),
-    Row(
-        r"not sent",
-        r"hostname mismatch|IP address mismatch",
-        "GATEWAY_BASE_URL has another host name than the certificate",
-    ),
-    Row(
-        r"not sent",
-        r"certificate has expired",
-        "the gateway's certificate has expired: the provider has to renew it; else this machine's clock is wrong",
-    ),
-    Row(r"not sent", r"not yet valid", "this machine's clock is wrong: set it by NTP; else the certificate is too new"),
-    Row(
-        r"not sent",
-        r"key too weak|algorithm too weak|(?:ee|ca) key too small",
-        "the gateway's certificate is of a kind that is not safe any more: the provider has to renew it",
-    ),
-    Row(r"not sent", r"revoked", "the gateway's certificate was revoked: the provider has to renew it"),
-    Row(
-        r"not sent",
-        r"alert certificate required",
-        _CLIENT_CERTIFICATE,
-    ),
-    Row(
-        r"not sent",
-        r"alert (?:unknown ca|bad certificate|certificate (?:expired|revoked|unknown)|unsupported certificate"
-        r"|access denied|decrypt error)",
-        "it refuses our client certificate: correct GATEWAY_CERT_FILE and GATEWAY_KEY_FILE, or set them",
-    ),
-    Row(
-        r"not sent",
-        r"alert protocol version|unsupported protocol",
-        "it speaks no version of TLS that is safe (1.2 or 1.3): ask the provider for an address that does",
-    ),
-    Row(
-        r"not sent",
-        r"unrecognized name",
-        "it does not know the host name of GATEWAY_BASE_URL: correct that",
-    ),
-    Row(r"not sent", r"alert|no shared cipher|no ciphers|dh key too small|legacy", _TLS_REFUSED),
-    Row(
-        r"not sent",
-        r"not trusted|certificate",
-        "set GATEWAY_CA_FILE to the CA certificates that the gateway's is signed with",
-    ),
-    Row(
-        r"not sent",
-        r"no TLS.*(?:wrong version number|record layer|http request|packet length|unknown protocol|bad record)",
-        "no TLS is spoken there: correct the port in GATEWAY_BASE_URL, or begin it with http://",
-    ),
-    Row(
-        r"not sent",
-        r"no TLS.*timed out",
-        "it took the connection and stays silent about TLS: correct the port in GATEWAY_BASE_URL, or try again later",
-    ),
-    Row(
-        r"not sent",
-        r"no TLS",
-        "it hangs up during the TLS handshake: a firewall or an IP allow-list may do that; else correct the port in "
-        "GATEWAY_BASE_URL",
-    ),
-    Row(
-        r"not sent",
-        r"proxy: it answers 407",
-        "the proxy wants a login: put it into HTTPS_PROXY (http://user:pass@host)",
-    ),
-    Row(
-        r"not sent",
-        r"proxy: it answers 403",
-        "the proxy does not allow the way to the gateway: have it allowed, or put the gateway into NO_PROXY",
-    ),
-    Row(
-        r"not sent",
-        r"proxy: it answers 50.",
-        "the proxy finds no way to the gateway: correct GATEWAY_BASE_URL, or ask who runs the proxy",
-    ),
-    Row(r"not sent", r"proxy", "correct HTTPS_PROXY, or put the gateway into NO_PROXY"),
-    Row(r"not sent", r"refused", "nothing listens there: correct host and port in GATEWAY_BASE_URL"),
-    Row(
-        r"not sent",
-        r"name|address associated|resolution",
-        "the host name is not known here: correct GATEWAY_BASE_URL, or this machine's DNS",
-    ),
-    Row(
-        r"not sent",
-        r"timed out|unreachable|no route",
-        "no way leads there: a firewall, or an IP allow-list that drops us; else correct GATEWAY_BASE_URL",
-    ),
-    Row(r"not sent", r"", "correct GATEWAY_BASE_URL"),
-    Row(
-        r"sent",
-        r"no HTTP",
-        "what answers speaks no HTTP: https:// instead of http:// in GATEWAY_BASE_URL, or another port",
-    ),
-    Row(
-        r"sent",
-        r"timed out",
-        "it took the request and stays silent: try again; if it is that slow, raise GATEWAY_READ_TIMEOUT_SECONDS",
-    ),
-    Row(r"sent", r"alert", _TLS_REFUSED),
-    Row(
-        r"sent",
-        r"more than \d+ bytes",
-        "its answer is larger than any of the gateway's API: correct GATEWAY_BASE_URL, then {setting}",
-    ),
-    Row(
-        r"sent",
-        r"more than one answer",
-        "its answers have more bytes than they say, which no client can rely on: ask the provider to correct that",
-    ),
-    Row(
-        r"sent",
-        r"",
-        "it hung up: it is an https port that GATEWAY_BASE_URL calls by http, a firewall, or a gateway that asks for a "
-        "client certificate (GATEWAY_CERT_FILE); else try again later",
-    ),
-)
+_NOT_SENT: Final = {
+    r"too many open files": "raise the limit of open files of this process (ulimit -n)",
+    r"hostname mismatch|IP address mismatch": "GATEWAY_BASE_URL has another host name than the certificate",
+    r"certificate has expired": "the gateway's certificate has expired: the provider has to renew it; else this "
+    "machine's clock is wrong",
+    r"not yet valid": "this machine's clock is wrong: set it by NTP; else the certificate is too new",
+    r"key too weak|algorithm too weak|(?:ee|ca) key too small": "the gateway's certificate is of a kind that is not "
+    "safe any more: the provider has to renew it",
+    r"revoked": "the gateway's certificate was revoked: the provider has to renew it",
+    r"alert certificate required": "it asks for a client certificate: set GATEWAY_CERT_FILE and GATEWAY_KEY_FILE to "
+    "the one that the provider issued",
+    r"alert (?:unknown ca|bad certificate|certificate (?:expired|revoked|unknown)|unsupported certificate"
+    r"|access denied|decrypt error)": "it refuses our client certificate: correct GATEWAY_CERT_FILE and "
+    "GATEWAY_KEY_FILE, or set them",
+    r"alert protocol version|unsupported protocol": "it speaks no version of TLS that is safe (1.2 or 1.3): ask the "
+    "provider for an address that does",
+    r"unrecognized name": "it does not know the host name of GATEWAY_BASE_URL: correct that",
+    r"alert|no shared cipher|no ciphers|dh key too small|legacy": _TLS_REFUSED,
+    r"not trusted|certificate": "set GATEWAY_CA_FILE to the CA certificates that the gateway's is signed with",
+    r"no TLS.*(?:wrong version number|record layer|http request|packet length|unknown protocol|bad record)": "no TLS "
+    "is spoken there: correct the port in GATEWAY_BASE_URL, or begin it with http://",
+    r"no TLS.*timed out": "it took the connection and stays silent about TLS: correct the port in GATEWAY_BASE_URL, or "
+    "try again later",
+    r"no TLS": "it hangs up during the TLS handshake: a firewall or an IP allow-list may do that; else correct the "
+    "port in GATEWAY_BASE_URL",
+    r"proxy: it answers 407": "the proxy wants a login: put it into HTTPS_PROXY (http://user:pass@host)",
+    r"proxy: it answers 403": "the proxy does not allow the way to the gateway: have it allowed, or put the gateway "
+    "into NO_PROXY",
+    r"proxy: it answers 50.": "the proxy finds no way to the gateway: correct GATEWAY_BASE_URL, or ask who runs the "
+    "proxy",
+    r"proxy": "correct HTTPS_PROXY, or put the gateway into NO_PROXY",
+    r"refused": "nothing listens there: correct host and port in GATEWAY_BASE_URL",
+    r"name|address associated|resolution": "the host name is not known here: correct GATEWAY_BASE_URL, or this "
+    "machine's DNS",
+    r"timed out|unreachable|no route": "no way leads there: a firewall, or an IP allow-list that drops us; else "
+    "correct GATEWAY_BASE_URL",
+    r"": "correct GATEWAY_BASE_URL",
+}
+_SENT: Final = {
+    r"no HTTP": "what answers speaks no HTTP: https:// instead of http:// in GATEWAY_BASE_URL, or another port",
+    r"timed out": "it took the request and stays silent: try again; if it is that slow, raise "
+    "GATEWAY_READ_TIMEOUT_SECONDS",
+    r"alert": _TLS_REFUSED,
+    r"more than \d+ bytes": "its answer is larger than any of the gateway's API: correct GATEWAY_BASE_URL, then "
+    "{setting}",
+    r"more than one answer": "its answers have more bytes than they say, which no client can rely on: ask the provider "
+    "to correct that",
+    r"": "it hung up: it is an https port that GATEWAY_BASE_URL calls by http, a firewall, or a gateway that asks for "
+    "a client certificate (GATEWAY_CERT_FILE); else try again later",
+}
 
 
 def token(answer: Reply | NoReply, call: Call) -> Finding:
@@ -313,25 +217,25 @@ def other_ways(way: Way, base_url: str, expire_path: str) -> Iterator[Way]:
                 yield Way(path, scheme)
 
 
-def _found(answer: Reply | NoReply, call: Call, table: tuple[Row, ...] | None, shown: str | None) -> Finding:
+def _found(answer: Reply | NoReply, call: Call, table: Table | None, shown: str | None) -> Finding:
     """``table``: the rows for answers with a code; None for those of the verdict table. ``shown``: what may be shown of
     the answer; None for all of it."""
     fine = signature = False
     if isinstance(answer, NoReply):
         said, message = answer.error, answer.error
-        text = _first(_OF_SILENCE, "sent" if answer.sent else "not sent", message)
+        text = _first(_SENT if answer.sent else _NOT_SENT, message)
     else:
         code, message = read(answer.body)
         if code is None:
             message = _text(answer)
             said = f"HTTP {answer.status} with {_kind(answer)}" if shown is None else shown
-            text = _first(_OF_PAGES, str(answer.status), message)
+            text = _first(_OF_PAGES, f"{answer.status} {message}")
         elif table is None:
             said = f"{code} {message}".rstrip()
             text, fine, signature = _of_rule(code, message)
         else:
             said = f"{code} {shown}"
-            text = _first(table, code, message)
+            text = _first(table, f"{code} {message}")
     text = text.format(setting=call.path_setting)
     if fine and isinstance(answer, Reply) and judge(answer).reason is None:
         text = f"HTTP {answer.status} and its code contradict each other: ask the provider"
@@ -346,15 +250,15 @@ def _of_rule(code: str, message: str) -> tuple[str, bool, bool]:
     """The cure of the code's row in the verdict table, or what the message adds to it; whether all is fine; whether the
     signature is refused."""
     rule = rule_for(code, message)
-    if not rule.fine and rule.kind is not Kind.TOKEN:
-        for row in _OF_EXPIRES:
-            if row.matches(code, message):
-                return row.text, False, False
+    added = "" if rule.fine or rule.kind is Kind.TOKEN else _first(_OF_EXPIRES, f"{code} {message}")
+    if added:
+        return added, False, False
     return rule.cure, rule.fine, rule.cure is CURE_SIGNATURE
 
 
-def _first(table: tuple[Row, ...], key: str, message: str) -> str:
-    return next(row.text for row in table if row.matches(key, message))
+def _first(table: Table, answer: str) -> str:
+    """What the first pattern that matches stands for; "" if none does."""
+    return next((text for pattern, text in table.items() if re.search(pattern, answer, re.IGNORECASE)), "")
 
 
 def _signed_late(call: Call) -> str | None:
@@ -381,6 +285,6 @@ def _kind(reply: Reply) -> str:
 
 def texts() -> Iterator[str]:
     """Every text of every table."""
-    for table in (_OF_TOKENS, _OF_EXPIRES, _OF_PAGES, _OF_SILENCE):
-        yield from (row.text for row in table)
+    for table in (_OF_TOKENS, _OF_EXPIRES, _OF_PAGES, _NOT_SENT, _SENT):
+        yield from table.values()
     yield from (rule.cure for rule in (SUCCESS, *RULES))

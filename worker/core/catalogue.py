@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import product
 from typing import Final
 
@@ -57,16 +58,16 @@ class Kind(StrEnum):
 class Metric:
     """One metric. `text` says what it is and what to do when it moves.
 
-    `series` are all values of the labels, in the order of `labels`. `buckets` are the upper bounds of a histogram.
-    `merge` makes one value of two processes' values; only gauges have a rule, counters and histograms are summed.
-    `lasts` is for a gauge that stays true when its process is gone.
+    `labels` has the values of each label; `only` are the series where not every combination exists. `buckets` are the
+    upper bounds of a histogram. `merge` makes one value of two processes' values; only gauges have a rule, counters and
+    histograms are summed. `lasts` is for a gauge that stays true when its process is gone.
     """
 
-    name: str
     kind: Kind
+    name: str
     text: str
-    labels: Sequence[str] = ()
-    series: Sequence[tuple[str, ...]] = ((),)
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    only: Sequence[tuple[str, ...]] = ()
     buckets: Sequence[float] = ()
     merge: Rule = total
     lasts: bool = False
@@ -76,6 +77,15 @@ class Metric:
         """The name with the product's prefix, as it is exported."""
         return PREFIX + self.name
 
+    @property
+    def series(self) -> Sequence[tuple[str, ...]]:
+        """All values of the labels, in their order."""
+        return self.only or tuple(product(*self.labels.values()))
+
+
+counter: Final = partial(Metric, Kind.COUNTER)
+gauge: Final = partial(Metric, Kind.GAUGE)
+histogram: Final = partial(Metric, Kind.HISTOGRAM)
 
 OPERATIONS: Final = ("expire", "token")
 RETRIES: Final = ("transient", "systemic", "token", "id_clash", "throttled")
@@ -97,300 +107,238 @@ REQUEST_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 CONFIRM_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0)
 RATE_WAIT_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-_BY_LANE: Final = tuple((lane,) for lane in LANES)
-_BY_OPERATION: Final = tuple((operation,) for operation in OPERATIONS)
-_BY_ANSWER: Final = tuple(product(OPERATIONS, (*RESPONSE_CODES, OTHER, NONE)))
-_OUTCOMES: Final = tuple(
-    (lane, str(status), str(reason)) for lane in LANES for status, reasons in REASONS.items() for reason in reasons
-)
-_DEAD_LETTER_REASONS: Final = tuple(
-    (str(reason),) for status, reasons in REASONS.items() if status in DEAD_LETTERED for reason in reasons
-)
+_BY_LANE: Final = {"lane": LANES}
+_BY_ANSWER: Final = {"operation": OPERATIONS, "response_code": (*RESPONSE_CODES, OTHER, NONE)}
+_REASONS: Final = tuple((str(status), str(reason)) for status, reasons in REASONS.items() for reason in reasons)
 
 CATALOGUE: Final = (
     # -- commands and outcomes
-    Metric(
+    counter(
         "commands_total",
-        Kind.COUNTER,
         "Commands taken from the broker, each once, without its delayed rounds. "
         "Flat while the queue is not empty: look at consumption_paused and broker_connected.",
-        ("lane",),
         _BY_LANE,
     ),
-    Metric(
+    counter(
         "commands_undated_total",
-        Kind.COUNTER,
         "Commands without a timestamp of their producer; their age counts from the first delivery, so it does not show "
         "how long they waited in the queue. Moves: ask the producer to set the property timestamp.",
-        ("lane",),
         _BY_LANE,
     ),
-    Metric(
+    gauge(
         "commands_waiting",
-        Kind.GAUGE,
         "Commands that wait in the lane's queue, in no worker's hands, as the broker told this process some seconds "
         "ago. Rises steadily: more come than end; over the rate of outcomes_total it is the time to empty.",
-        ("lane",),
         _BY_LANE,
         merge=max,
     ),
-    Metric(
+    counter(
         "outcomes_total",
-        Kind.COUNTER,
         "Commands that ended, by status and reason; counted when the broker has confirmed the outcome. "
         "unresolved or invalid moves: run qris-expire dead list.",
-        ("lane", "status", "reason"),
-        _OUTCOMES,
+        {"lane": LANES, "status": tuple(map(str, REASONS)), "reason": tuple(reason for _, reason in _REASONS)},
+        only=tuple((lane, *ended) for lane in LANES for ended in _REASONS),
     ),
-    Metric(
+    gauge(
         "in_flight",
-        Kind.GAUGE,
         "Commands in a sender's hands. At WORKER_CONCURRENCY for long with a backlog: the gateway is slow "
         "(gateway_request_duration_seconds) or more concurrency is needed.",
-        ("lane",),
         _BY_LANE,
     ),
-    Metric(
+    counter(
         "acks_total",
-        Kind.COUNTER,
         "Deliveries acked. Each should have an outcome, a delayed round or a way back to its queue before it: "
         "acks without outcomes or delayed rounds, while nothing is paused, are a fault of the worker.",
-        ("lane",),
         _BY_LANE,
     ),
-    Metric(
+    gauge(
         "oldest_command_timestamp_seconds",
-        Kind.GAUGE,
         "Unix time at which the oldest command that is in hand was published, 0 with none. Long ago: commands "
         "queue, or one is stuck; commands in a delayed round are not in hand.",
-        ("lane",),
         _BY_LANE,
         merge=soonest,
     ),
-    Metric(
+    gauge(
         "senders",
-        Kind.GAUGE,
         "Requests that may be in flight (WORKER_CONCURRENCY): what in_flight is to be compared with.",
     ),
-    Metric(
+    histogram(
         "command_duration_seconds",
-        Kind.HISTOGRAM,
         "From a command's delivery to its ack, backoff and confirm included. "
         "Rises: look at gateway_request_duration_seconds, rate_wait_seconds, retries_total, publish_confirm_seconds.",
-        ("lane",),
         _BY_LANE,
-        DURATION_BUCKETS,
+        buckets=DURATION_BUCKETS,
     ),
-    Metric(
+    histogram(
         "command_age_seconds",
-        Kind.HISTOGRAM,
         "From a command's publication to its outcome: what the producer waits. Rises while command_duration_seconds "
         "does not: commands wait in the queue (see the broker), or the producer's clock is behind.",
-        ("lane",),
         _BY_LANE,
-        AGE_BUCKETS,
+        buckets=AGE_BUCKETS,
     ),
-    Metric(
+    gauge(
         "last_outcome_timestamp_seconds",
-        Kind.GAUGE,
         "Unix time of the last outcome, 0 before the first. Stands still while commands wait: nothing ends.",
         merge=max,
         lasts=True,
     ),
-    Metric(
+    counter(
         "retries_total",
-        Kind.COUNTER,
         "Attempts that must be made again, by what made them necessary. transient: the gateway or the "
         "way to it; systemic: our credentials or set-up (qris-expire check); token: tokens die early; "
         "id_clash: external ids repeat; throttled: lower the limit (GATEWAY_MAX_REQUESTS_PER_SECOND, fleet limit).",
-        ("reason",),
-        tuple((reason,) for reason in RETRIES),
+        {"reason": RETRIES},
     ),
-    Metric(
+    counter(
         "delayed_retries_total",
-        Kind.COUNTER,
         "Rounds put off in the broker (RETRY_DELAYS_SECONDS) since attempts in process did not help. "
         "Rises: the gateway fails for longer than RETRY_BUDGET_SECONDS.",
-        ("lane",),
         _BY_LANE,
     ),
-    Metric(
+    counter(
         "dead_letters_total",
-        Kind.COUNTER,
         "Messages parked for people, by reason. Any increase needs one: qris-expire dead list, then redrive or purge.",
-        ("reason",),
-        _DEAD_LETTER_REASONS,
+        {"reason": tuple(reason for status, reason in _REASONS if status in DEAD_LETTERED)},
     ),
     # -- the gateway
-    Metric(
+    counter(
         "gateway_requests_total",
-        Kind.COUNTER,
         "Requests that ended, by the gateway's responseCode: other is a code not listed, none an answer "
         "without a code or no answer. none rises: look at the network and at what stands before the "
         "gateway; 4019300: check secret, key and clock.",
-        ("operation", "response_code"),
         _BY_ANSWER,
     ),
-    Metric(
+    counter(
         "gateway_request_seconds_total",
-        Kind.COUNTER,
         "Seconds that these requests took, by responseCode; over gateway_requests_total: how long an answer of "
         "this code takes. A failure that takes long costs more than one that comes at once: ask the provider why.",
-        ("operation", "response_code"),
         _BY_ANSWER,
     ),
-    Metric(
+    histogram(
         "gateway_request_duration_seconds",
-        Kind.HISTOGRAM,
         "One request to the gateway, from sending to the whole answer or to giving up. "
         "Near GATEWAY_READ_TIMEOUT_SECONDS: effects become unknown, ask the provider.",
-        ("operation",),
-        _BY_OPERATION,
-        REQUEST_BUCKETS,
+        {"operation": OPERATIONS},
+        buckets=REQUEST_BUCKETS,
     ),
-    Metric(
+    counter(
         "token_refreshes_total",
-        Kind.COUNTER,
         "Tokens asked for, by result. refused: client id, key or key registration is wrong "
         "(qris-expire check); error: the token service is out of reach.",
-        ("result",),
-        tuple((result,) for result in REFRESHES),
+        {"result": REFRESHES},
     ),
-    Metric(
+    gauge(
         "token_expiry_timestamp_seconds",
-        Kind.GAUGE,
         "Unix time at which the token in use ends, 0 without one. In the past: refreshing fails, "
         "look at token_refreshes_total.",
         merge=soonest,
     ),
-    Metric(
+    gauge(
         "breaker_state",
-        Kind.GAUGE,
         "0 closed, 1 half-open, 2 open. Open: the gateway fails for every command of the lane, none is lost; "
         "look at retries_total for why.",
-        ("lane",),
         _BY_LANE,
         merge=max,
     ),
-    Metric(
+    gauge(
         "held_until_timestamp_seconds",
-        Kind.GAUGE,
         "Unix time at which the gateway is called again while breaker or throttle hold all calls: the next probe, "
         "or the end of Retry-After. 0 while nothing holds.",
         merge=soonest,
     ),
-    Metric(
+    gauge(
         "clock_skew_seconds",
-        Kind.GAUGE,
         "Our clock against the gateway's Date header. Beyond 30 either way: signatures may be refused, "
         "correct the host's time service.",
         merge=farthest,
     ),
-    Metric(
+    gauge(
         "certificate_expiry_timestamp_seconds",
-        Kind.GAUGE,
         "Unix time at which a configured certificate ends, of a bundle the first to end; 0 with none set. Within two "
         "weeks: replace the file (GATEWAY_CERT_FILE, GATEWAY_CA_FILE, AMQP_CERT_FILE, AMQP_CA_FILE).",
-        ("certificate",),
-        tuple((certificate,) for certificate in CERTIFICATES),
+        {"certificate": CERTIFICATES},
         merge=soonest,
     ),
     # -- the fleet
-    Metric(
+    gauge(
         "fleet_members",
-        Kind.GAUGE,
         "Processes of this fleet that this process sees, itself included. Fewer than you run: some do not "
         "reach the broker or have another prefix or client id; run qris-expire fleet.",
         merge=max,
     ),
-    Metric(
+    gauge(
         "fleet_leader",
-        Kind.GAUGE,
         "1 in the process that hands out permits and tokens. The sum over the fleet is 1; 0 or 2 for some minutes: "
         "the processes do not reach each other through the broker, run qris-expire fleet.",
     ),
-    Metric(
+    gauge(
         "member_sick",
-        Kind.GAUGE,
         "1 while this process fails at the gateway and others succeed. It takes no commands and tests itself; "
         "look at its way out: DNS, egress rules, node.",
     ),
-    Metric(
+    gauge(
         "rate_limit",
-        Kind.GAUGE,
         "Expire calls a second that the whole fleet may make; 0 for no limit. Unexpected: an operator set it "
         "(qris-expire fleet), or processes have different settings and the smallest applies.",
         merge=max,
     ),
-    Metric(
+    histogram(
         "rate_wait_seconds",
-        Kind.HISTOGRAM,
         "How long a sender waited for its permit under the rate limit. Rises: the limit is what bounds the throughput; "
         "agree on a higher one with the provider, more workers do not help.",
         buckets=RATE_WAIT_BUCKETS,
     ),
     # -- the broker
-    Metric(
+    gauge(
         "consumption_paused",
-        Kind.GAUGE,
         "1 while nothing is taken from the queues for this reason. breaker and throttled end by themselves "
         "when the gateway recovers; broker_blocked: the broker is short of memory or disk; operator: qris-expire fleet "
         "tells who, and fleet resume ends it; sick: see member_sick.",
-        ("reason",),
-        tuple((reason,) for reason in PAUSES),
+        {"reason": PAUSES},
         merge=max,
     ),
-    Metric(
+    gauge(
         "broker_connected",
-        Kind.GAUGE,
         "1 while both connections to the broker stand. 0 for long: check AMQP_URL and the broker.",
         merge=min,
     ),
-    Metric(
+    counter(
         "broker_reconnects_total",
-        Kind.COUNTER,
         "Connections to the broker made again after a loss. Rises steadily: network, broker restarts, or a "
         "blocked process that misses heartbeats.",
     ),
-    Metric(
+    histogram(
         "publish_confirm_seconds",
-        Kind.HISTOGRAM,
         "From publishing an outcome or dead letter to the broker's confirm; its command is held as long. "
         "Rises: the broker's disks or its quorum are slow.",
         buckets=CONFIRM_BUCKETS,
     ),
-    Metric(
+    gauge(
         "publishes_unconfirmed",
-        Kind.GAUGE,
         "Messages published and not yet confirmed. Does not fall: the broker takes them but stores none, "
         "look at its alarms.",
     ),
     # -- the process
-    Metric(
+    gauge(
         "build_info",
-        Kind.GAUGE,
         "Always 1; the version is the label. Two versions for long: a rollout is stuck.",
-        ("version",),
-        (),
+        {"version": ()},
         merge=first,
     ),
-    Metric(
+    gauge(
         "start_timestamp_seconds",
-        Kind.GAUGE,
         "Unix time at which the process began; of several, the earliest. Moves unexpectedly: see the log.",
         merge=soonest,
     ),
 )
 
 FAMILY: Final = (
-    Metric(
+    gauge(
         "processes_running",
-        Kind.GAUGE,
         "Worker processes under this parent. Below WORKER_PROCESSES for long: see the log.",
     ),
-    Metric(
+    counter(
         "process_restarts_total",
-        Kind.COUNTER,
         "Worker processes started again after an unexpected end. Moves: see the log for why.",
     ),
 )

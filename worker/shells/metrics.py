@@ -80,7 +80,7 @@ class Metrics:
         for (lane,), number in self._number["in_flight"].items():
             number.value = self.in_hand(lane)
         for metric in CATALOGUE:
-            name, text, labels = metric.full_name, metric.text, metric.labels
+            name, text, labels = metric.full_name, metric.text, tuple(metric.labels)
             match metric.kind:
                 case Kind.COUNTER:
                     counter = CounterMetricFamily(name, text, labels=labels)

@@ -113,86 +113,51 @@ class Topology:
 
 def topology(prefix: str, queue_type: QueueType, delays: Iterable[int]) -> Topology:
     """What must exist under ``prefix``; one retry queue per lane for each of ``delays``, in whole seconds, once."""
-    names, delays = Names(prefix), tuple(dict.fromkeys(delays))
-    return Topology(_exchanges(names), tuple(_queues(names, queue_type, delays)), _bindings(names))
+    names, fleet, delays = Names(prefix), fleet_topology(prefix, queue_type), tuple(dict.fromkeys(delays))
+    exchanges = (
+        Exchange(names.dead, "fanout"),
+        Exchange(names.unrouted, "fanout"),
+        Exchange(names.outcomes, "topic", {"alternate-exchange": names.unrouted}),
+        Exchange(names.commands, "direct"),
+        *fleet.exchanges,
+    )
+    queues = [Queue(names.dead, _parked(queue_type)), Queue(names.unrouted, _parked(queue_type)), *fleet.queues]
+    for lane in LANES:
+        queues.append(Queue(names.queue(lane), _lane(queue_type, names)))
+        queues += [Queue(names.retry(lane, seconds), _retry(queue_type, names, lane, seconds)) for seconds in delays]
+    bindings = (
+        Binding(names.dead, names.dead),
+        Binding(names.unrouted, names.unrouted),
+        *(Binding(names.commands, names.queue(lane), lane) for lane in LANES),
+    )
+    return Topology(exchanges, tuple(queues), bindings)
 
 
 def fleet_topology(prefix: str, queue_type: QueueType) -> Topology:
     """The part of it that the fleet's connection needs."""
     names = Names(prefix)
-    return Topology((Exchange(names.fleet, "fanout"),), (_orders(names, queue_type),), ())
+    # Without a length of one: after a look at the old message a quorum queue of that length would drop the new one.
+    return Topology((Exchange(names.fleet, "fanout"),), (Queue(names.orders, _parked(queue_type)),), ())
 
 
 def definitions(topology: Topology, vhost: str) -> dict[str, list[dict[str, Any]]]:
     """The same in the form of RabbitMQ's ``definitions.json``: exchanges, queues and bindings, no users."""
+    kept = {"durable": True, "auto_delete": False}
     return {
         "exchanges": [
-            {
-                "name": exchange.name,
-                "vhost": vhost,
-                "type": exchange.type,
-                "durable": True,
-                "auto_delete": False,
-                "internal": False,
-                "arguments": dict(exchange.arguments),
-            }
-            for exchange in topology.exchanges
+            {"name": each.name, "vhost": vhost, "type": each.type, **kept, "internal": False}
+            | {"arguments": dict(each.arguments)}
+            for each in topology.exchanges
         ],
         "queues": [
-            {
-                "name": queue.name,
-                "vhost": vhost,
-                "durable": True,
-                "auto_delete": False,
-                "arguments": dict(queue.arguments),
-            }
-            for queue in topology.queues
+            {"name": each.name, "vhost": vhost, **kept, "arguments": dict(each.arguments)} for each in topology.queues
         ],
         "bindings": [
-            {
-                "source": binding.exchange,
-                "vhost": vhost,
-                "destination": binding.queue,
-                "destination_type": "queue",
-                "routing_key": binding.routing_key,
-                "arguments": {},
-            }
-            for binding in topology.bindings
+            {"source": each.exchange, "vhost": vhost, "destination": each.queue, "destination_type": "queue"}
+            | {"routing_key": each.routing_key, "arguments": {}}
+            for each in topology.bindings
         ],
     }
-
-
-def _exchanges(names: Names) -> tuple[Exchange, ...]:
-    return (
-        Exchange(names.dead, "fanout"),
-        Exchange(names.unrouted, "fanout"),
-        Exchange(names.outcomes, "topic", {"alternate-exchange": names.unrouted}),
-        Exchange(names.commands, "direct"),
-        Exchange(names.fleet, "fanout"),
-    )
-
-
-def _queues(names: Names, queue_type: QueueType, delays: tuple[int, ...]) -> Iterable[Queue]:
-    yield Queue(names.dead, _parked(queue_type))
-    yield Queue(names.unrouted, _parked(queue_type))
-    yield _orders(names, queue_type)
-    for lane in LANES:
-        yield Queue(names.queue(lane), _lane(queue_type, names))
-        for seconds in delays:
-            yield Queue(names.retry(lane, seconds), _retry(queue_type, names, lane, seconds))
-
-
-def _orders(names: Names, queue_type: QueueType) -> Queue:
-    # Without a length of one: after a look at the old message a quorum queue of that length would drop the new one.
-    return Queue(names.orders, _parked(queue_type))
-
-
-def _bindings(names: Names) -> tuple[Binding, ...]:
-    return (
-        Binding(names.dead, names.dead),
-        Binding(names.unrouted, names.unrouted),
-        *(Binding(names.commands, names.queue(lane), lane) for lane in LANES),
-    )
 
 
 def _parked(queue_type: QueueType) -> Arguments:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Final
 
 from worker.core.lanes import CANCELLATION, SWEEP
@@ -79,12 +80,8 @@ class Situation:
     def wrong(self, component: str) -> tuple[str, str]:
         """What is wrong with it in the first process that has it, and in how many of several: ("", "") when nothing."""
         found = [what for process in self.processes if (what := process.wrong(component))]
-        return (found[0], self.of_all(len(found))) if found else ("", "")
-
-    def of_all(self, some: int) -> str:
-        """ " (1 of 3 processes)", or nothing where that says nothing."""
-        total = len(self.processes)
-        return f" ({some} of {total} processes)" if some < total else ""
+        some, total = len(found), len(self.processes)
+        return (found[0], f" ({some} of {total} processes)" if some < total else "") if found else ("", "")
 
     def gained(self, name: str, **labels: str) -> float:
         """What a counter gained lately."""
@@ -120,11 +117,6 @@ class Situation:
         return self.members * calls / limit if limit else 0.0
 
     @property
-    def may_add_load(self) -> bool:
-        """Whether more workers could help: never while the gateway fails or asks for less, or at the rate limit."""
-        return not self.held and self.throttled < THROTTLED_SHARE and self.limit_used < USED_UP
-
-    @property
     def in_hand(self) -> float:
         """Commands that senders hold."""
         return self.now.value("in_flight")
@@ -152,14 +144,16 @@ class Concern:
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(Concern):
     """The headline with its action, and what else there is to know."""
 
-    level: Level
-    key: str
-    text: str
-    action: str
     others: Sequence[Concern] = ()
+
+
+_well: Final = partial(Concern, Level.WELL)
+_caution: Final = partial(Concern, Level.CAUTION)
+_waiting: Final = partial(Concern, Level.WAITING)
+_trouble: Final = partial(Concern, Level.TROUBLE)
 
 
 def condition(situation: Situation) -> Condition:
@@ -209,11 +203,8 @@ def _waited(situation: Situation) -> str:
         return ""
     # How long an undated command waited in the queue is unknown.
     since = "first delivery" if situation.gained("commands_undated_total") else "publication"
-    return f", 95 % done within {_quantile(ages.buckets, ages.quantile(0.95))} of their {since}"
-
-
-def _quantile(buckets: Sequence[tuple[float, float]], value: float | None) -> str:
-    return quantile(value, buckets[-2][0] if len(buckets) > 1 else math.inf)
+    longest = ages.buckets[-2][0] if len(ages.buckets) > 1 else math.inf
+    return f", 95 % done within {quantile(ages.quantile(0.95), longest)} of their {since}"
 
 
 # -- the rules: a concern, or None ------------------------------------------------------------------------------------
@@ -225,7 +216,7 @@ def _silent(situation: Situation) -> Concern | None:
         return None
     young = not situation.now.value("start_timestamp_seconds") or situation.gained("process_restarts_total")
     if what == NO_ANSWER_YET and young:
-        return Concern(Level.WAITING, "starting", f"Starting{some}.", "Wait some seconds.")
+        return _waiting("starting", f"Starting{some}.", "Wait some seconds.")
     # While others do the work, the headline is how they do it.
     return Concern(
         Level.CAUTION if some else Level.TROUBLE,
@@ -241,23 +232,27 @@ def _draining(situation: Situation) -> Concern | None:
     what, some = situation.wrong("drain")
     if not what:
         return None
-    return Concern(
-        Level.WAITING,
+    return _waiting(
         "draining",
         f"Draining{some}: takes nothing new, {plural(situation.in_hand, 'command')} in hand.",
         "Nothing: it ends by itself within WORKER_DRAIN_SECONDS, and what is not done goes back to its queue.",
     )
 
 
-def _blocked(situation: Situation) -> Concern | None:
+def _publisher(situation: Situation) -> Concern | None:
     what, some = situation.wrong("publisher")
-    if not what.startswith("blocked"):
+    if what.startswith("blocked"):
+        return _trouble(
+            "broker_blocked",
+            f"Paused: the broker is short of memory or disk and takes no messages{some}. Nothing is lost.",
+            "On the broker: rabbitmq-diagnostics alarms; then free memory or disk. The worker goes on by itself.",
+        )
+    if not what or situation.wrong("consumer")[0]:
         return None
-    return Concern(
-        Level.TROUBLE,
-        "broker_blocked",
-        f"Paused: the broker is short of memory or disk and takes no messages{some}. Nothing is lost.",
-        "On the broker: rabbitmq-diagnostics alarms; then free memory or disk. The worker goes on by itself.",
+    return _trouble(
+        "publisher",
+        f"Outcomes cannot be published: {what}{some}. Commands stay in their queues; nothing is lost.",
+        "Look at the broker: its alarms, its disks, the outcome exchange (qris-expire check).",
     )
 
 
@@ -266,24 +261,11 @@ def _disconnected(situation: Situation) -> Concern | None:
     if not what:
         return None
     if situation.age < STARTING_SECONDS and not situation.now.value("last_outcome_timestamp_seconds"):
-        return Concern(Level.WAITING, "starting", f"Starting: connecting to the broker{some}.", "Wait some seconds.")
-    return Concern(
-        Level.TROUBLE,
+        return _waiting("starting", f"Starting: connecting to the broker{some}.", "Wait some seconds.")
+    return _trouble(
         "disconnected",
         f"Not connected to the broker: {what}{some}. Commands wait in its queues; nothing is lost.",
         "Does the broker run, and is AMQP_URL right? qris-expire check tells. The worker connects by itself.",
-    )
-
-
-def _mute(situation: Situation) -> Concern | None:
-    what, some = situation.wrong("publisher")
-    if not what or what.startswith("blocked") or situation.wrong("consumer")[0]:
-        return None
-    return Concern(
-        Level.TROUBLE,
-        "publisher",
-        f"Outcomes cannot be published: {what}{some}. Commands stay in their queues; nothing is lost.",
-        "Look at the broker: its alarms, its disks, the outcome exchange (qris-expire check).",
     )
 
 
@@ -291,8 +273,7 @@ def _starting(situation: Situation) -> Concern | None:
     what, some = situation.wrong("start")
     if not what or situation.wrong("consumer")[0]:
         return None
-    return Concern(
-        Level.WAITING,
+    return _waiting(
         "starting",
         f"Starting: the first token is being asked for{some}.",
         "Wait for GATEWAY_READ_TIMEOUT_SECONDS at most; then the log says what the token service answered.",
@@ -318,7 +299,7 @@ def _outage(situation: Situation) -> Concern | None:
         code, f" Most failures: {code}."
     )
     action = f"Nothing here: it goes on when a probe succeeds. If it lasts, call the gateway's provider.{most}"
-    return Concern(Level.WAITING, "outage", text, action)
+    return _waiting("outage", text, action)
 
 
 def _worst_code(situation: Situation) -> str | None:
@@ -335,22 +316,16 @@ def _worst_code(situation: Situation) -> str | None:
 
 def _throttled(situation: Situation) -> Concern | None:
     what, some = situation.wrong("throttle")
-    if not what:
+    if what:
+        left = max(situation.now.value("held_until_timestamp_seconds") - situation.now.at, 0.0)
+        return _waiting(
+            "throttled",
+            f'Paused{some}: the gateway answers "too many requests", going on in {duration(left)}. Nothing is lost.',
+            "Nothing now. If it comes often, lower the limit: qris-expire fleet limit, GATEWAY_MAX_REQUESTS_PER_SECOND.",
+        )
+    if situation.throttled < THROTTLED_SHARE:
         return None
-    left = max(situation.now.value("held_until_timestamp_seconds") - situation.now.at, 0.0)
-    return Concern(
-        Level.WAITING,
-        "throttled",
-        f'Paused{some}: the gateway answers "too many requests", going on in {duration(left)}. Nothing is lost.',
-        "Nothing now. If it comes often, lower the limit: qris-expire fleet limit, GATEWAY_MAX_REQUESTS_PER_SECOND.",
-    )
-
-
-def _throttled_often(situation: Situation) -> Concern | None:
-    if situation.throttled < THROTTLED_SHARE or situation.wrong("throttle")[0]:
-        return None
-    return Concern(
-        Level.CAUTION,
+    return _caution(
         "throttled_often",
         f'The gateway answered {share(situation.throttled, 1)} of the calls with "too many requests" '
         f"{situation.lately()}.",
@@ -363,7 +338,7 @@ def _fleet_lost(situation: Situation) -> Concern | None:
     if situation.wrong("consumer")[0] or not what:
         return None
     if situation.age < STARTING_SECONDS:
-        return Concern(Level.WAITING, "starting", f"Starting: joining the fleet{some}.", "Wait some seconds.")
+        return _waiting("starting", f"Starting: joining the fleet{some}.", "Wait some seconds.")
     return Concern(
         Level.CAUTION if some else Level.TROUBLE,
         "fleet",
@@ -379,9 +354,8 @@ def _operator(situation: Situation) -> Concern | None:
     who = next((f" {what[0].upper()}{what[1:]}." for what in told if what != "ok"), "")
     action = f"To go on: qris-expire fleet resume.{who}"
     if situation.gained("outcomes_total"):
-        return Concern(Level.CAUTION, "operator", "An operator has paused a part of the fleet.", action)
-    return Concern(
-        Level.WAITING,
+        return _caution("operator", "An operator has paused a part of the fleet.", action)
+    return _waiting(
         "operator",
         "An operator has paused the fleet. Commands wait in their queues; nothing is lost.",
         action,
@@ -421,7 +395,7 @@ def _backlog(situation: Situation) -> Concern | None:
             if per_second
             else f", and none has ended {situation.lately()}."
         )
-        return Concern(Level.CAUTION, "backlog", text, _more_work(situation))
+        return _caution("backlog", text, _more_work(situation))
     return None
 
 
@@ -429,7 +403,7 @@ def _more_work(situation: Situation) -> str:
     """What to do when more comes than ends."""
     if situation.limit_used >= USED_UP:
         return "The rate limit bounds the work: agree on a higher one with the provider. More workers do not help."
-    if not situation.may_add_load:
+    if situation.held or situation.throttled >= THROTTLED_SHARE:
         return "Nothing here: the gateway asks for less or fails. More workers make it worse."
     return "Is the gateway slow (see below)? Else more WORKER_CONCURRENCY, processes or replicas."
 
@@ -438,8 +412,7 @@ def _at_the_limit(situation: Situation) -> Concern | None:
     limit = situation.now.value("rate_limit")
     if situation.limit_used < USED_UP or not situation.now.value("commands_waiting"):
         return None
-    return Concern(
-        Level.WELL,
+    return _well(
         "limit",
         f"The fleet works at its rate limit of {rate(limit)}.",
         "More workers do not help. qris-expire fleet shows the limit and who set it.",
@@ -450,8 +423,7 @@ def _undated(situation: Situation) -> Concern | None:
     undated, commands = situation.now.value("commands_undated_total"), situation.now.value("commands_total")
     if undated < UNDATED_SHARE * commands or not undated:
         return None
-    return Concern(
-        Level.WELL,
+    return _well(
         "undated",
         f"{number(undated)} of {plural(commands, 'command')} since the start have no timestamp: their ages count from "
         "the first delivery.",
@@ -466,8 +438,7 @@ def _unconfirmed(situation: Situation) -> Concern | None:
         return None
     if change.value("publish_confirm_seconds_count") or situation.wrong("consumer")[0]:
         return None
-    return Concern(
-        Level.TROUBLE,
+    return _trouble(
         "unconfirmed",
         f"The broker takes outcomes but confirms none: {number(waiting)} wait. Nothing is lost.",
         "Look at the broker's disks and quorum: rabbitmq-diagnostics alarms, rabbitmq-queues quorum_status QUEUE.",
@@ -483,8 +454,7 @@ def _stuck(situation: Situation) -> Concern | None:
         return None
     if situation.change is None or situation.gained("commands_total") or situation.gained("delayed_retries_total"):
         return None
-    return Concern(
-        Level.TROUBLE,
+    return _trouble(
         "stuck",
         f"{plural(situation.in_hand, 'command')} in hand, but no outcome for {duration(quiet)}.",
         "Look at the gateway's times below and at the log. If calls neither end nor fail, restart the worker: "
@@ -514,8 +484,7 @@ def _old(situation: Situation) -> Concern | None:
     age = situation.now.at - oldest if oldest else 0.0
     if age < OLD_SECONDS or situation.held:
         return None
-    return Concern(
-        Level.CAUTION,
+    return _caution(
         "old",
         f"The oldest cancellation in hand is {duration(age)} old.",
         _more_work(situation),
@@ -555,8 +524,7 @@ def _repeated(situation: Situation) -> Concern | None:
     if repeated < REPEATED_CALLS or repeated < REPEATED_SHARE * calls or not calls:
         return None
     most = max(gains, key=gains.__getitem__)
-    return Concern(
-        Level.CAUTION,
+    return _caution(
         "repeated",
         f"{share(min(repeated, calls), calls)} of the calls are repeats, most of them {most}.",
         "See the gateway's answers below. Commands that keep failing wait in the broker for their next round.",
@@ -568,8 +536,7 @@ def _skewed(situation: Situation) -> Concern | None:
     if abs(skew) <= SKEW_SECONDS:
         return None
     way = "ahead of" if skew > 0 else "behind"
-    return Concern(
-        Level.CAUTION,
+    return _caution(
         "skew",
         f"This machine's clock is {duration(abs(skew))} {way} the gateway's.",
         "Repair the time service (NTP): signatures carry the time, and the gateway may refuse them.",
@@ -592,16 +559,14 @@ def _restarted(situation: Situation) -> Concern | None:
 RULES: Final[Sequence[Callable[[Situation], Concern | None]]] = (
     _silent,
     _draining,
-    _blocked,
+    _publisher,
     _disconnected,
-    _mute,
     _starting,
     _sick,
     _fleet_lost,
     _operator,
     _outage,
     _throttled,
-    _throttled_often,
     _unconfirmed,
     _stuck,
     _no_token,

@@ -321,7 +321,8 @@ def _throttled(situation: Situation) -> Concern | None:
         return _waiting(
             "throttled",
             f'Paused{some}: the gateway answers "too many requests", going on in {duration(left)}. Nothing is lost.',
-            "Nothing now. If it comes often, lower the limit: qris-expire fleet limit, GATEWAY_MAX_REQUESTS_PER_SECOND.",
+            "Nothing now. If it comes often, lower the limit: qris-expire fleet limit, "
+            "GATEWAY_MAX_REQUESTS_PER_SECOND.",
         )
     if situation.throttled < THROTTLED_SHARE:
         return None

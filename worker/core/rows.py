@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -69,6 +70,11 @@ class Form(NamedTuple):
     mark: bool = False
     spreadsheet: bool = False
 
+    def cell(self, cells: Sequence[str], name: str) -> str:
+        """A row's cell; empty where the row or the header has none (spreadsheets leave out trailing empty cells)."""
+        place = self.places.get(name)
+        return mangled.unwrapped(cells[place].strip()) if place is not None and place < len(cells) else ""
+
 
 JSON_FORM: Final = Form(("input",), {})
 """Of JSON lines the report has each line as it came, in one column."""
@@ -119,8 +125,8 @@ def read(lines: Iterable[str], rules: Rules, *, json_lines: bool = False) -> Rea
         raise InputError("is empty: not even a header; see what should have written it")
     if json_lines or first.lstrip().startswith("{"):
         return Reading(JSON_FORM, _json_rows(numbered, first, rules))
-    header = _header(numbered, first)
-    return Reading(header.form(numbered), _csv_rows(header, numbered, rules))
+    form = _header(numbered, first)
+    return Reading(form, _csv_rows(form, numbered, rules))
 
 
 def is_header(cells: Sequence[str]) -> bool:
@@ -132,11 +138,10 @@ def read_table(table: Iterable[tuple[int, Sequence[str]]], rules: Rules) -> Read
     """The rows of a spreadsheet, from (line, cells), the header first. Raises `InputError`."""
     rows = ((line, cells) for line, cells in table if any(cell.strip() for cell in cells))
     line, cells = next(rows, (0, ()))
-    header = _header_of(cells, "", line)
-    if header is None or "bill" not in header.places:
+    form = Form(tuple(cells), _places(cells, line), ";", mark=True, spreadsheet=True)
+    if "bill" not in form.places:
         raise InputError(f"has no column billnumber (or billNumber) in its header: {', '.join(cells)[:120]!r}", line)
-    form = Form(header.columns, header.places, ";", mark=True, spreadsheet=True)
-    return Reading(form, (_row(header, cells, line, rules) for line, cells in rows))
+    return Reading(form, (_row(form, cells, line, rules) for line, cells in rows))
 
 
 # -- CSV ------------------------------------------------------------------------------------------------------------
@@ -172,31 +177,8 @@ class _Numbered:
         return None
 
 
-class _Header(NamedTuple):
-    """Where the columns are that matter, by our names for them. ``told``: its delimiter is known."""
-
-    delimiter: str
-    columns: tuple[str, ...]
-    places: Mapping[str, int]
-    told: bool = False
-
-    @property
-    def width(self) -> int:
-        """Columns."""
-        return len(self.columns)
-
-    def cell(self, cells: Sequence[str], name: str) -> str:
-        """A row's cell; empty where the row or the header has none (spreadsheets leave out trailing empty cells)."""
-        place = self.places.get(name)
-        return mangled.unwrapped(cells[place].strip()) if place is not None and place < len(cells) else ""
-
-    def form(self, lines: _Numbered) -> Form:
-        """Of the text that it heads."""
-        return Form(self.columns, self.places, self.delimiter, lines.marked, lines.marked or self.told)
-
-
-def _csv_rows(header: _Header, lines: _Numbered, rules: Rules) -> Iterator[Row | BadRow]:
-    rows = csv.reader(lines, delimiter=header.delimiter)
+def _csv_rows(form: Form, lines: _Numbered, rules: Rules) -> Iterator[Row | BadRow]:
+    rows = csv.reader(lines, delimiter=form.delimiter)
     while True:
         lines.held.clear()
         start = lines.number + 1
@@ -207,42 +189,37 @@ def _csv_rows(header: _Header, lines: _Numbered, rules: Rules) -> Iterator[Row |
         except csv.Error as error:
             raise InputError(f"no CSV from here on ({error}); look for a quote that is not closed", start) from None
         if len(lines.held) > 1:
-            _check_swallowed(header, cells, lines.held, start)
+            _check_swallowed(form, cells, lines.held, start)
         if any(cell.strip() for cell in cells):
-            yield _row(header, cells, start, rules)
+            yield _row(form, cells, start, rules)
 
 
-def _row(header: _Header, cells: Sequence[str], line: int, rules: Rules) -> Row | BadRow:
+def _row(form: Form, cells: Sequence[str], line: int, rules: Rules) -> Row | BadRow:
     try:
-        return _good_row(header, cells, line, rules)
+        return _good_row(form, cells, line, rules)
     except _Bad as bad:
         return BadRow(line, str(bad), cells)
 
 
-def _good_row(header: _Header, cells: Sequence[str], line: int, rules: Rules) -> Row:
-    if len(cells) > header.width and any(cell.strip() for cell in cells[header.width :]):
-        raise _Bad(
-            f"has {len(cells)} fields where the header has {header.width}; quote the one that holds the delimiter"
-        )
-    bill = header.cell(cells, "bill")
+def _good_row(form: Form, cells: Sequence[str], line: int, rules: Rules) -> Row:
+    width = len(form.columns)
+    if any(cell.strip() for cell in cells[width:]):
+        raise _Bad(f"has {len(cells)} fields where the header has {width}; quote the one that holds the delimiter")
+    bill = form.cell(cells, "bill")
     if not bill:
         raise _Bad("billnumber is missing")
     _check_identifier("billnumber", bill, rules)
-    own = header.cell(cells, "merchant")
-    if own:
-        _check_identifier("merchantId", own, rules)
-    elif rules.merchant_needed and not rules.merchant:
-        raise _Bad(_MERCHANT_MISSING)
-    reference = header.cell(cells, "reference") or None
+    merchant = _merchant(form.cell(cells, "merchant") or None, rules)
+    reference = form.cell(cells, "reference") or None
     if reference is not None and len(reference) > MAX_REFERENCE:
         raise _Bad(f"reference must have at most {MAX_REFERENCE} characters, and has {len(reference)}")
-    not_after = header.cell(cells, "not_after") or None
+    not_after = form.cell(cells, "not_after") or None
     if not_after is not None:
         try:
             parse_rfc3339(not_after)
         except ValueError as error:
             raise _Bad(f"notAfter: {mangled.shown(not_after)} is {error}") from None
-    return Row(line, bill, own or rules.merchant, reference, not_after, cells)
+    return Row(line, bill, merchant, reference, not_after, cells)
 
 
 def _check_identifier(name: str, value: str, rules: Rules) -> None:
@@ -257,14 +234,20 @@ def _check_identifier(name: str, value: str, rules: Rules) -> None:
         raise _Bad(f"{name} must be {IDENTIFIER_RULE}; {mangled.intruder(value, MAX_IDENTIFIER)}")
 
 
-_MERCHANT_MISSING: Final = (
-    "merchantId is missing; add the column, or give the merchant of all such rows with --merchant-id "
-    "(or GATEWAY_MERCHANT_ID)"
-)
+def _merchant(own: str | None, rules: Rules) -> str:
+    """The row's own merchant, or the one that serves in its place."""
+    if own is not None:
+        _check_identifier("merchantId", own, rules)
+    elif rules.merchant_needed and not rules.merchant:
+        raise _Bad(
+            "merchantId is missing; add the column, or give the merchant of all such rows with --merchant-id "
+            "(or GATEWAY_MERCHANT_ID)"
+        )
+    return rules.merchant if own is None else own
 
 
-def _header(lines: _Numbered, first: str) -> _Header:
-    """The first line; or the second, where the first is the ``sep=;`` that spreadsheets write."""
+def _header(lines: _Numbered, first: str) -> Form:
+    """Of the first line; or of the second, where the first is the ``sep=;`` that spreadsheets write."""
     line = first.rstrip("\r\n")
     separator = _SEPARATOR_LINE.match(line.strip())
     if separator is not None:
@@ -275,43 +258,41 @@ def _header(lines: _Numbered, first: str) -> _Header:
             "'CSV UTF-8 (Comma delimited)', not as 'CSV (Macintosh)')",
             lines.number,
         )
-    candidates = [_parsed(line, delimiter, lines.number) for delimiter in ([separator[1]] if separator else DELIMITERS)]
-    found = [header for header in candidates if header is not None and "bill" in header.places]
+    found = []
+    for delimiter in [separator[1]] if separator else DELIMITERS:
+        with suppress(csv.Error):
+            columns = tuple(next(csv.reader([line], delimiter=delimiter), []))
+            found.append(Form(columns, _places(columns, lines.number), delimiter, lines.marked))
+    found = [form for form in found if "bill" in form.places]
     if not found:
         raise InputError(f"has no column billnumber (or billNumber) in its header: {line[:120]!r}", lines.number)
-    return max(found, key=lambda header: header.width)._replace(told=separator is not None)
+    return max(found, key=lambda form: len(form.columns))._replace(spreadsheet=lines.marked or separator is not None)
 
 
-def _parsed(line: str, delimiter: str, number: int) -> _Header | None:
-    try:
-        return _header_of(next(csv.reader([line], delimiter=delimiter), []), delimiter, number)
-    except csv.Error:
-        return None
-
-
-def _header_of(cells: Sequence[str], delimiter: str, line: int) -> _Header | None:
+def _places(columns: Sequence[str], line: int) -> dict[str, int]:
+    """Where the columns are that matter, by our names for them."""
     places: dict[str, int] = {}
-    for place, cell in enumerate(cells):
+    for place, cell in enumerate(columns):
         name = _COLUMNS.get(_NEEDLESS.sub("", cell).lower())
         if name is None:
             continue
         if name in places:
             raise InputError(f"names the column {cell.strip()} twice in its header; leave one", line)
         places[name] = place
-    return _Header(delimiter, tuple(cells), places)
+    return places
 
 
-def _check_swallowed(header: _Header, cells: Sequence[str], lines: Sequence[str], start: int) -> None:
+def _check_swallowed(form: Form, cells: Sequence[str], lines: Sequence[str], start: int) -> None:
     """A quote that is not closed makes the rows after it part of one field, and their bills would be lost without a
     word. A field may have line breaks, but none of its lines may look like a row of its own."""
-    bill = header.cell(cells, "bill")
+    bill = form.cell(cells, "bill")
     # The first line without its quotes: what an open one hides. Only it and the last one hold cells of this row.
     for offset, line in enumerate([lines[0].replace('"', ""), *lines[1:]]):
-        alone = next(csv.reader([line], delimiter=header.delimiter), [])
-        other = header.cell(alone, "bill")
+        alone = next(csv.reader([line], delimiter=form.delimiter), [])
+        other = form.cell(alone, "bill")
         if other == bill and offset in (0, len(lines) - 1):
             continue
-        alike = _shape(other) == _shape(bill) or (len(alone) == header.width and any(map(str.isdigit, other)))
+        alike = _shape(other) == _shape(bill) or (len(alone) == len(form.columns) and any(map(str.isdigit, other)))
         if alike and is_identifier(other):
             raise InputError(
                 f"has a quoted field that takes in a row, up to line {start + len(lines) - 1}; close it", start
@@ -351,11 +332,7 @@ def _json_row(line: str, number: int, rules: Rules) -> Row:
     if len(set(given)) > 1:
         raise _Bad("merchantId and additionalInfo.merchantId differ")
     _check_identifier("billnumber", command.billnumber, rules)
-    if given:
-        _check_identifier("merchantId", given[0], rules)
-    elif rules.merchant_needed and not rules.merchant:
-        raise _Bad(_MERCHANT_MISSING)
+    merchant = _merchant(given[0] if given else None, rules)
     if command.reference is not None and any("\ud800" <= letter <= "\udfff" for letter in command.reference):
         raise _Bad("reference holds half of a surrogate pair")
-    own = given[0] if given else rules.merchant
-    return Row(number, command.billnumber, own, command.reference, fields.get("notAfter"), (line,))
+    return Row(number, command.billnumber, merchant, command.reference, fields.get("notAfter"), (line,))

@@ -21,15 +21,10 @@ def rate(per_second: float | None) -> str:
     """A rate: 412/s, 4.2/s, 0.05/s."""
     if per_second is None:
         return UNKNOWN
-    if per_second == 0:
-        return "0/s"
-    return (
-        f"{per_second:,.0f}/s" if per_second >= 10 else f"{per_second:.1f}/s" if per_second >= 1 else _small(per_second)
-    )
-
-
-def _small(per_second: float) -> str:
-    return f"{per_second:.2f}/s" if per_second >= 0.01 else "< 0.01/s"
+    if per_second and per_second < 0.01:
+        return "< 0.01/s"
+    decimals = 0 if per_second >= 10 or per_second == 0 else 1 if per_second >= 1 else 2
+    return f"{per_second or 0:,.{decimals}f}/s"
 
 
 def share(part: float, whole: float) -> str:

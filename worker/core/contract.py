@@ -269,29 +269,24 @@ def _exchange(name: str, kind: str) -> Schema:
 
 
 def _operations() -> Schema:
-    sent = {"amqp": {"deliveryMode": 2, "mandatory": True, **_BINDING_VERSION}}
+    sent = {"deliveryMode": 2, "mandatory": True}
+    expires = "Expires the bill. Acked when the broker has confirmed the outcome."
+    tells = "Tells what happened; at least once, with the same message_id each time."
+    parks = "Parks what is unresolved or invalid, beside its outcome."
     return {
-        "receiveCommand": {
-            "action": "receive",
-            "channel": {"$ref": "#/channels/commands"},
-            "summary": "Expires the bill. Acked when the broker has confirmed the outcome.",
-            "messages": [{"$ref": "#/channels/commands/messages/command"}],
-            "bindings": {"amqp": {"ack": True, **_BINDING_VERSION}},
-        },
-        "sendOutcome": {
-            "action": "send",
-            "channel": {"$ref": "#/channels/outcomes"},
-            "summary": "Tells what happened; at least once, with the same message_id each time.",
-            "messages": [{"$ref": "#/channels/outcomes/messages/outcome"}],
-            "bindings": sent,
-        },
-        "sendDeadLetter": {
-            "action": "send",
-            "channel": {"$ref": "#/channels/deadLetters"},
-            "summary": "Parks what is unresolved or invalid, beside its outcome.",
-            "messages": [{"$ref": "#/channels/deadLetters/messages/deadLetter"}],
-            "bindings": sent,
-        },
+        "receiveCommand": _operation("receive", "commands", "command", expires, {"ack": True}),
+        "sendOutcome": _operation("send", "outcomes", "outcome", tells, sent),
+        "sendDeadLetter": _operation("send", "deadLetters", "deadLetter", parks, sent),
+    }
+
+
+def _operation(action: str, channel: str, message: str, summary: str, amqp: Schema) -> Schema:
+    return {
+        "action": action,
+        "channel": {"$ref": f"#/channels/{channel}"},
+        "summary": summary,
+        "messages": [{"$ref": f"#/channels/{channel}/messages/{message}"}],
+        "bindings": {"amqp": {**amqp, **_BINDING_VERSION}},
     }
 
 

@@ -123,27 +123,30 @@ def read(names: Names, parcel: Parcel) -> DeadLetter:
     """What the headers, the broker's record and the body say; never raises, whatever the message is."""
     arrived = receive("", parcel.body, parcel.properties, redelivered=False, epoch=0.0, monotonic=0.0)
     headers = arrived.headers
-    death = _lane_death(names, headers)
-    # The worker takes x-death off what it parks, so one of our lanes in it means: the broker moved this one.
+    deaths = headers.get("x-death")
+    deaths = [death for death in deaths if isinstance(death, Mapping)] if isinstance(deaths, list) else []
+    # The latest death (the broker writes it first) in one of our lanes. The worker takes x-death off what it parks, so
+    # there is one only where the broker moved the message.
+    death = next((death for death in deaths if _queue_lane(names, death)), None)
     ours = death is None and "dead-reason" in headers
     if ours:
-        reason = text(headers["dead-reason"])
-        lane = _lane(text(headers.get("dead-lane", "")))
+        reason, lane = text(headers["dead-reason"]), text(headers.get("dead-lane", ""))
         when = _rfc3339(headers.get("dead-at"))
     else:
-        reason = text(death.get("reason", UNKNOWN)) if death else _last_reason(headers)
-        lane = _lane(_queue_lane(names, death)) if death else _lane(parcel.routing_key)
+        latest: Mapping[str, Any] = death or next(iter(deaths), {})
+        reason = text(latest.get("reason", UNKNOWN))
+        lane = _queue_lane(names, death) if death else parcel.routing_key
         when = _moment(death.get("time")) if death else None
     return DeadLetter(
         command_id=arrived.command_id,
-        lane=lane,
+        lane=lane if lane in LANES else None,
         reason=_short(reason, MAX_REASON) or UNKNOWN,
         parked_at=when,
         attempts=_number(headers.get("attempts" if ours else ATTEMPTS)),
         detail=_short(text(headers.get("dead-detail", "")), MAX_DETAIL) if ours else _story(death),
         response_code=_short(text(headers.get("last-response-code" if ours else LAST_CODE) or ""), 16),
         batch_id=arrived.batch_id,
-        billnumber=_bill(parcel.body),
+        billnumber=parse(parcel.body, default_merchant="any").billnumber,  # only the bill matters here
     )
 
 
@@ -157,7 +160,11 @@ def redriven(names: Names, letter: DeadLetter, parcel: Parcel, copy_id: str, now
     if letter.lane is None:
         raise ValueError("no lane is known")
     headers = parcel.properties.headers if isinstance(parcel.properties.headers, Mapping) else {}
-    kept = {name: value for name, value in headers.items() if _is_carried(str(name))}
+    kept = {
+        name: value
+        for name, value in headers.items()
+        if str(name) not in _NOT_CARRIED and not str(name).startswith(BROKER_HEADERS)
+    }
     properties = {name: getattr(parcel.properties, name, None) for name in _CARRIED}
     properties["message_id"] = properties["message_id"] or letter.command_id
     properties["timestamp"] = int(now)
@@ -287,28 +294,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # -- reading, whatever the message is --------------------------------------------------------------------------------
 
 
-def _is_carried(name: str) -> bool:
-    return name not in _NOT_CARRIED and not name.startswith(BROKER_HEADERS)
-
-
-def _deaths(headers: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    deaths = headers.get("x-death")
-    return [death for death in deaths if isinstance(death, Mapping)] if isinstance(deaths, list) else []
-
-
-def _lane_death(names: Names, headers: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The latest death (the broker writes it first) in one of our lanes."""
-    return next((death for death in _deaths(headers) if _queue_lane(names, death)), None)
-
-
 def _queue_lane(names: Names, death: Mapping[str, Any]) -> str:
     queue = text(death.get("queue", ""))
     return next((lane for lane in LANES if names.queue(lane) == queue), "")
-
-
-def _last_reason(headers: Mapping[str, Any]) -> str:
-    deaths = _deaths(headers)
-    return text(deaths[0].get("reason", UNKNOWN)) if deaths else UNKNOWN
 
 
 def _story(death: Mapping[str, Any] | None) -> str:
@@ -317,10 +305,6 @@ def _story(death: Mapping[str, Any] | None) -> str:
     count = _number(death.get("count")) or 1
     times = "" if count == 1 else f", {count} times"
     return _short(f"moved here by the broker from {text(death.get('queue', UNKNOWN))}{times}", MAX_DETAIL)
-
-
-def _lane(name: str) -> str | None:
-    return name if name in LANES else None
 
 
 def _rfc3339(value: object) -> float | None:
@@ -339,11 +323,6 @@ def _moment(value: object) -> float | None:
 
 def _number(value: object) -> int | None:
     return int(value) if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
-
-
-def _bill(body: bytes) -> str | None:
-    # Any merchant will do: here it only matters which bill it is about.
-    return parse(body, default_merchant="any").billnumber
 
 
 def _short(value: str, most: int) -> str:

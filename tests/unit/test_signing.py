@@ -73,14 +73,14 @@ def test_hmac_known_answer() -> None:
     assert signature == HMAC_VECTOR["expected"]
 
 
-@pytest.mark.parametrize(("vector", "token"), [(HMAC_VECTOR, "myaccesstoken"), (RSA_VECTOR, None)])
-def test_string_to_sign_known_answer(vector: dict[str, Any], token: str | None) -> None:
+@pytest.mark.parametrize(("vector", "scheme"), [(HMAC_VECTOR, "hmac-sha512"), (RSA_VECTOR, "rsa-sha256-no-token")])
+def test_string_to_sign_known_answer(vector: dict[str, Any], scheme: Scheme) -> None:
     """The string to sign is the published one, with the token and without."""
 
     inputs = vector["inputs"]
     body = inputs["body_minified"].encode()
 
-    text = string_to_sign(inputs["method"], inputs["path"], token, body, inputs["timestamp"])
+    text = string_to_sign(scheme, inputs["method"], inputs["path"], "myaccesstoken", body, inputs["timestamp"])
 
     assert text == vector["intermediate"]["string_to_sign"]
 
@@ -101,7 +101,7 @@ def test_rsa_known_answer() -> None:
     public = serialization.load_pem_public_key(inputs["public_key_pem"].encode())
     assert isinstance(public, rsa.RSAPublicKey)
     body = inputs["body_minified"].encode()
-    text = string_to_sign(inputs["method"], inputs["path"], None, body, inputs["timestamp"])
+    text = string_to_sign("rsa-sha256-no-token", inputs["method"], inputs["path"], "", body, inputs["timestamp"])
 
     assert_signed(public, RSA_VECTOR["expected"], text)
     with pytest.raises(InvalidSignature):
@@ -113,7 +113,7 @@ def test_body_hash_known_answer() -> None:
 
     body = HASH_VECTOR["inputs"]["body_minified"].encode()
 
-    assert string_to_sign("POST", "/p", None, body, "t") == f"POST:/p:{HASH_VECTOR['expected']}:t"
+    assert string_to_sign("rsa-sha256-no-token", "POST", "/p", "", body, "t") == f"POST:/p:{HASH_VECTOR['expected']}:t"
 
 
 @given(TEXTS, TEXTS, st.binary(max_size=50), TEXTS)

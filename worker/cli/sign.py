@@ -73,10 +73,10 @@ class _Recorder:
     text: str = ""
 
     def signer(self, gateway: GatewaySettings) -> Callable[[str, str, str, bytes, str], str]:
-        from worker.core.signing import text_to_sign
+        from worker.core.signing import string_to_sign
 
         def sign(method: str, path: str, token: str, body: bytes, timestamp: str) -> str:
-            self.text = text_to_sign(gateway.signature, method, path, token, body, timestamp)
+            self.text = string_to_sign(gateway.signature, method, path, token, body, timestamp)
             return self.credentials.sign(method, path, token, body, timestamp)
 
         return sign

@@ -142,18 +142,12 @@ def token_signature(key: RSAPrivateKey, client_id: str, timestamp: str) -> str:
     return _rsa(key, f"{client_id}|{timestamp}")
 
 
-def string_to_sign(method: str, path: str, access_token: str | None, body: bytes, timestamp: str) -> str:
+def string_to_sign(scheme: Scheme, method: str, path: str, access_token: str, body: bytes, timestamp: str) -> str:
     """``METHOD:path:token:lower(hex(sha256(body))):timestamp``; without the token where the scheme has none."""
     digest = hashlib.sha256(body).hexdigest()
-    if access_token is None:
+    if scheme == NO_TOKEN:
         return f"{method}:{path}:{digest}:{timestamp}"
     return f"{method}:{path}:{access_token}:{digest}:{timestamp}"
-
-
-def text_to_sign(scheme: Scheme, method: str, path: str, access_token: str, body: bytes, timestamp: str) -> str:
-    """`string_to_sign` under ``scheme``, with the token or without."""
-    token = None if scheme == NO_TOKEN else access_token
-    return string_to_sign(method, path, token, body, timestamp)
 
 
 def signer(scheme: Scheme, client_secret: str, key: RSAPrivateKey) -> Sign:
@@ -164,13 +158,13 @@ def signer(scheme: Scheme, client_secret: str, key: RSAPrivateKey) -> Sign:
 
             def sign(method: str, path: str, token: str, body: bytes, timestamp: str) -> str:
                 code = keyed.copy()
-                code.update(string_to_sign(method, path, token, body, timestamp).encode())
+                code.update(string_to_sign(scheme, method, path, token, body, timestamp).encode())
                 return b2a_base64(code.digest(), newline=False).decode("ascii")
 
             return sign
         case "rsa-sha256" | "rsa-sha256-no-token":
             return lambda method, path, token, body, timestamp: _rsa(
-                key, text_to_sign(scheme, method, path, token, body, timestamp)
+                key, string_to_sign(scheme, method, path, token, body, timestamp)
             )
 
 

@@ -17,7 +17,7 @@ from typing import Final
 from worker.core.breaker import Breakers, State
 from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Letter, Ordered, Orders
-from worker.core.fleet.own import Call, Changed, Pass, ReadOrders, Rules, Say
+from worker.core.fleet.own import Call, Changed, ReadOrders, Rules, Say
 from worker.core.fleet.terms import Lock, Role, Unlock
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
@@ -96,7 +96,7 @@ class Node:
                         self.world.now + 0.003,
                         lambda: self.do(lambda: self.member.rested(self.clock, self.world.orders, {})),
                     )
-                case Changed() | Pass():
+                case Changed() | Letter():
                     pass
         self.look()
         if self.member.actions:

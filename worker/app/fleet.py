@@ -8,7 +8,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, assert_never
 
 from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Card, Letter, Message, Orders
-from worker.core.fleet.own import Call, Changed, Pass, ReadOrders, Say
+from worker.core.fleet.own import Call, Changed, ReadOrders, Say
 from worker.core.fleet.terms import Lock, Unlock
 from worker.core.ports import Clock
 from worker.core.verdict import Kind
@@ -195,8 +195,8 @@ class Fleet:
                         self.on_permit(lane, until)
                     case Changed():
                         changed = True
-                    case Pass(letter):
-                        self.on_token(letter)
+                    case Letter():
+                        self.on_token(action)
                     case Lock(term):
                         if self.wire is not None:
                             self.wire.lock(term)

@@ -129,17 +129,13 @@ class Leader:
         peer.candidates = report.candidates
         peer.called(report.calls, now)
         if peer.said_sick and not report.sick:
-            self.recovered(member, now)
+            self.sick.discard(member)
+            self.beat_soon(now)
         peer.said_sick = report.sick
         self.count(member, report.failures, now)
         self.judge(now)
         if member not in self.sick:
             self.shares.need(member).reported(report.wanted, report.seen)
-
-    def recovered(self, member: str, now: float) -> None:
-        """It works again."""
-        self.sick.discard(member)
-        self.beat_soon(now)
 
     def tick(self, now: float) -> None:
         """Beats, and forgets members that are silent and probes that do not come back."""

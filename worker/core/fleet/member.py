@@ -33,7 +33,7 @@ from worker.core.fleet.messages import (
     TokenGiven,
     TokenWanted,
 )
-from worker.core.fleet.own import LOOK_AGAIN, UNTAKEN, Call, Own, Pass, ReadOrders, Rules
+from worker.core.fleet.own import LOOK_AGAIN, UNTAKEN, Call, Own, ReadOrders, Rules
 from worker.core.fleet.terms import BEAT, Role, Terms
 from worker.core.lanes import LANES
 from worker.core.verdict import Kind
@@ -66,13 +66,10 @@ class Member:
 
     def limit(self, now: float) -> float:
         """Calls per second of the whole fleet; 0 for none."""
-        return self.own.standing.limit(self._limit(now))
-
-    def _limit(self, now: float) -> float:
         beat, own = self.follower.beat, self.own.rules.limit
         if self._leads or beat is None:
-            return self.leader.limit(now)
-        return min(beat.limit or own, own or beat.limit)
+            return self.own.standing.limit(self.leader.limit(now))
+        return self.own.standing.limit(min(beat.limit or own, own or beat.limit))
 
     def probes(self, lane: str, now: float) -> int:
         """Probes of the lane that we may send now."""
@@ -282,7 +279,7 @@ class Member:
                 if probe and not self._follows:
                     self.leader.probe_now(now)
             case TokenWanted() | TokenGiven() | TokenFailed():
-                self.actions.append(Pass(letter))
+                self.actions.append(letter)
 
     def tick(self, now: float) -> None:
         """Time has passed."""

@@ -64,14 +64,8 @@ class Changed:
     """Senders have to look again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """A message about tokens, for those who know them."""
-
-    letter: Letter
-
-
-Action = Say | Call | ReadOrders | Changed | Pass | Lock | Unlock
+Action = Say | Call | ReadOrders | Changed | Letter | Lock | Unlock
+"""A letter is a message about tokens, for those who know them."""
 
 
 # -- the facts --------------------------------------------------------------------------------------------------------

@@ -134,9 +134,6 @@ def main(arguments: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except Shown as shown:
         return _show(str(shown))
-    except Trouble as trouble:
-        _tell(*trouble.lines)
-        return trouble.code
     except UsageError as error:
         _tell(f"{error}. Try `{error.path} --help`.")
         return INVALID
@@ -179,10 +176,10 @@ def _failed(error: Exception, *, debug: bool) -> int:
 
     from worker.shells.logs import redact
 
-    expected = _expected(error)
-    if expected is not None:
-        _tell(*expected.lines)
-        return expected.code
+    trouble = expected(error)
+    if trouble is not None:
+        _tell(*trouble.lines)
+        return trouble.code
     text = redact(" ".join(str(error).split()))
     if debug or os.environ.get("LOG_LEVEL", "").lower() == "debug":
         # Without local variables: they hold settings.
@@ -191,8 +188,10 @@ def _failed(error: Exception, *, debug: bool) -> int:
     return 1
 
 
-def _expected(error: Exception) -> Trouble | None:
-    """The errors of the layers below whose texts are for people; None for any other."""
+def expected(error: Exception) -> Trouble | None:
+    """The trouble that an error is, also one of the layers below whose text is for people; None for any other."""
+    if isinstance(error, Trouble):
+        return error
     from worker.core.rows import InputError
     from worker.settings import SettingsError
 

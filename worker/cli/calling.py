@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from worker.cli import Trouble
-from worker.core.command import Command
+from worker.cli import INVALID, Trouble
+from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 from worker.core.scheme import NO_TOKEN, WITH_SECRET
 from worker.core.verdict import NoReply
 
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from worker.core.grant import Grant
     from worker.settings import GatewaySettings
     from worker.shells.gateway import GatewayClient
+
+
+def check_identifiers(given: Mapping[str, str | None]) -> None:
+    """Name on the command line → bill number or merchant id, or None where it was not given. Raises `Trouble`."""
+    for name, value in given.items():
+        if value is not None and not is_identifier(value):
+            raise Trouble(f"{name} must be {IDENTIFIER_RULE}", code=INVALID)
+
+
+def merchant_of(gateway: GatewaySettings, given: str | None) -> str:
+    """The merchant that was given, else that of the settings. Raises `Trouble` where there is none."""
+    merchant = gateway.merchant_id if given is None else given
+    if merchant is None:
+        raise Trouble("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID", code=INVALID)
+    return merchant
 
 
 class Calling:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn, TypeVar
 
-from worker.cli import INVALID, Trouble
-from worker.cli.calling import Calling
+from worker.cli import expected
+from worker.cli.calling import Calling, check_identifiers, merchant_of
 from worker.cli.command_line import Option
 from worker.cli.screen import tell
-from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
+from worker.core.command import Command
 from worker.core.scheme import NO_TOKEN, oddity_of
 
 if TYPE_CHECKING:
@@ -22,23 +22,19 @@ G = TypeVar("G", bound="Group")
 Say = Callable[[str, str, str], None]
 
 
-class _Failed(Exception):
-    """What is wrong and what to do, a line each."""
-
-    def __init__(self, *lines: str) -> None:
-        super().__init__(*lines)
-        self.lines = lines
-
-
-class _Skipped(Exception):
-    """It cannot be checked; the text says why."""
+FAILED: Final = "FAILED"
+SKIPPED: Final = "skipped"
+"""It cannot be checked."""
+WARNING: Final = "warning"
+"""It works, but may not for long."""
 
 
-class _Warned(Exception):
-    """It works, but may not for long: why and what to do, a line each."""
+class _NotOk(Exception):
+    """What a line says instead of ok, and why and what to do, a line each."""
 
-    def __init__(self, *lines: str) -> None:
-        super().__init__(*lines)
+    def __init__(self, state: str, *lines: str) -> None:
+        super().__init__(state, *lines)
+        self.state = state
         self.lines = lines
 
 
@@ -68,9 +64,13 @@ def check(
         qris-expire check
         qris-expire check --probe 10092081 --merchant-id 121000001
     """
-    _check_ids(probe, merchant_id)
+    from worker.settings import AmqpSettings, GatewaySettings, RetrySettings
+
+    check_identifiers({"--probe": probe, "--merchant-id": merchant_id})
     report = _Report()
-    amqp, retry, gateway = report.groups()
+    report.line("settings", lambda: _settings(report.say))
+    # Each as far as it is valid: a wrong gateway must not hide what is wrong with the broker.
+    amqp, retry, gateway = _valid(AmqpSettings), _valid(RetrySettings), _valid(GatewaySettings)
     report.line("key", lambda: _key(gateway))
     report.line("broker", lambda: _broker(amqp))
     report.line("topology", lambda: _topology(amqp, retry))
@@ -83,12 +83,6 @@ def check(
     return 1 if report.failed else 0
 
 
-def _check_ids(bill: str | None, merchant: str | None) -> None:
-    for name, value in (("--probe", bill), ("--merchant-id", merchant)):
-        if value is not None and not is_identifier(value):
-            raise Trouble(f"{name} must be {IDENTIFIER_RULE}", code=INVALID)
-
-
 class _Report:
     """The lines, and whether one of them was bad."""
 
@@ -98,31 +92,18 @@ class _Report:
     def line(self, subject: str, look: Callable[[], str]) -> None:
         try:
             self.say(subject, "ok", look())
-        except _Warned as warned:
-            for text in warned.lines:
-                self.say(subject, "warning", text)
-        except _Skipped as skipped:
-            self.failed = True
-            self.say(subject, "skipped", str(skipped))
-        except _Failed as failed:
-            self.failed = True
-            for text in failed.lines:
-                self.say(subject, "FAILED", text)
+        except _NotOk as found:
+            self._tell(subject, found.state, found.lines)
+        except Exception as error:
+            trouble = expected(error)
+            if trouble is None:
+                raise
+            self._tell(subject, FAILED, trouble.lines)
 
-    def groups(self) -> tuple[AmqpSettings | None, RetrySettings | None, GatewaySettings | None]:
-        """All settings, as far as they are valid: a wrong gateway must not hide what is wrong with the broker."""
-        from worker.settings import GROUPS, AmqpSettings, GatewaySettings, RetrySettings, SettingsError, load
-
-        try:
-            settings = load()
-        except SettingsError as error:
-            problems = error.problems
-            self.line("settings", lambda: _fail(*problems))
-        else:
-            for advice in settings.advice():
-                self.say("settings", "warning", advice)
-            self.line("settings", lambda: f"{sum(len(group.declared()) for group in GROUPS)} in order")
-        return _valid(AmqpSettings), _valid(RetrySettings), _valid(GatewaySettings)
+    def _tell(self, subject: str, state: str, lines: Sequence[str]) -> None:
+        self.failed |= state != WARNING
+        for text in lines:
+            self.say(subject, state, text)
 
     @staticmethod
     def say(subject: str, state: str, text: str) -> None:
@@ -130,8 +111,12 @@ class _Report:
         tell(f"{subject:<9} {state:<8} {text}".rstrip(), indent=19)
 
 
-def _fail(*lines: str) -> str:
-    raise _Failed(*lines)
+def _settings(say: Say) -> str:
+    from worker.settings import GROUPS, load
+
+    for advice in load().advice():
+        say("settings", WARNING, advice)
+    return f"{sum(len(group.declared()) for group in GROUPS)} in order"
 
 
 def _valid(group: type[G]) -> G | None:
@@ -144,14 +129,11 @@ def _valid(group: type[G]) -> G | None:
 
 
 def _key(gateway: GatewaySettings | None) -> str:
-    from worker.shells.credentials import Credentials, CredentialsError
+    from worker.shells.credentials import Credentials
 
     if gateway is None:
-        raise _Skipped("the GATEWAY_ settings are not in order")
-    try:
-        credentials = Credentials(gateway, gateway.reread)
-    except CredentialsError as error:
-        raise _Failed(str(error)) from None
+        raise _NotOk(SKIPPED, "the GATEWAY_ settings are not in order")
+    credentials = Credentials(gateway, gateway.reread)
     return f"RSA, {credentials.key_bits} bits; expires are signed with {gateway.signature}"
 
 
@@ -159,22 +141,19 @@ def _broker(amqp: AmqpSettings | None) -> str:
     from worker.core.fitness import version_problem
 
     if amqp is None:
-        raise _Skipped("the AMQP_ settings are not in order")
+        raise _NotOk(SKIPPED, "the AMQP_ settings are not in order")
     version = _version(amqp)
     problem = version_problem(version)
     if problem is not None:
-        raise _Warned(problem)
+        raise _NotOk(WARNING, problem)
     return f"RabbitMQ {version}"
 
 
 def _version(amqp: AmqpSettings) -> str:
-    from worker.shells.amqp.session import BrokerError, session
+    from worker.shells.amqp.session import session
 
-    try:
-        with session(amqp, "check") as connection:
-            properties = connection._impl.server_properties or {}
-    except BrokerError as error:
-        raise _Failed(str(error)) from None
+    with session(amqp, "check") as connection:
+        properties = connection._impl.server_properties or {}
     version = properties.get("version", b"?")
     return version.decode() if isinstance(version, bytes) else str(version)
 
@@ -187,58 +166,48 @@ def _policies(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
     from worker.shells.amqp.management import NotVisible, policies, problems
 
     if amqp is None or retry is None:
-        raise _Skipped("the AMQP_ or RETRY_ settings are not in order")
+        raise _NotOk(SKIPPED, "the AMQP_ or RETRY_ settings are not in order")
     wanted = topology(amqp.prefix, amqp.queue_type, retry.delays_seconds)
     version = _version(amqp)
     try:
         found = policies(amqp, wanted)
     except NotVisible as reason:
         advice = hides_commands(version, amqp.queue_type, None)
-        raise _Warned(str(reason), *([advice] if advice else [])) from None
+        raise _NotOk(WARNING, str(reason), *([advice] if advice else [])) from None
     wrong = problems(found, wanted)
     if wrong:
-        raise _Failed(*wrong)
+        raise _NotOk(FAILED, *wrong)
     lanes = [found.get(amqp.names.queue(lane), {}) for lane in LANES]
     advice = next(filter(None, (hides_commands(version, amqp.queue_type, policy) for policy in lanes)), None)
     if advice:
-        raise _Warned(advice)
+        raise _NotOk(WARNING, advice)
     return f"none on {len(found)} queues that removes messages"
 
 
 def _topology(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
     from worker.core.topology import topology
-    from worker.shells.amqp.session import BrokerError, differing, session, verify
+    from worker.shells.amqp.session import differing, session, verify
 
     if amqp is None or retry is None:
-        raise _Skipped("the AMQP_ or RETRY_ settings are not in order")
+        raise _NotOk(SKIPPED, "the AMQP_ or RETRY_ settings are not in order")
     wanted = topology(amqp.prefix, amqp.queue_type, retry.delays_seconds)
-    try:
-        with session(amqp, "check") as connection:
-            missing, others = verify(connection, wanted), differing(connection, wanted)
-    except BrokerError as error:
-        raise _Failed(str(error)) from None
+    with session(amqp, "check") as connection:
+        missing, others = verify(connection, wanted), differing(connection, wanted)
     if others:
-        raise _Failed(*others)
+        raise _NotOk(FAILED, *others)
     whole = f"{len(wanted.exchanges)} exchanges and {len(wanted.queues)} queues under {amqp.prefix}"
     if not missing:
         return whole
     if amqp.declare:
         return f"{whole}; {len(missing)} of them are not there yet, `run` will declare them"
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    raise _Failed(missing[0].replace(" is missing", f"{more} is missing"))
+    raise _NotOk(FAILED, missing[0].replace(" is missing", f"{more} is missing"))
 
 
 def _token(calling: Calling | None) -> str:
-    from worker.shells.credentials import CredentialsError
-
     if calling is None:
-        raise _Skipped("the GATEWAY_ settings are not in order")
-    try:
-        grant = calling.fetch()
-    except CredentialsError as error:
-        raise _Failed(str(error)) from None
-    except Trouble as trouble:
-        raise _Failed(*trouble.lines) from None
+        raise _NotOk(SKIPPED, "the GATEWAY_ settings are not in order")
+    grant = calling.fetch()
     if grant is None:
         return f"none is asked for: {calling.gateway.signature} signs without one"
     return f"good for {grant.lifetime:.0f} s"
@@ -251,26 +220,25 @@ def _clock(calling: Calling | None) -> str:
     if calling is None or calling.skew is None:
         if calling is not None and calling.token is not None:
             return "not known: the gateway's answers have no Date"
-        raise _Skipped("no answer of the gateway to compare with")
+        raise _NotOk(SKIPPED, "no answer of the gateway to compare with")
     finding = diagnosis.clock(calling.skew)
     if not finding.fine:
-        raise _Warned(finding.text)
+        raise _NotOk(WARNING, finding.text)
     return finding.text
 
 
 def _probe(calling: Calling | None, bill: str, merchant: str | None, say: Say) -> str:
     """Sends an expire; where its signature is refused, others, to learn what is wrong with it."""
     if calling is None or calling.token is None:
-        raise _Skipped("without a token no expire can be sent")
-    merchant = merchant or calling.gateway.merchant_id
-    if merchant is None:
-        raise _Failed("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID")
-    say("probe", "sending", f"a real expire call for bill {bill} of merchant {merchant}")
-    command = Command(bill, merchant)
+        raise _NotOk(SKIPPED, "without a token no expire can be sent")
+    command = Command(bill, merchant_of(calling.gateway, merchant))
+    say("probe", "sending", f"a real expire call for bill {bill} of merchant {command.merchant_id}")
     finding = calling.expire(command, calling.gateway)
     if finding.signature:
         _try_other_ways(calling, command, finding, say)
-    return finding.text if finding.fine else _fail(finding.text)
+    if not finding.fine:
+        raise _NotOk(FAILED, finding.text)
+    return finding.text
 
 
 def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: Say) -> NoReturn:
@@ -288,10 +256,10 @@ def _try_other_ways(calling: Calling, command: Command, refused: Finding, say: S
         other = replace(ours, sign_path=way.sign_path, signature=way.scheme)
         tried = calling.expire(command, other)
         if tried.taken:
-            raise _Failed(f"{_change(ours, other)}: signed so, the call is taken. Then: {tried.text}")
+            raise _NotOk(FAILED, f"{_change(ours, other)}: signed so, the call is taken. Then: {tried.text}")
         if not tried.signature and way.scheme != NO_TOKEN:  # without a token it is the token that is missed
-            raise _Failed(f"{refused.text}; nor can other ways be tried: {tried.text}")
-    raise _Failed(_wrong_secret(ours))
+            raise _NotOk(FAILED, f"{refused.text}; nor can other ways be tried: {tried.text}")
+    raise _NotOk(FAILED, _wrong_secret(ours))
 
 
 def _change(ours: GatewaySettings, other: GatewaySettings) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Annotated, Final, Self
 
 from worker import signals
@@ -396,27 +395,20 @@ def _sink(output: Path | None) -> Iterator[IO[str]]:
 # -- progress -------------------------------------------------------------------------------------------------------
 
 
-class _Progress:
+class _Progress(Display):
     """How far a command is; those who wait for the dead letters are told, too."""
 
     def __init__(self, parked: ParkedLetters, verb: str) -> None:
+        super().__init__()
         self._parked = parked
         self._verb = verb
         self._speed = Speed()
         self._marked_at = 0.0
         self._there = 0
-        self._display = Display()
-        self.pause = self._display.pause
 
     def __enter__(self) -> Self:
         self._there = self._parked.count()
-        self._display.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._display.pause()
+        return super().__enter__()
 
     def show(self, seen: int, done: int, wanted: int) -> None:
         """See `Show`."""
@@ -428,4 +420,4 @@ class _Progress:
             completed, total = done, wanted
             text = f"{done:,} of {wanted:,} redriven, {self._speed.per_second:,.0f}/s"
         self._parked.say(text)
-        self._display.show(lambda: bars([(self._verb, completed, total, (text,))]), lambda: f"qris-expire: {text}")
+        self.draw(lambda: bars([(self._verb, completed, total, (text,))]), lambda: f"qris-expire: {text}")

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from worker.cli.screen import DRAW_EVERY, Display, bars
 from worker.core.pace import Speed
 from worker.core.sweep import Standing
 
 
-class Meter:
+class Meter(Display):
     """The `Screen` of the use cases. ``follow``: outcomes count too; ``publish``: and before them, publishing."""
 
     def __init__(self, name: str, *, publish: bool = True, follow: bool = True) -> None:
+        super().__init__()
         self._name = name
         self._speeds = {what: Speed() for what, wanted in (("published", publish), ("outcomes", follow)) if wanted}
         self._marked_at = 0.0
-        self._display = Display()
-        self.line = self._display.line
-
-    def __enter__(self) -> Self:
-        self._display.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._display.pause()
 
     def reading(self, rows: int, done: int, size: int | None) -> None:
         """So many rows are read: ``done`` bytes, of ``size`` where that is known."""
         share = f", {done * 100 // size} %" if size else ""
         text = f"{self._name}: {rows:,} rows read{share}"
-        self._display.show(lambda: text, lambda: text)
+        self.draw(lambda: text, lambda: text)
 
     def show(self, standing: Standing, trouble: str) -> None:
         """See `Screen`."""
@@ -43,7 +32,7 @@ class Meter:
             self._marked_at = now
             for what, speed in self._speeds.items():
                 speed.mark(now, _done(standing, what), standing.bills)
-        self._display.show(lambda: self._picture(standing, trouble), lambda: self._sentence(standing, trouble))
+        self.draw(lambda: self._picture(standing, trouble), lambda: self._sentence(standing, trouble))
 
     def _sentence(self, standing: Standing, trouble: str) -> str:
         parts = [

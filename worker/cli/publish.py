@@ -6,28 +6,13 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Argument, Option
 from worker.core.command import IDENTIFIER_RULE, Invalid, parse
 from worker.core.lanes import CANCELLATION, LANES
 from worker.core.topology import Names
-
-if TYPE_CHECKING:
-    from worker.settings import AmqpSettings
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """What is to be published."""
-
-    command_id: str
-    lane: str
-    body: bytes
 
 
 def publish(
@@ -61,23 +46,36 @@ def publish(
         qris-expire publish 10092081 --merchant-id 121000001 --reference ORD-77 --wait
     """
     from worker.settings import AmqpSettings, load
+    from worker.shells.amqp.session import BrokerError, session
 
-    order = _Order(str(uuid.uuid4()), lane, _body(bill, merchant_id, reference, not_after))
+    body = _body(bill, merchant_id, reference, not_after)
     amqp = load(AmqpSettings)
-    stage = _Stage()
-    with _broker(amqp, order, stage) as channel:
-        inbox = _inbox(channel, amqp.names, order.lane) if wait else ""
-        stage.sent = True
-        _publish(channel, amqp.names, order)
-        stage.confirmed = True
-        if not wait:
-            print(f"published {order.command_id} to {amqp.names.queue(order.lane)}")
-            return 0
-        outcome = _await(channel, inbox, order.command_id, timeout)
+    names = amqp.names
+    command_id = str(uuid.uuid4())
+    ended = "nothing was published: {error}"
+    try:
+        with session(amqp, "publish") as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            inbox = _inbox(channel, names, lane) if wait else ""
+            ended = (
+                f"it is not known whether the command {command_id} is published: the connection ended before the "
+                "broker confirmed it: {error}; if it is, its outcome has this commandId"
+            )
+            _publish(channel, names, lane, command_id, body)
+            ended = (
+                f"the command {command_id} is published and stays so; only the wait for its outcome ended: {{error}}"
+            )
+            if not wait:
+                print(f"published {command_id} to {names.queue(lane)}")
+                return 0
+            outcome = _await(channel, inbox, command_id, timeout)
+    except BrokerError as error:
+        raise Trouble(ended.format(error=error)) from None
     if outcome is None:
         raise Trouble(
-            f"no outcome within {timeout:g} s: the command {order.command_id} is published and stays so; "
-            f"see whether a worker runs on {amqp.names.queue(order.lane)}"
+            f"no outcome within {timeout:g} s: the command {command_id} is published and stays so; "
+            f"see whether a worker runs on {names.queue(lane)}"
         )
     _print(outcome)
     return 0 if outcome.get("status") == "expired" else 1
@@ -99,38 +97,6 @@ def _body(bill: str, merchant_id: str | None, reference: str | None, not_after: 
     return body
 
 
-@dataclass(slots=True)
-class _Stage:
-    """How far the command came, for what is said when the connection ends."""
-
-    sent: bool = False
-    confirmed: bool = False
-
-
-@contextmanager
-def _broker(amqp: AmqpSettings, order: _Order, stage: _Stage) -> Iterator[Any]:
-    """A channel in confirm mode."""
-    from worker.shells.amqp.session import BrokerError, session
-
-    try:
-        with session(amqp, "publish") as connection:
-            channel = connection.channel()
-            channel.confirm_delivery()
-            yield channel
-    except BrokerError as error:
-        if stage.confirmed:
-            raise Trouble(
-                f"the command {order.command_id} is published and stays so; only the wait for its outcome ended: "
-                f"{error}"
-            ) from None
-        if stage.sent:
-            raise Trouble(
-                f"it is not known whether the command {order.command_id} is published: the connection ended before the "
-                f"broker confirmed it: {error}; if it is, its outcome has this commandId"
-            ) from None
-        raise Trouble(f"nothing was published: {error}") from None
-
-
 def _inbox(channel: Any, names: Names, lane: str) -> str:
     """A queue of ours for the lane's outcomes; bound before the command goes out, or it may come too late."""
     queue = str(channel.queue_declare("", exclusive=True, auto_delete=True).method.queue)
@@ -138,24 +104,22 @@ def _inbox(channel: Any, names: Names, lane: str) -> str:
     return queue
 
 
-def _publish(channel: Any, names: Names, order: _Order) -> None:
+def _publish(channel: Any, names: Names, lane: str, command_id: str, body: bytes) -> None:
     from worker.core.delivery import Message
     from worker.shells.amqp.session import NotTaken, Unroutable, publish
 
     properties = {
         "content_type": "application/json",
         "delivery_mode": 2,
-        "message_id": order.command_id,
+        "message_id": command_id,
         "timestamp": int(time.time()),
     }
     try:
-        publish(channel, Message(names.commands, order.lane, order.body, properties))
+        publish(channel, Message(names.commands, lane, body, properties))
     except Unroutable:
-        raise Trouble(
-            f"no queue is bound to {names.commands} for {order.lane}; run `qris-expire topology --apply`"
-        ) from None
+        raise Trouble(f"no queue is bound to {names.commands} for {lane}; run `qris-expire topology --apply`") from None
     except NotTaken:
-        raise Trouble(f"{names.queue(order.lane)} does not take the command now; try again later") from None
+        raise Trouble(f"{names.queue(lane)} does not take the command now; try again later") from None
 
 
 def _await(channel: Any, inbox: str, command_id: str, timeout: float) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from worker.core.words import folded
@@ -70,9 +69,7 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.pause()
 
     def pause(self) -> None:
@@ -89,7 +86,7 @@ class Display:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def show(self, picture: Callable[[], Any], sentence: Callable[[], str]) -> None:
+    def draw(self, picture: Callable[[], Any], sentence: Callable[[], str]) -> None:
         """How far it is: as a ``picture`` for rich, or as a ``sentence``. To be called often; it shows seldom."""
         now = time.monotonic()
         if now - self._shown_at < (DRAW_EVERY if self.terminal else LINE_EVERY):

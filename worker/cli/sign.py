@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final
 
 from worker.cli import INVALID, Trouble
-from worker.cli.calling import Calling
+from worker.cli.calling import Calling, check_identifiers, merchant_of
 from worker.cli.command_line import Argument, Option
-from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
+from worker.core.command import Command
 from worker.core.scheme import NO_TOKEN
 
 if TYPE_CHECKING:
@@ -91,12 +91,8 @@ def _settings() -> tuple[GatewaySettings, Credentials]:
 
 
 def _command(bill: str, merchant_id: str | None, gateway: GatewaySettings) -> Command:
-    merchant = gateway.merchant_id if merchant_id is None else merchant_id
-    if merchant is None:
-        raise Trouble("the bill needs a merchant; give --merchant-id, or set GATEWAY_MERCHANT_ID", code=INVALID)
-    for name, value in (("BILL", bill), ("--merchant-id", merchant)):
-        if not is_identifier(value):
-            raise Trouble(f"{name} must be {IDENTIFIER_RULE}", code=INVALID)
+    merchant = merchant_of(gateway, merchant_id)
+    check_identifiers({"BILL": bill, "--merchant-id": merchant})
     return Command(bill, merchant)
 
 

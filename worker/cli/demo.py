@@ -10,8 +10,6 @@ from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from worker.settings import AmqpSettings
 
 
@@ -41,7 +39,7 @@ def demo(
     """
     from rich.console import Console
 
-    from worker.sandbox import broker
+    from worker.sandbox import broker, direct_demo
     from worker.sandbox import demo as show
 
     console = Console(soft_wrap=True)
@@ -49,7 +47,7 @@ def demo(
         raise Trouble("--direct sends no messages that could be saved; leave out --save", code=INVALID)
     try:
         if direct:
-            _direct(commands, console)
+            direct_demo.run(commands, console)
             return 0
         with _opened(save) as file:
             for message in show.run(commands, _given(), console):
@@ -74,12 +72,6 @@ def _given() -> AmqpSettings | None:
     amqp = load(AmqpSettings)
     named = any(os.environ.get(name) for name in ("AMQP_URL", "AMQP_URL_FILE"))
     return amqp if named or amqp.url != AmqpSettings.declared()["url"].default else None
-
-
-def _direct(commands: int, console: Console) -> None:
-    from worker.sandbox import direct_demo
-
-    direct_demo.run(commands, console)
 
 
 def _opened(path: Path | None) -> TextIO:

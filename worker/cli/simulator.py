@@ -115,6 +115,9 @@ def _script(path: Path | None, switches: dict[str, float]) -> Script:
 
 def _key(path: Path | None) -> tuple[RSAPublicKey, Path | None]:
     """The client's public key, and the file of the private one unless only the public one was given."""
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
     from worker.sandbox.simulator import own_key, private_pem, write_private
 
     if path is None:
@@ -124,36 +127,16 @@ def _key(path: Path | None) -> tuple[RSAPublicKey, Path | None]:
         if not path.exists():
             write_private(path, private_pem(own_key()))
     pem = path.read_bytes()
-    if b"PRIVATE KEY" in pem:
-        return _public_half(pem, path), path
-    return _public(pem, path), None
-
-
-def _public_half(pem: bytes, path: Path) -> RSAPublicKey:
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
+    private = b"PRIVATE KEY" in pem
     try:
-        key = load_pem_private_key(pem, password=None)
+        key = load_pem_private_key(pem, password=None).public_key() if private else load_pem_public_key(pem)
     except TypeError:
         raise ValueError(f"{path} has a passphrase; give the public key instead") from None
     except ValueError:
-        raise ValueError(f"{path} is no readable private key; give an RSA key in PEM form") from None
-    if isinstance(key, RSAPrivateKey):
-        return key.public_key()
-    raise ValueError(f"{path} is no RSA key; the gateway knows RSA only")
-
-
-def _public(pem: bytes, path: Path) -> RSAPublicKey:
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    try:
-        key = load_pem_public_key(pem)
-    except ValueError:
-        raise ValueError(f"{path} is no readable key; give an RSA key, public or private, in PEM form") from None
+        kinds = "private key; give an RSA key" if private else "key; give an RSA key, public or private,"
+        raise ValueError(f"{path} is no readable {kinds} in PEM form") from None
     if isinstance(key, RSAPublicKey):
-        return key
+        return key, path if private else None
     raise ValueError(f"{path} is no RSA key; the gateway knows RSA only")
 
 

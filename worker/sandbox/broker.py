@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import pika
@@ -157,9 +156,7 @@ class PrivateBroker:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -185,7 +182,10 @@ class PrivateBroker:
 
     def server(self) -> Path:
         """The script that starts it; raises BrokerUnavailable where RabbitMQ is not installed."""
-        return server_script()
+        server = find_server()
+        if server is None:
+            raise BrokerUnavailable(_how_to_install())
+        return server
 
     def config(self) -> dict[str, str]:
         """The lines of rabbitmq.conf."""
@@ -290,13 +290,11 @@ class PrivateBroker:
         self.node_directory.mkdir(parents=True, exist_ok=True)
         (self.node_directory / "conf.d").mkdir(exist_ok=True)
         (self.node_directory / "empty").touch()
-        (self.node_directory / "rabbitmq.conf").write_text(self._rabbitmq_conf())
+        conf = "".join(f"{key} = {value}\n" for key, value in self.config().items())
+        (self.node_directory / "rabbitmq.conf").write_text(conf)
         (self.node_directory / "advanced.config").write_text("[].\n")
         (self.node_directory / "enabled_plugins").write_text(f"[{','.join(self.plugins)}].\n")
         self._log_start = len(self.log_text())
-
-    def _rabbitmq_conf(self) -> str:
-        return "".join(f"{key} = {value}\n" for key, value in self.config().items())
 
     def environment(self) -> dict[str, str]:
         at = self.node_directory
@@ -422,13 +420,6 @@ def _candidates() -> Iterator[Path]:
 
 def _version(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", str(path))]
-
-
-def server_script() -> Path:
-    server = find_server()
-    if server is None:
-        raise BrokerUnavailable(_how_to_install())
-    return server
 
 
 def _how_to_install() -> str:

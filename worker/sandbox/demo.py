@@ -19,18 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import pika
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from worker.core.delivery import Message
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import Names, Topology, topology
 from worker.core.words import folded, plural
 from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port
 from worker.sandbox.simulator import Script, Simulator
 from worker.settings import AmqpSettings, Secret
-from worker.shells.amqp.session import BrokerError, apply, connect
+from worker.shells.amqp.session import BrokerError, apply, connect, publish
 
 HOME: Final = Path(__file__).parents[2]
 DELAYS: Final = (1,)
@@ -76,15 +76,6 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """One command of the batch."""
-
-    lane: str
-    message_id: str
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Seen:
     """One message as it went over the wire: a command, an outcome or a dead letter, and its AMQP properties."""
 
@@ -105,16 +96,13 @@ class Tally:
     expected: int
     seen: list[Seen] = field(default_factory=list)
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    duplicates: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {CANCELLATION: [], SWEEP: []})
 
     def add(self, outcome: dict[str, Any], published_at: float, now: float) -> None:
         """Counts an outcome once, however often it is reported."""
-        if outcome["commandId"] in self.outcomes:
-            self.duplicates += 1
-            return
-        self.outcomes[outcome["commandId"]] = outcome
-        self.seconds[outcome["lane"]].append(now - published_at)
+        if outcome["commandId"] not in self.outcomes:
+            self.outcomes[outcome["commandId"]] = outcome
+            self.seconds[outcome["lane"]].append(now - published_at)
 
     @property
     def complete(self) -> bool:
@@ -126,20 +114,24 @@ class Tally:
         return Counter((o["status"], o["reason"]) for o in self.outcomes.values())
 
 
-def batch(size: int) -> list[Order]:
+def batch(size: int, exchange: str) -> list[Message]:
     """A sweep of mostly good bills, cancellations beside it, and every kind of trouble."""
     special = list(FAULTS["bills"])  # type: ignore[call-overload]
-    cancellations = max(size // 6, len(special))
-    orders = [Order(CANCELLATION, f"demo-{bill}", _body(bill)) for bill in special]
-    orders += [Order(CANCELLATION, f"demo-c{n}", _body(f"C{n:06d}")) for n in range(cancellations - len(special))]
-    late = _body("LATE-1", notAfter="2020-01-01T00:00:00+07:00")
-    orders += [
-        Order(SWEEP, "demo-late", late),
-        Order(SWEEP, "demo-broken", b'{"billnumber": '),
-        Order(SWEEP, "demo-number", b'{"billnumber": 10092081}'),
+    cancellations = [(bill, _body(bill)) for bill in special]
+    cancellations += [(f"c{n}", _body(f"C{n:06d}")) for n in range(size // 6 - len(special))]
+    sweep = [
+        ("late", _body("LATE-1", notAfter="2020-01-01T00:00:00+07:00")),
+        ("broken", b'{"billnumber": '),
+        ("number", b'{"billnumber": 10092081}'),
     ]
-    orders += [Order(SWEEP, f"demo-s{n}", _body(f"S{n:06d}")) for n in range(size - len(orders))]
-    return orders
+    sweep += [(f"s{n}", _body(f"S{n:06d}")) for n in range(size - len(cancellations) - len(sweep))]
+    return [
+        Message(
+            exchange, lane, body, {"content_type": "application/json", "delivery_mode": 2, "message_id": f"demo-{name}"}
+        )
+        for lane, commands in ((CANCELLATION, cancellations), (SWEEP, sweep))
+        for name, body in commands
+    ]
 
 
 def run(size: int, given: AmqpSettings | None, console: Console) -> list[Seen]:
@@ -155,22 +147,14 @@ def run(size: int, given: AmqpSettings | None, console: Console) -> list[Seen]:
         fact(console, "gateway", f"simulated at {simulator.base_url}, with faults on one call in ten")
         channel, inbox = stack.enter_context(_prepared(amqp))
         port = free_port()
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
-            **SETTINGS,
-            **simulator.environment(directory / "client-key.pem"),
-            **_variables(amqp),
-            "METRICS_PORT": str(port),
-            # From a checkout that is not installed, the worker's process would not find its own package.
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
-        }
+        settings = {**_variables(amqp), "METRICS_PORT": str(port)}
+        environment = environment_of(simulator, directory, settings)
         worker = stack.enter_context(_worker(environment, directory))
         fact(console, "worker", f"process {worker.pid} on {amqp.prefix}, metrics at http://127.0.0.1:{port}/metrics")
         tally = Tally(size)
         started = time.monotonic()
-        orders = batch(size)
         try:
-            _watch(channel, inbox, amqp.names, orders, tally, simulator, worker, console)
+            _watch(channel, inbox, amqp.names, tally, simulator, worker, console)
         except DemoError as error:
             raise DemoError(f"{error}; its last line: {_last_line(directory)}") from None
         took = time.monotonic() - started
@@ -203,6 +187,18 @@ def _broker(stack: ExitStack, given: AmqpSettings | None, console: Console) -> A
     private = stack.enter_context(PrivateBroker())
     fact(console, "broker", f"private node at 127.0.0.1:{private.port}, gone when the demo ends")
     return AmqpSettings(url=Secret(private.url))
+
+
+def environment_of(simulator: Simulator, directory: Path, settings: dict[str, str]) -> dict[str, str]:
+    """The environment of a child process that calls the simulated gateway: ours, with no settings but the demo's."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
+        **SETTINGS,
+        **simulator.environment(directory / "client-key.pem"),
+        **settings,
+        # From a checkout that is not installed, the child would not find its own package.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
+    }
 
 
 def _variables(amqp: AmqpSettings) -> dict[str, str]:
@@ -264,7 +260,6 @@ def _watch(
     channel: Any,
     inbox: str,
     names: Names,
-    orders: list[Order],
     tally: Tally,
     simulator: Simulator,
     worker: subprocess.Popen[bytes],
@@ -272,19 +267,18 @@ def _watch(
 ) -> None:
     """Publishes the sweep at once and the cancellations beside it, takes the outcomes, shows both."""
     published: dict[str, float] = {}
+    commands = batch(tally.expected, names.commands)
+    cancellations = [command for command in commands if command.routing_key == CANCELLATION]
 
-    def publish(order: Order) -> None:
-        published[order.message_id] = time.monotonic()
-        properties = pika.BasicProperties(
-            message_id=order.message_id, delivery_mode=2, timestamp=int(time.time()), content_type="application/json"
-        )
-        tally.seen.append(_seen("command", order.lane, properties, order.body))
-        channel.basic_publish(names.commands, order.lane, order.body, properties, mandatory=True)
+    def send(command: Message) -> None:
+        published[command.properties["message_id"]] = time.monotonic()
+        dated = command._replace(properties={**command.properties, "timestamp": int(time.time())})
+        tally.seen.append(Seen("command", dated.routing_key, dict(dated.properties), dated.body))
+        publish(channel, dated)
 
-    for order in orders:
-        if order.lane == SWEEP:
-            publish(order)
-    cancellations = [order for order in orders if order.lane == CANCELLATION]
+    for command in commands:
+        if command.routing_key == SWEEP:
+            send(command)
     deadline = time.monotonic() + LONGEST
     next_at = time.monotonic()
     with _view(console) as show:
@@ -296,10 +290,9 @@ def _watch(
                 raise DemoError(f"only {len(tally.outcomes)} of {tally.expected} outcomes after {LONGEST:.0f} s")
             if cancellations and now >= next_at:
                 next_at = now + PACE
-                publish(cancellations.pop())
+                send(cancellations.pop())
             _take(channel, inbox, tally, published)
-            depths = {lane: _depth(channel, names.queue(lane)) for lane in (CANCELLATION, SWEEP)}
-            show(partial(_picture, tally, simulator, depths))
+            show(partial(_picture, tally, simulator, _depth(channel, names.queue(SWEEP))))
 
 
 def _take(channel: Any, inbox: str, tally: Tally, published: dict[str, float]) -> None:
@@ -375,27 +368,23 @@ def _view(console: Console) -> Iterator[Show]:
     yield line
 
 
-def _picture(tally: Tally, simulator: Simulator, depths: dict[str, int]) -> Table:
-    seen = simulator.report(bills=False)
-    done = len(tally.outcomes)
-    table = Table(title="qris-expire demo", title_justify="left", caption_justify="left", min_width=60)
-    progress = f"{done} of {tally.expected} outcomes, {seen.expire_calls} calls"
-    table.caption = f"{progress}, {depths[SWEEP]} waiting in the sweep"
-    for heading in ("status", "reason", "commands"):
-        table.add_column(heading, justify="right" if heading == "commands" else "left")
+def _table(title: str, tally: Tally, **more: Any) -> Table:
+    table = Table("status", "reason", title=title, title_justify="left", **more)
+    table.add_column("commands", justify="right")
     for (status, reason), count in sorted(tally.counts().items()):
         table.add_row(status, reason, str(count))
     return table
 
 
+def _picture(tally: Tally, simulator: Simulator, waiting: int) -> Table:
+    calls = simulator.report(bills=False).expire_calls
+    progress = f"{len(tally.outcomes)} of {tally.expected} outcomes, {calls} calls, {waiting} waiting in the sweep"
+    return _table("qris-expire demo", tally, caption=progress, caption_justify="left", min_width=60)
+
+
 def _report(console: Console, tally: Tally, simulator: Simulator, took: float, metrics: str, dead: int) -> None:
     counts = tally.counts()
-    table = Table(title="What became of them", title_justify="left")
-    table.add_column("status")
-    table.add_column("reason")
-    table.add_column("commands", justify="right")
-    for (status, reason), count in sorted(counts.items()):
-        table.add_row(status, reason, str(count))
+    table = _table("What became of them", tally)
     table.add_section()
     table.add_row("total", f"of {tally.expected} commands published", str(counts.total()))
     console.print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import Final
 from rich.console import Console
 
 from worker.sandbox.broker import free_port
-from worker.sandbox.demo import FAULTS, FOREIGN, HOME, LONGEST, SETTINGS, DemoError, fact, seen_by_gateway
+from worker.sandbox.demo import FAULTS, LONGEST, DemoError, environment_of, fact, seen_by_gateway
 from worker.sandbox.simulator import Script, Simulator
 
 MERCHANT: Final = "121000001"
@@ -55,19 +54,16 @@ def _bills(size: int) -> list[str]:
 
 
 def _sweep(directory: Path, simulator: Simulator) -> int:
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
-        **SETTINGS,
-        **simulator.environment(directory / "client-key.pem"),
-        # A sweep joins the fleet of the broker that it finds; the demo must find none.
-        "AMQP_URL": f"amqp://127.0.0.1:{free_port()}/",
-        # From a checkout that is not installed, the child would not find its own package.
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
-    }
+    # A sweep joins the fleet of the broker that it finds; the demo must find none.
+    nowhere = {"AMQP_URL": f"amqp://127.0.0.1:{free_port()}/"}
     command = [sys.executable, "-m", "worker", "sweep", "bills.csv", "--direct", "--report", REPORT]
     try:
         return subprocess.run(
-            [*command, "--state-dir", "journals"], env=environment, cwd=directory, timeout=LONGEST, check=False
+            [*command, "--state-dir", "journals"],
+            env=environment_of(simulator, directory, nowhere),
+            cwd=directory,
+            timeout=LONGEST,
+            check=False,
         ).returncode
     except subprocess.TimeoutExpired:
         raise DemoError(f"the sweep did not end within {LONGEST:.0f} s") from None

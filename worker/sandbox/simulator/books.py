@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Final, NamedTuple
 
@@ -29,27 +29,28 @@ class Call(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Report:
     """What the simulator has seen since it was made. Times are Unix seconds of this machine's clock."""
 
-    expire_calls: int  # refused ones included
-    token_calls: int
-    by_code: dict[str, int]  # expire answers by response code, or "hang", "reset after", "http 502"; their sum is all
-    token_by_code: dict[str, int]  # the same of the token service
-    turned_away: int  # connections that were reset because the gateway was down; no calls
-    bills_expired: int  # different bills
-    bills_called: int  # different bills
-    calls_by_bill: dict[str, int]  # calls that named the bill, refused ones included; empty unless asked for
-    duplicates: int  # calls with an external id already used that day
-    signature_failures: int  # both services
-    throttled: int
-    in_flight: int
-    max_concurrency: int  # expire calls between arrival and answer
-    peak_per_second: int  # the most expire calls that arrived within one second
-    first_call_at: float | None
-    last_call_at: float | None
-    calls: tuple[Call, ...]  # the latest `keep_calls` expire calls, in order of arrival
+    expire_calls: int = 0  # refused ones included
+    token_calls: int = 0
+    # Expire answers by response code, or "hang", "reset after", "http 502"; their sum is all.
+    by_code: dict[str, int] = field(default_factory=Counter)
+    token_by_code: dict[str, int] = field(default_factory=Counter)  # the same of the token service
+    turned_away: int = 0  # connections that were reset because the gateway was down; no calls
+    bills_expired: int = 0  # different bills
+    bills_called: int = 0  # different bills
+    calls_by_bill: dict[str, int] = field(default_factory=dict)  # refused ones included; empty unless asked for
+    duplicates: int = 0  # calls with an external id already used that day
+    signature_failures: int = 0  # both services
+    throttled: int = 0
+    in_flight: int = 0
+    max_concurrency: int = 0  # expire calls between arrival and answer
+    peak_per_second: int = 0  # the most expire calls that arrived within one second
+    first_call_at: float | None = None
+    last_call_at: float | None = None
+    calls: tuple[Call, ...] = ()  # the latest `keep_calls` expire calls, in order of arrival
 
 
 class _Window:
@@ -88,15 +89,8 @@ class Books:
         self._ids: set[int] = set()
         self._day = 0
         self._bills: dict[bytes, int] = {}
-        self._bills_expired = 0
-        self._expire_calls = self._token_calls = self._live_calls = 0
-        self._duplicates = self._signature_failures = self._throttled = 0
-        self._in_flight = self._max_in_flight = self._peak = 0
-        self._by_code: Counter[str] = Counter()
-        self._token_by_code: Counter[str] = Counter()
-        self._turned_away = 0
-        self._first: float | None = None
-        self._last: float | None = None
+        self._live_calls = 0
+        self._seen = Report()
         self._recent = _Window(1.0)
         self._calls: deque[Call] = deque(maxlen=keep_calls)
         self.replace(script)
@@ -125,22 +119,22 @@ class Books:
             self._arrived(claim.bill, at)
             fault = self._judged(claim)
             answer = fault.label or "2009300"
-            self._by_code[answer] += 1
+            self._seen.by_code[answer] += 1
             self._calls.append(Call(at, claim.bill, claim.merchant, claim.external_id, answer))
             return fault
 
     def leave(self) -> None:
         """An expire call has been answered, or given up."""
         with self._lock:
-            self._in_flight -= 1
+            self._seen.in_flight -= 1
 
     def token(self, refusal: Fault | None) -> tuple[Fault, bytes]:
         """Judge one call of the token service: what it gets, and the body of a success."""
         with self._lock:
-            self._token_calls += 1
-            self._signature_failures += refusal is BAD_TOKEN_SIGNATURE
+            self._seen.token_calls += 1
+            self._seen.signature_failures += refusal is BAD_TOKEN_SIGNATURE
             fault = refusal or self._next_token_fault()
-            self._token_by_code[fault.label or "2007300"] += 1
+            self._seen.token_by_code[fault.label or "2007300"] += 1
             return fault, self._issued() if fault.takes_effect else b""
 
     def tokens(self) -> tuple[str, ...]:
@@ -152,28 +146,17 @@ class Books:
     def turned_away(self) -> None:
         """A connection was reset because the gateway is down."""
         with self._lock:
-            self._turned_away += 1
+            self._seen.turned_away += 1
 
     def report(self, *, bills: bool) -> Report:
         with self._lock:
             calls_by_bill = dict(self._bills) if bills else {}
-            report = Report(
-                expire_calls=self._expire_calls,
-                token_calls=self._token_calls,
-                by_code=dict(sorted(self._by_code.items())),
-                token_by_code=dict(sorted(self._token_by_code.items())),
-                turned_away=self._turned_away,
-                bills_expired=self._bills_expired,
+            report = replace(
+                self._seen,
+                by_code=dict(sorted(self._seen.by_code.items())),
+                token_by_code=dict(sorted(self._seen.token_by_code.items())),
                 bills_called=len(self._bills),
                 calls_by_bill={},
-                duplicates=self._duplicates,
-                signature_failures=self._signature_failures,
-                throttled=self._throttled,
-                in_flight=self._in_flight,
-                max_concurrency=self._max_in_flight,
-                peak_per_second=self._peak,
-                first_call_at=self._first,
-                last_call_at=self._last,
                 calls=tuple(self._calls),
             )
         # A million names take a moment to decode: not while every sender waits for the lock.
@@ -182,14 +165,14 @@ class Books:
         return report
 
     def _arrived(self, bill: str, at: float) -> None:
-        instant = time.monotonic()
-        self._expire_calls += 1
-        self._in_flight += 1
-        self._max_in_flight = max(self._max_in_flight, self._in_flight)
+        instant, seen = time.monotonic(), self._seen
+        seen.expire_calls += 1
+        seen.in_flight += 1
+        seen.max_concurrency = max(seen.max_concurrency, seen.in_flight)
         self._recent.add(instant)
-        self._peak = max(self._peak, self._recent.count(instant))
-        self._first = min(at, at if self._first is None else self._first)
-        self._last = max(at, self._last or at)
+        seen.peak_per_second = max(seen.peak_per_second, self._recent.count(instant))
+        seen.first_call_at = min(at, at if seen.first_call_at is None else seen.first_call_at)
+        seen.last_call_at = max(at, seen.last_call_at or at)
         if bill:
             key = bill.encode(errors="surrogatepass")
             self._bills[key] = self._bills.get(key, 0) + 2
@@ -203,7 +186,7 @@ class Books:
             return self.script.dead_token or BAD_TOKEN
         self._use_token()
         if not claim.signed:
-            self._signature_failures += 1
+            self._seen.signature_failures += 1
             return BAD_SIGNATURE
         return self._first_use(claim)
 
@@ -213,7 +196,7 @@ class Books:
         if self._admitted.count(now) < self._limit:
             self._admitted.add(now)
             return None
-        self._throttled += 1
+        self._seen.throttled += 1
         wait = max(1, -int(-self._admitted.until_next_leaves(now) // 1))
         return Fault(code="4299300", retry_after=str(wait))
 
@@ -230,7 +213,7 @@ class Books:
             self._day = today
             self._ids.clear()
         if identity in self._ids:
-            self._duplicates += 1
+            self._seen.duplicates += 1
             return SAME_ID
         self._ids.add(identity)
         if claim.field_error is not None:
@@ -247,7 +230,7 @@ class Books:
         entry = self._bills[key]
         if not entry & 1:
             self._bills[key] = entry | 1
-            self._bills_expired += 1
+            self._seen.bills_expired += 1
         elif self.script.already is not None and not fault.label:
             return Fault(code=self.script.already, latency=fault.latency)
         return fault

@@ -6,19 +6,48 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self
 
 EXPIRES_IN: Final = ("string", "int", "datetime", "absent")
+
+
+Signed = float
+"""A number that may be negative."""
 
 
 class ScriptError(ValueError):
     """A script that cannot be played. One line: where in the script, and what is wrong."""
 
 
+class _FromJson:
+    """What is read from a JSON object whose keys are the names of the fields."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, raw: object, where: str = "") -> Self:
+        """Raises `ScriptError`, also for unknown keys and for a missing one that has no default. ``where`` in the
+        script it is: by default the name of its kind."""
+        where = where or cls.__name__.lower()
+        if not isinstance(raw, dict):
+            raise _wrong(raw, "an object", where)
+        known = {each.name: each for each in fields(cls)}  # type: ignore[arg-type]  # each heir is a dataclass
+        if unknown := [key for key in raw if key not in known]:
+            raise ScriptError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
+        needed = (key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING)
+        if missing := [key for key in needed if key not in raw]:
+            raise ScriptError(f"{where}: {missing[0]} is missing")
+        given = {key: _READERS[str(known[key].type)](value, f"{where}.{key}") for key, value in raw.items()}
+        try:
+            return cls(**given)
+        except ScriptError as error:
+            raise ScriptError(f"{where}: {error}") from None
+
+
 @dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(_FromJson):
     """What one call gets instead of plain success. An empty one is plain success.
 
     At most one of `code`, `html`, `body`, `hang` and `reset` says what comes back. The checks (headers,
@@ -86,11 +115,6 @@ class Fault:
             if value is not None and not re.fullmatch(r"[ -~]*", value):
                 raise ScriptError(f"{name} holds printable ASCII characters only")
 
-    @classmethod
-    def parse(cls, raw: object, where: str = "fault") -> Fault:
-        """A fault from a JSON object, keys as above. Raises ScriptError, also for unknown keys."""
-        return _built(cls, _members(raw, _FAULT_KEYS, where), where)
-
     @property
     def takes_effect(self) -> bool:
         """Whether the call did what it asked for, whatever the caller hears."""
@@ -118,7 +142,7 @@ NORMAL: Final = Fault()
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(_FromJson):
     """Faults for every bill in which the regular expression `match` is found, each bill from the start."""
 
     match: str
@@ -131,14 +155,9 @@ class Pattern:
             raise ScriptError(f"match {self.match!r} is no regular expression: {error}") from None
         _check_sequence(self.faults)
 
-    @classmethod
-    def parse(cls, raw: object, where: str = "pattern") -> Pattern:
-        """From `{"match": "^BAD", "faults": [...]}`."""
-        return _built(cls, _members(raw, {"match": _text, "faults": _faults}, where, required=True), where)
-
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(_FromJson):
     """One fault for a share (0 to 1) of the calls, chosen by a hash of the script's seed and external id."""
 
     share: float
@@ -148,15 +167,9 @@ class Rate:
         if not 0 <= self.share <= 1:
             raise ScriptError("share lies between 0 and 1")
 
-    @classmethod
-    def parse(cls, raw: object, where: str = "rate") -> Rate:
-        """From `{"share": 0.05, "fault": {...}}`."""
-        readers: Mapping[str, _Reader] = {"share": _number, "fault": Fault.parse}
-        return _built(cls, _members(raw, readers, where, required=True), where)
-
 
 @dataclass(frozen=True, slots=True)
-class Script:
+class Script(_FromJson):
     """How the gateway behaves. The default behaves well.
 
     A bill named in `bills` follows that list, one fault per call, then normal; another the first of
@@ -192,7 +205,7 @@ class Script:
     kill_token_every: int = 0
     expires_in: str = "string"
     skew: float = 300.0
-    clock_offset: float = 0.0
+    clock_offset: Signed = 0.0
     already: str | None = None
 
     def __post_init__(self) -> None:
@@ -206,11 +219,6 @@ class Script:
             raise ScriptError(f"expires_in is one of {', '.join(EXPIRES_IN)}, not {self.expires_in!r}")
         if self.already is not None:
             Fault(code=self.already)
-
-    @classmethod
-    def parse(cls, raw: object) -> Script:
-        """A script from a JSON object, keys as above. Raises ScriptError, also for unknown keys."""
-        return _built(cls, _members(raw, _SCRIPT_KEYS, "script"), "script")
 
     @classmethod
     def load(cls, path: Path) -> Script:
@@ -263,84 +271,38 @@ def _integer(value: object, where: str) -> int:
     return value
 
 
-def _items(value: object, where: str) -> list[tuple[object, str]]:
-    if not isinstance(value, list):
-        raise _wrong(value, "a list", where)
-    return [(item, f"{where}[{at}]") for at, item in enumerate(value)]
+def _list_of(kind: type[_FromJson]) -> Callable[[object, str], Any]:
+    def read(value: object, where: str) -> tuple[_FromJson, ...]:
+        if not isinstance(value, list):
+            raise _wrong(value, "a list", where)
+        return tuple(kind.parse(item, f"{where}[{at}]") for at, item in enumerate(value))
+
+    return read
 
 
-def _faults(value: object, where: str) -> tuple[Fault, ...]:
-    return tuple(Fault.parse(*item) for item in _items(value, where))
-
-
-def _patterns(value: object, where: str) -> tuple[Pattern, ...]:
-    return tuple(Pattern.parse(*item) for item in _items(value, where))
-
-
-def _rates(value: object, where: str) -> tuple[Rate, ...]:
-    return tuple(Rate.parse(*item) for item in _items(value, where))
-
-
-def _bills(value: object, where: str) -> dict[str, tuple[Fault, ...]]:
+def _bills(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _wrong(value, "an object", where)
-    return {bill: _faults(faults, f"{where}.{bill}") for bill, faults in value.items()}
+    return {bill: _list_of(Fault)(faults, f"{where}.{bill}") for bill, faults in value.items()}
 
 
-_Reader = Callable[[object, str], Any]
-_T = TypeVar("_T")
-
-_FAULT_KEYS: Final[Mapping[str, _Reader]] = {
-    "code": _text,
-    "message": _text,
-    "http": _integer,
-    "latency": _number,
-    "hang": _number,
-    "reset": _text,
-    "html": _integer,
-    "body": _text,
-    "retry_after": _text,
-    "challenge": _text,
-    "trickle": _number,
-    "close": _flag,
-    "applied": _flag,
-    "repeat": _flag,
+_READERS: Final[Mapping[str, Callable[[object, str], Any]]] = {
+    "str": _text,
+    "str | None": _text,
+    "int": _integer,
+    "int | None": _integer,
+    "float": _number,
+    "Signed": _signed,
+    "bool": _flag,
+    "bool | None": _flag,
+    "Fault": Fault.parse,
+    "Fault | None": Fault.parse,
+    "tuple[Fault, ...]": _list_of(Fault),
+    "tuple[Pattern, ...]": _list_of(Pattern),
+    "tuple[Rate, ...]": _list_of(Rate),
+    "Mapping[str, tuple[Fault, ...]]": _bills,
 }
-_SCRIPT_KEYS: Final[Mapping[str, _Reader]] = {
-    "bills": _bills,
-    "patterns": _patterns,
-    "rates": _rates,
-    "token_faults": _faults,
-    "seed": _integer,
-    "down": _flag,
-    "latency": _number,
-    "requests_per_second": _number,
-    "single_token": _flag,
-    "dead_token": Fault.parse,
-    "token_lifetime": _number,
-    "kill_token_every": _integer,
-    "expires_in": _text,
-    "skew": _number,
-    "clock_offset": _signed,
-    "already": _text,
-}
-
-
-def _members(raw: object, readers: Mapping[str, _Reader], where: str, *, required: bool = False) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise _wrong(raw, "an object", where)
-    if unknown := [key for key in raw if key not in readers]:
-        raise ScriptError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(readers)}")
-    if required and (missing := [key for key in readers if key not in raw]):
-        raise ScriptError(f"{where}: {missing[0]} is missing")
-    return {key: readers[key](value, f"{where}.{key}") for key, value in raw.items()}
-
-
-def _built(kind: Callable[..., _T], members: dict[str, Any], where: str) -> _T:
-    try:
-        return kind(**members)
-    except ScriptError as error:
-        raise ScriptError(f"{where}: {error}") from None
+"""What reads a field, by its type as it is written above."""
 
 
 def _check_sequence(faults: Sequence[Fault]) -> None:

@@ -18,9 +18,9 @@ from worker.settings.groups import (
     RetrySettings,
     Settings,
     WorkerSettings,
+    reference,
 )
 from worker.settings.loading import load
-from worker.settings.table import reference
 
 __all__ = [
     "GROUPS",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Final, Self, TypeVar, dataclass_transform
 
 G = TypeVar("G", bound="Group")
 
@@ -61,21 +61,44 @@ class Declared:
         """Whether the setting has no default."""
         return self.default is MISSING
 
+    def documented(self) -> str:
+        """The default in Markdown, as one would write it in the environment; empty where there is none."""
+        if self.shown is not None:
+            return self.shown
+        if self.required:
+            return "required"
+        match self.default:
+            case None:
+                return ""
+            case Secret():
+                return f"`{self.default.get_secret_value()}`"
+            case bool():
+                return f"`{str(self.default).lower()}`"
+            case tuple():
+                return f"`{','.join(map(str, self.default))}`"
+        return f"`{self.default}`"
+
 
 def setting(rule: Callable[[str], Any], meaning: str, *, default: Any = MISSING, shown: str | None = None) -> Any:
     """Declares one setting; the arguments are those of `Declared`."""
     return field(default=default, metadata={"declared": Declared(rule, meaning, default, shown)})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
+def mounted(variable: str, *, default: None) -> Any:
+    """Declares the path of a mounted file, whose content is the value of ``variable``."""
+    return setting(Path, f"Path of a mounted file that holds `{variable}`.", default=default)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting, mounted))
 class Group:
     """Settings whose variables begin with one prefix. `load` makes them from text; a direct call takes values."""
 
-    _prefix = ""
+    variables: ClassVar[str]
+    """What the names of the variables begin with, for example ``AMQP_``."""
 
     def __init_subclass__(cls, *, variables: str) -> None:
         super().__init_subclass__()
-        cls._prefix = variables
+        cls.variables = variables
         dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
@@ -84,14 +107,9 @@ class Group:
         return {each.name: each.metadata["declared"] for each in fields(cls)}  # type: ignore[arg-type]  # by __init_subclass__
 
     @classmethod
-    def prefix_of_variables(cls) -> str:
-        """What the names of the variables begin with, for example ``AMQP_``."""
-        return cls._prefix
-
-    @classmethod
     def variable(cls, name: str) -> str:
         """The name of the variable: ``AMQP_URL`` for the field ``url``."""
-        return f"{cls._prefix}{name.upper()}"
+        return f"{cls.variables}{name.upper()}"
 
     @classmethod
     def file_forms(cls) -> dict[str, str]:
@@ -129,9 +147,10 @@ def read_secret_file(path: Path) -> Secret:
         raise ValueError(f"cannot be read ({error.strerror}); make it readable, or correct the path") from None
     if len(content) > MAX_SECRET_BYTES:
         raise ValueError(f"is larger than {MAX_SECRET_BYTES} bytes; it must hold nothing but the secret")
-    if not is_utf8(content):
-        raise ValueError("is not UTF-8 text; write the secret into it as text")
-    text = re.sub(r"\r?\n\Z", "", content.decode())
+    try:
+        text = re.sub(r"\r?\n\Z", "", content.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text; write the secret into it as text") from None
     if not text:
         raise ValueError("is empty; write the secret into it")
     return Secret(text)
@@ -171,7 +190,8 @@ def build(group: type[G], texts: Mapping[str, str], wrong: Mapping[str, str], *,
             values[name] = getattr(others, name)
         elif declared.required:
             either = f" (or {group.variable(file_forms[name])})" if name in file_forms else ""
-            problems[name] = f"{variable(name)}: is not set; set it{either}. {plain(declared.meaning)}"
+            meaning = declared.meaning.replace("`", "").rstrip(".")
+            problems[name] = f"{variable(name)}: is not set; set it{either}. {meaning}"
         else:
             values[name] = declared.default
     for name, problem in group.conflicts(values):
@@ -184,17 +204,3 @@ def build(group: type[G], texts: Mapping[str, str], wrong: Mapping[str, str], *,
 def is_service_link(value: str) -> bool:
     """Whether Kubernetes made this value of a variable."""
     return bool(re.match(r"(tcp|udp|sctp)://", value))
-
-
-def is_utf8(content: bytes) -> bool:
-    """Whether the bytes are UTF-8."""
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def plain(text: str) -> str:
-    """Documentation without its marks for code and its last full stop."""
-    return text.replace("`", "").rstrip(".")

@@ -12,7 +12,7 @@ from worker.core.scheme import WITH_SECRET, Scheme, oddity_of
 from worker.core.topology import Names, QueueType
 from worker.core.urls import is_loopback, is_tls, split_amqp_urls
 from worker.settings import rules
-from worker.settings.group import Group, Secret, setting
+from worker.settings.group import Group, Secret, mounted, setting
 
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -26,7 +26,7 @@ class AmqpSettings(Group, variables="AMQP_"):
         "One URL, or several separated by commas for the nodes of a cluster; `amqps://` for TLS.",
         default=Secret("amqp://guest:guest@localhost:5672/%2F"),
     )
-    url_file: Path | None = setting(Path, "Path of a mounted file that holds `AMQP_URL`.", default=None)
+    url_file: Path | None = mounted("AMQP_URL", default=None)
     prefix: str = setting(rules.amqp_prefix, "Prefix of every exchange and queue.", default="qris.expire")
     queue_type: QueueType = setting(rules.one_of("quorum", "classic"), "`quorum`, or `classic`.", default="quorum")
     declare: bool = setting(
@@ -46,9 +46,7 @@ class AmqpSettings(Group, variables="AMQP_"):
         default=None,
         shown="the usual port of `AMQP_URL`'s hosts",
     )
-    management_url_file: Path | None = setting(
-        Path, "Path of a mounted file that holds `AMQP_MANAGEMENT_URL`.", default=None
-    )
+    management_url_file: Path | None = mounted("AMQP_MANAGEMENT_URL", default=None)
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -103,9 +101,7 @@ class GatewaySettings(Group, variables="GATEWAY_"):
         default=None,
         shown="required for `hmac-sha512`",
     )
-    client_secret_file: Path | None = setting(
-        Path, "Path of a mounted file that holds `GATEWAY_CLIENT_SECRET`.", default=None
-    )
+    client_secret_file: Path | None = mounted("GATEWAY_CLIENT_SECRET", default=None)
     private_key: Secret | None = setting(
         Secret, "The RSA private key itself.", default=None, shown="required, or its file"
     )
@@ -116,9 +112,7 @@ class GatewaySettings(Group, variables="GATEWAY_"):
         shown="required, or the key itself",
     )
     private_key_passphrase: Secret | None = setting(Secret, "Passphrase of that key, if it has one.", default=None)
-    private_key_passphrase_file: Path | None = setting(
-        Path, "Path of a mounted file that holds `GATEWAY_PRIVATE_KEY_PASSPHRASE`.", default=None
-    )
+    private_key_passphrase_file: Path | None = mounted("GATEWAY_PRIVATE_KEY_PASSPHRASE", default=None)
     channel_id: str = setting(rules.header_value, "The merchant's channel id.")
     channel_headers: tuple[str, ...] = setting(
         rules.header_names,
@@ -322,3 +316,12 @@ GROUPS: Final[tuple[type[Group], ...]] = (
     MetricsSettings,
     LogSettings,
 )
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """Variable, default and meaning of every setting, in Markdown, as the README shows them."""
+    return [
+        (group.variable(name), declared.documented(), declared.meaning)
+        for group in GROUPS
+        for name, declared in group.declared().items()
+    ]

@@ -90,7 +90,7 @@ def _untrusted(status: os.stat_result) -> str:
 
 def _unknown(groups: Iterable[type[Group]], sources: Iterable[Variables]) -> Iterator[str]:
     known = {group.variable(name) for group in groups for name in group.declared()}
-    prefixes = tuple(group.prefix_of_variables() for group in groups)
+    prefixes = tuple(group.variables for group in groups)
     given = {name: value for source in sources for name, value in source.items()}
     for name in sorted(given.keys() - known):
         if name.startswith(prefixes):

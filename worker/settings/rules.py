@@ -115,6 +115,17 @@ def one_of(*words: str) -> Callable[[str], str]:
     return rule
 
 
+def fitting(fits: Callable[[str], object], said: str) -> Callable[[str], str]:
+    """Text as it is, if it fits; else what is ``said``."""
+
+    def rule(text: str) -> str:
+        if not fits(text):
+            raise ValueError(said)
+        return text
+
+    return rule
+
+
 def readable_file(text: str) -> Path:
     """The path of a regular file that can be opened."""
     path = Path(text)
@@ -166,11 +177,12 @@ def management_url(text: str) -> Secret:
 # -- the gateway, and where we are reached
 
 
-def host(text: str) -> str:
-    """An address or a host name."""
-    if not is_host(text):
-        raise ValueError("must be an address or a host name")
-    return text
+host = fitting(is_host, "must be an address or a host name")
+url_path = fitting(is_path, "must be a path that begins with '/', without query or fragment")
+header_value = fitting(
+    _HEADER_VALUE.match, "must be printable ASCII without blanks around it, since it is sent as a header"
+)
+identifier = fitting(is_identifier, f"must be {IDENTIFIER_RULE}")
 
 
 def base_url(text: str) -> str:
@@ -179,20 +191,6 @@ def base_url(text: str) -> str:
     if problem:
         raise ValueError(problem)
     return text.rstrip("/")
-
-
-def url_path(text: str) -> str:
-    """An absolute path."""
-    if not is_path(text):
-        raise ValueError("must be a path that begins with '/', without query or fragment")
-    return text
-
-
-def header_value(text: str) -> str:
-    """What can be sent as the value of a header, exactly as it is."""
-    if not _HEADER_VALUE.match(text):
-        raise ValueError("must be printable ASCII without blanks around it, since it is sent as a header")
-    return text
 
 
 def header_names(text: str) -> tuple[str, ...]:
@@ -206,13 +204,6 @@ def header_names(text: str) -> tuple[str, ...]:
     if not _OWN_HEADERS.isdisjoint(lowered):
         raise ValueError("names a header that the worker sets itself; leave those that carry the channel id")
     return names
-
-
-def identifier(text: str) -> str:
-    """A bill number or a merchant id."""
-    if not is_identifier(text):
-        raise ValueError(f"must be {IDENTIFIER_RULE}")
-    return text
 
 
 def member(text: str) -> str:

@@ -135,7 +135,8 @@ class Sweep:
         self.ended: Ended | None = None
 
     def next(self) -> tuple[int, Message] | None:
-        """The next bill's command; None when all are on their way, or when no more are wanted now."""
+        """The next bill's command, and the number by which `confirmed` names it; None when all are on their way, or
+        when no more are wanted now."""
         if self._exhausted or self._stop() or self._journal.facts.stopped or not self._room():
             return None
         if not self._ahead:
@@ -169,7 +170,7 @@ class Sweep:
         self._heard_at = self._clock.monotonic()
 
     def lane(self, ready: int, consumers: int) -> None:
-        """The lane as it is now: messages that wait in it, of all batches, and its consumers."""
+        """The lane as it is now, a few times a second: messages that wait in it, of all batches, and its consumers."""
         self._lane = (ready, consumers)
         self._pace.seen(self._clock.monotonic(), self._read - self._answered, ready, consumers)
 
@@ -196,7 +197,8 @@ class Sweep:
         return self._unanswered < self._window and ahead < self._pace.allowed(self._clock.monotonic())
 
     def look(self, trouble: str) -> bool:
-        """Saves, shows, and says whether to go on."""
+        """Ten times a second: saves, shows, and says whether to go on. ``trouble``: what keeps the broker from working
+        for us, if anything does."""
         now = self._clock.monotonic()
         if now >= self._save_at:
             self._save()

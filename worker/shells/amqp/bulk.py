@@ -1,6 +1,6 @@
 """Publishes and follows in bulk, for tools: the worker's own publisher fed through a bounded window, and one consumer.
 
-Everything runs on one loop in the caller's thread, `Errand`'s methods included.
+Everything runs on one loop in the caller's thread, the `Sweep`'s methods included.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final
 
 from pika.adapters.select_connection import IOLoop
 from pika.exceptions import ChannelClosed, UnroutableError
 from pika.spec import BasicProperties
 
-from worker.core.delivery import BATCH_ID, Message, text
+from worker.app.sweep import Sweep
+from worker.core.delivery import BATCH_ID, text
 from worker.core.sweep import STOP
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
@@ -48,31 +50,6 @@ class Followed(BrokerError):
     """Another process follows the batch."""
 
 
-class Errand(Protocol):
-    """What is to be done, as the loop asks for it."""
-
-    def next(self) -> tuple[int, Message] | None:
-        """The next message to publish, with a number by which `confirmed` names it; None when there is none now."""
-
-    def confirmed(self, number: int) -> None:
-        """The broker has it."""
-
-    def outcomes(self, bodies: Sequence[bytes], lane: int) -> None:
-        """Outcomes of the batch; they are acked when this returns. ``lane``: how many came, of whatever batch."""
-
-    def lane(self, ready: int, consumers: int) -> None:
-        """A few times a second, for a batch that is followed: what waits in its lane, and how many consume there."""
-
-    def fleet(self, body: bytes) -> None:
-        """What the workers' leader tells them, as it stands in the message."""
-
-    def cut(self, who: str, epoch: float) -> str:
-        """Somebody (``who``, at ``epoch``) wants nothing more to be published. The answer is for them."""
-
-    def look(self, trouble: str) -> bool:
-        """Ten times a second, with what keeps the broker from working for us, if anything does. False ends it all."""
-
-
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where to publish and what to follow. ``declare``: as AMQP_DECLARE. ``inbox``: the queue to follow, which is ours
@@ -91,13 +68,13 @@ class Route:
 
 
 class Bulk:
-    """One errand. `run` blocks until it says that it is done."""
+    """One sweep. `run` blocks until it says that it is done."""
 
     def __init__(
-        self, route: Route, parameters: Parameters, errand: Errand, *, publishing: bool, rng: random.Random
+        self, route: Route, parameters: Parameters, sweep: Sweep, *, publishing: bool, rng: random.Random
     ) -> None:
         self._route = route
-        self._errand = errand
+        self._sweep = sweep
         self._loop = IOLoop()
         self._failure: BaseException | None = None
         self._closing_at: float | None = None
@@ -111,19 +88,18 @@ class Bulk:
         self._publisher: Publisher[int] = Publisher(
             self._loop,
             _Unwatched(),
-            on_confirmed=lambda publication: errand.confirmed(publication.settles),
+            on_confirmed=lambda publication: sweep.confirmed(publication.settles),
             after_confirms=self._refill,
             guard=self._guard,
         )
         self._links: list[Link] = []
-        self._publish_link = self._consume_link = None
         if publishing:
-            self._publish_link = self._link("publish", parameters, self._publish_up, self._publish_down, rng)
+            self._add_link("publish", parameters, rng, self._publish_up, self._publish_down)
         if route.inbox is not None:
-            self._consume_link = self._link("consume", parameters, self._consume_up, self._consume_down, rng)
+            self._add_link("consume", parameters, rng, partial(self._consume_up, route.inbox), self._consume_down)
 
     def run(self) -> None:
-        """Raises what `Errand` raises."""
+        """Raises what the sweep raises."""
         codec.tolerate()
         for link in self._links:
             link.connect()
@@ -133,27 +109,26 @@ class Bulk:
         if self._failure is not None:
             raise self._failure
 
-    def _link(
+    def _add_link(
         self,
         name: str,
         parameters: Parameters,
-        on_up: Callable[[Any], None],
-        on_down: Callable[[str], None],
         rng: random.Random,
-    ) -> Link:
+        on_up: Callable[[Link, Any], None],
+        on_down: Callable[[], None],
+    ) -> None:
         link = Link(
             name,
             self._loop,
             parameters,
-            on_up=on_up,
-            on_down=on_down,
-            on_refused=_passed_over,
+            on_up=lambda connection: on_up(link, connection),
+            on_down=lambda _: on_down(),
+            on_refused=lambda *_: None,  # reported before we start; a later one is waited for like any trouble
             on_blocked=lambda _: self._feed(),
             guard=self._guard,
             rng=rng,
         )
         self._links.append(link)
-        return link
 
     def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
         def guarded(*args: Any) -> None:
@@ -181,7 +156,7 @@ class Bulk:
             self._look_at = now + LOOK_SECONDS
             self._look_at_lane()
         self._feed()
-        if not self._errand.look(self._trouble()):
+        if not self._sweep.look(self._trouble()):
             self._closing_at = now + CLOSE_SECONDS
             for link in self._links:
                 link.close()
@@ -196,29 +171,21 @@ class Bulk:
 
     # -- publishing -------------------------------------------------------------------------------------------------
 
-    def _publish_up(self, connection: Any) -> None:
-        link = self._publish_link
-        assert link is not None
-        self._declare(
-            connection,
-            link,
-            self._route.topology,
-            self._route.declare,
-            lambda: self._publish_from(connection, link),
-        )
+    def _publish_up(self, link: Link, connection: Any) -> None:
+        def declared() -> None:
+            self._publisher.open(connection, link, self._feed)
+            if self._route.inbox is not None:
+                connection.channel(on_open_callback=self._guard(self._looks_by))
 
-    def _publish_from(self, connection: Any, link: Link) -> None:
-        self._publisher.open(connection, link, self._feed)
-        if self._route.inbox is not None:
-            connection.channel(on_open_callback=self._guard(self._looks_by))
+        self._declare(connection, link, self._route.topology, self._route.declare, declared)
 
     def _looks_by(self, channel: Any) -> None:
-        self._looking = channel
-        channel.add_on_close_callback(self._guard(lambda closed, _: self._looks_no_more(closed)))
+        def closed(_channel: Any, _reason: Any) -> None:
+            if channel is self._looking:  # the publisher reports a lane that is gone; what is known of it stays
+                self._looking = None
 
-    def _looks_no_more(self, channel: Any) -> None:
-        if channel is self._looking:  # the publisher reports a lane that is gone; what is known of it stays
-            self._looking = None
+        self._looking = channel
+        channel.add_on_close_callback(self._guard(closed))
 
     def _look_at_lane(self) -> None:
         channel, self._looking = self._looking, None
@@ -227,12 +194,12 @@ class Bulk:
 
         def looked(answer: Any) -> None:
             self._looking = channel
-            self._errand.lane(answer.method.message_count, answer.method.consumer_count)
+            self._sweep.lane(answer.method.message_count, answer.method.consumer_count)
             self._feed()
 
         channel.queue_declare(self._route.lane, passive=True, callback=self._guard(looked))
 
-    def _publish_down(self, _reason: str) -> None:
+    def _publish_down(self) -> None:
         self._looking = None
         self._publisher.down()
 
@@ -243,18 +210,14 @@ class Bulk:
     def _feed(self) -> None:
         publications = list[Publication[int]]()
         if self._publisher.ready:
-            while len(self._publisher) + len(publications) < WINDOW and (following := self._errand.next()) is not None:
+            while len(self._publisher) + len(publications) < WINDOW and (following := self._sweep.next()) is not None:
                 number, message = following
                 publications.append(Publication(message, number))
         self._publisher.publish(*publications)
 
     # -- following --------------------------------------------------------------------------------------------------
 
-    def _consume_up(self, connection: Any) -> None:
-        link, inbox = self._consume_link, self._route.inbox
-        assert link is not None
-        assert inbox is not None
-
+    def _consume_up(self, inbox: Topology, link: Link, connection: Any) -> None:
         def alone() -> None:
             self._held = True
             self._listen(connection)
@@ -291,7 +254,7 @@ class Bulk:
         """To the fleet, for what people should know of a pause. An older worker has no fleet: then nothing comes."""
 
         def heard(_channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
-            self._errand.fleet(body)
+            self._sweep.fleet(body)
 
         def made(channel: Any, queue: str) -> None:
             channel.queue_bind(queue, self._route.fleet, callback=lambda _: None)
@@ -311,7 +274,7 @@ class Bulk:
     def _consume(self, connection: Any, link: Link, queue: str) -> None:
         def opened(channel: Any) -> None:
             self._channel = channel
-            channel.add_on_close_callback(self._guard(lambda _, why: self._channel_lost(link, channel, str(why))))
+            channel.add_on_close_callback(self._guard(closed))
             channel.add_on_cancel_callback(
                 self._guard(lambda _: link.reconnect(f"the broker cancelled the consumer of {queue}"))
             )
@@ -319,6 +282,10 @@ class Bulk:
 
         def limited(channel: Any) -> None:
             channel.basic_consume(queue, self._guard(self._delivered), callback=self._guard(lambda _: link.works()))
+
+        def closed(channel: Any, reason: Any) -> None:
+            if channel is self._channel and link.up:
+                link.reconnect(f"following channel closed: {reason}")
 
         connection.channel(on_open_callback=self._guard(opened))
 
@@ -341,7 +308,7 @@ class Bulk:
         self._hand_over()
         ordered = (properties.headers or {}).get(ORDERED_AT)
         epoch = ordered / 1000 if isinstance(ordered, int) else 0.0
-        answer = self._errand.cut(body.decode(errors="replace")[:MAX_WHO], epoch)
+        answer = self._sweep.cut(body.decode(errors="replace")[:MAX_WHO], epoch)
         if properties.reply_to:
             channel.basic_publish("", properties.reply_to, answer.encode())
 
@@ -352,18 +319,14 @@ class Bulk:
         bodies, self._pending = self._pending, []
         came, self._came = self._came, 0
         if came:
-            self._errand.outcomes(bodies, came)
+            self._sweep.outcomes(bodies, came)
         tag, self._last_tag = self._last_tag, 0
         if self._channel is not None and self._channel.is_open:
             self._channel.basic_ack(tag, multiple=True)
 
-    def _consume_down(self, _reason: str) -> None:
+    def _consume_down(self) -> None:
         self._channel = None
         self._pending, self._last_tag, self._came = [], 0, 0  # the broker has them again
-
-    def _channel_lost(self, link: Link, channel: Any, reason: str) -> None:
-        if channel is self._channel and link.up:
-            link.reconnect(f"following channel closed: {reason}")
 
     # -- both -------------------------------------------------------------------------------------------------------
 
@@ -389,7 +352,8 @@ def check_free(connection: Any, follower: str, batch: str) -> None:
     except ChannelClosed as closed:
         if closed.reply_code != LOCKED:
             raise
-        raise Followed(_followed(batch, _ask(connection, follower))) from None
+        who = _ask(connection.channel(), follower, "who?", WHO_SECONDS)[:MAX_WHO]
+        raise Followed(_followed(batch, who)) from None
     channel.queue_delete(follower)
     channel.close()
 
@@ -399,32 +363,21 @@ def stop(connection: Any, inbox: str, who: str, now: float) -> str | None:
     (the next one that follows the batch will find the message); None if nobody follows the batch at this broker."""
     channel = connection.channel()
     channel.confirm_delivery()
-    answers = channel.queue_declare("", exclusive=True).method.queue
-    order = BasicProperties(type=STOP, delivery_mode=2, reply_to=answers, headers={ORDERED_AT: round(now * 1000)})
+    headers = {ORDERED_AT: round(now * 1000)}
     try:
-        channel.basic_publish("", inbox, who.encode(), order, mandatory=True)
+        return _ask(channel, inbox, who, STOP_SECONDS, type=STOP, delivery_mode=2, headers=headers)
     except UnroutableError:
         return None
-    said = ""
-    for _method, _properties, body in channel.consume(answers, auto_ack=True, inactivity_timeout=STOP_SECONDS):
-        said = "" if body is None else body.decode(errors="replace")
-        break
-    channel.cancel()
-    return said
 
 
-def _ask(connection: Any, follower: str) -> str:
-    """What the follower says about itself; empty when it does not answer."""
-    channel = connection.channel()
+def _ask(channel: Any, queue: str, question: str, seconds: float, **properties: Any) -> str:
+    """What who consumes from the queue answers on a channel that serves for nothing else; empty if nobody does."""
     answers = channel.queue_declare("", exclusive=True).method.queue
-    channel.basic_publish("", follower, b"who?", BasicProperties(reply_to=answers))
-    said = ""
-    for _method, _properties, body in channel.consume(answers, auto_ack=True, inactivity_timeout=WHO_SECONDS):
-        said = "" if body is None else body.decode(errors="replace")[:200]
-        break
+    asked = BasicProperties(reply_to=answers, **properties)
+    channel.basic_publish("", queue, question.encode(), asked, mandatory=True)
+    _, _, body = next(channel.consume(answers, auto_ack=True, inactivity_timeout=seconds))
     channel.cancel()
-    channel.close()
-    return said
+    return (body or b"").decode(errors="replace")
 
 
 def _followed(batch: str, who: str) -> str:
@@ -474,15 +427,8 @@ def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:
     channel.close()
 
 
-def _passed_over(_reason: str, _action: str) -> None:
-    """A refusal at first is reported before we start; a later one is waited for like any trouble."""
-
-
 class _Unwatched:
     """The publisher's `Watch`, for nobody."""
 
-    def confirmed(self, seconds: float) -> None:
-        """Not of interest here."""
-
-    def unconfirmed(self, count: int) -> None:
-        """Not of interest here."""
+    def confirmed(self, seconds: float) -> None: ...
+    def unconfirmed(self, count: int) -> None: ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,11 +11,11 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from worker.core.signing import KeyUnusable, Sign, load_private_key, signer, token_signature
+from worker.core.signing import KeyUnusable, load_private_key, signer, token_signature
 from worker.shells.transport import Unusable, trust
 
 if TYPE_CHECKING:
-    from worker.settings import GatewaySettings
+    from worker.settings import GatewaySettings, Secret
 
 log = structlog.get_logger()
 
@@ -29,17 +28,6 @@ class CredentialsError(ValueError):
     """They cannot be used: one line, the variable's name first; never a secret."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """One consistent set: all of it could be read."""
-
-    key: RSAPrivateKey
-    sign: Sign
-    context: ssl.SSLContext | None
-    secrets: tuple[str, ...]
-    shared: bytes
-
-
 class Credentials:
     """Client secret, private key, CA and client certificate as they are now. `refresh` reads again what changed on
     disk; what cannot be used is refused with a log line, the old set stays, and the files are tried again until they
@@ -50,7 +38,7 @@ class Credentials:
         self._files = _files(settings)
         self._stamp = _stamp(self._files)
         self._problem = ""
-        self._use(_load(settings))
+        self._load(settings)
 
     @property
     def key_bits(self) -> int:
@@ -72,26 +60,36 @@ class Credentials:
         if stamp == self._stamp and not self._problem and not asked:
             return False
         try:
-            loaded = _load(self._reread())
+            self._load(self._reread())
         except Exception as error:  # noqa: BLE001  # SettingsError, CredentialsError, OSError: all mean "not usable"
             if stamp != self._stamp or str(error) != self._problem:
                 log.error("credentials.kept", reason=str(error), action=KEPT)
             self._stamp, self._problem = stamp, str(error)
             return False
         self._stamp, self._problem = stamp, ""
-        self._use(loaded)
         log.info("credentials.reloaded")
         return True
 
-    def _use(self, loaded: _Loaded) -> None:
-        self._key = loaded.key
-        self.sign = loaded.sign
+    def _load(self, settings: GatewaySettings) -> None:
+        """Takes over one consistent set: nothing of it before all of it could be read. Raises `CredentialsError`."""
+        passphrase, secret = _text(settings.private_key_passphrase), _text(settings.client_secret)
+        key = _key(settings, passphrase or None)
+        context: ssl.SSLContext | None = None
+        if settings.base_url.startswith("https"):
+            try:
+                context = trust(settings.ca_file, settings.cert_file, settings.key_file)
+            except Unusable as error:
+                raise CredentialsError(f"{settings.variable(error.setting)}: {error}") from None
+        sign = signer(settings.signature, secret, key)
+        shared = secret.encode() or key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        self._key = key
+        self.sign = sign
         """Signs expire calls."""
-        self.context = loaded.context
+        self.context = context
         """Trust for https and the client certificate; the same object until a file was rotated. None for plain http."""
-        self.secrets = loaded.secrets
+        self.secrets = tuple(filter(None, (secret, passphrase)))
         """What must not be in any text, even if the gateway sends it to us."""
-        self.shared = loaded.shared
+        self.shared = shared
         """What all processes with our credentials have and nobody else: the client secret, without one the key."""
 
 
@@ -123,22 +121,8 @@ def _stamp(files: Sequence[Path]) -> _Stamp:
     return tuple(one(path) for path in files)
 
 
-def _load(settings: GatewaySettings) -> _Loaded:
-    passphrase = "" if settings.private_key_passphrase is None else settings.private_key_passphrase.get_secret_value()
-    secret = "" if settings.client_secret is None else settings.client_secret.get_secret_value()
-    key = _key(settings, passphrase or None)
-    context = None
-    if settings.base_url.startswith("https"):
-        try:
-            context = trust(settings.ca_file, settings.cert_file, settings.key_file)
-        except Unusable as error:
-            raise CredentialsError(f"{settings.variable(error.setting)}: {error}") from None
-    secrets = tuple(filter(None, (secret, passphrase)))
-    return _Loaded(key, signer(settings.signature, secret, key), context, secrets, secret.encode() or _der(key))
-
-
-def _der(key: RSAPrivateKey) -> bytes:
-    return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+def _text(secret: Secret | None) -> str:
+    return "" if secret is None else secret.get_secret_value()
 
 
 def _key(settings: GatewaySettings, passphrase: str | None) -> RSAPrivateKey:

@@ -6,7 +6,6 @@ scrape every few seconds gains nothing from it.
 
 import errno
 import json
-import math
 import os
 import socket
 import socketserver
@@ -24,7 +23,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from worker.core.scrapes import openmetrics
-from worker.shells.page import HEADERS, HTML_TYPE, StatusPage
+from worker.shells.page import HEADERS, HTML_TYPE, Recent, StatusPage
 
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -95,7 +94,7 @@ class HealthServer:
         """``clock``: unix time; ``fresh``: the most seconds that a scrape may be old."""
         self._source = _Recent(source, clock, fresh)
         self._clock = clock
-        self._listen: Callable[[], socket.socket] = lambda: _listen_tcp(host, port)
+        self._host = host
         self._port = port
         self._path: Path | None = None
         self._server: _Server | None = None
@@ -106,7 +105,6 @@ class HealthServer:
         socket left at `path` is replaced."""
         server = cls("", 0, source, fresh=0.0)
         server._path = Path(path)
-        server._listen = lambda: _listen_unix(Path(path))
         return server
 
     @property
@@ -116,9 +114,11 @@ class HealthServer:
 
     def start(self) -> None:
         """Binds, then serves in the background."""
-        listener = self._listen()
         if self._path is None:
+            listener = _listen_tcp(self._host, self._port)
             self._port = listener.getsockname()[1]
+        else:
+            listener = _listen_unix(self._path)
         self._server = _Server(listener, self._source, self._clock)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), name="health", daemon=True)
         self._thread.start()
@@ -173,25 +173,12 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 class _Recent:
-    """A source whose metrics are rendered once in ``fresh`` seconds; who asks meanwhile gets the same bytes."""
+    """A source whose metrics are rendered once in ``fresh`` seconds."""
 
     def __init__(self, source: Source, clock: Callable[[], float], fresh: float) -> None:
         self.live = source.live
         self.ready = source.ready
-        self._render = source.metrics
-        self._clock = clock
-        self._fresh = fresh
-        self._lock = threading.Lock()
-        self._rendered: tuple[float, bytes] = (-math.inf, b"")
-
-    def metrics(self) -> bytes:
-        """At most ``fresh`` seconds old."""
-        with self._lock:
-            at, scrape = self._rendered
-            if not 0 <= self._clock() - at < self._fresh:
-                scrape = self._render()
-                self._rendered = (self._clock(), scrape)
-            return scrape
+        self.metrics = Recent(source.metrics, clock, fresh)
 
 
 class _Server(socketserver.BaseServer):

@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from worker.core.condition import Process, Situation, condition
 from worker.core.reading import Change, Reading
 from worker.shells.metrics import samples
 from worker.shells.page.sections import main, page_title
+
+if TYPE_CHECKING:
+    from worker.shells.http import Source
 
 HTML_TYPE: Final = "text/html; charset=utf-8"
 
@@ -32,18 +35,23 @@ FRESH_SECONDS: Final = 1.0
 """However many people look, and however often: the page is made once in so many seconds."""
 
 
-class HealthAnswer(Protocol):
-    """As the probes have it."""
+class Recent:
+    """What ``make`` returns, made once in ``fresh`` seconds: all who ask meanwhile get the same bytes. Thread-safe."""
 
-    @property
-    def components(self) -> Mapping[str, object]: ...
+    def __init__(self, make: Callable[[], bytes], clock: Callable[[], float], fresh: float) -> None:
+        self._make = make
+        self._clock = clock
+        self._fresh = fresh
+        self._lock = threading.Lock()
+        self._made: tuple[float, bytes] = (float("-inf"), b"")
 
-
-class Source(Protocol):
-    """Where the figures come from; may raise."""
-
-    def metrics(self) -> bytes: ...
-    def ready(self) -> HealthAnswer: ...
+    def __call__(self) -> bytes:
+        with self._lock:
+            at, made = self._made
+            if not 0 <= self._clock() - at < self._fresh:
+                made = self._make()
+                self._made = (self._clock(), made)
+            return made
 
 
 class StatusPage:
@@ -52,10 +60,9 @@ class StatusPage:
     def __init__(self, source: Source, clock: Callable[[], float] = time.time) -> None:
         self._source = source
         self._clock = clock
-        self._lock = threading.Lock()
         self._scrape: tuple[float, bytes] | None = None
         self._readings: list[Reading] = []
-        self._made: tuple[float, bytes] = (float("-inf"), b"")
+        self._recent = Recent(self._make, clock, FRESH_SECONDS)
 
     def scraped(self, scrape: bytes) -> None:
         """Somebody else has asked for the metrics: a first look finds an earlier reading to compare with."""
@@ -63,12 +70,7 @@ class StatusPage:
 
     def html(self) -> bytes:
         """The page as of now, at most `FRESH_SECONDS` old."""
-        with self._lock:
-            at, page = self._made
-            if not 0 <= self._clock() - at < FRESH_SECONDS:
-                page = self._make()
-                self._made = (self._clock(), page)
-            return page
+        return self._recent()
 
     def _make(self) -> bytes:
         components = self._source.ready().components

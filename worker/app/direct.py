@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar, assert_never
+from types import SimpleNamespace
+from typing import Final, Protocol, TypeVar, assert_never
 
 from worker.app.dispatch import Dispatcher, Holds, Wishes
 from worker.app.sweep import Ended, Screen, failing
@@ -53,22 +53,6 @@ class OnLoop(Protocol):
     """Runs a function on the senders' thread, which the dispatcher belongs to, and returns its result."""
 
     def __call__(self, function: Callable[[], T]) -> T: ...
-
-
-@dataclass(slots=True)
-class _NoProperties:
-    """What a message would have brought along."""
-
-    content_type: Any = None
-    content_encoding: Any = None
-    headers: Any = None
-    priority: Any = None
-    correlation_id: Any = None
-    reply_to: Any = None
-    message_id: Any = None
-    timestamp: Any = None
-    type: Any = None
-    app_id: Any = None
 
 
 class Direct:
@@ -180,7 +164,7 @@ class Direct:
         return Delivery(
             lane=SWEEP,
             body=command_body(bill),
-            properties=_NoProperties(),
+            properties=SimpleNamespace(),  # only what is published looks at them
             redelivered=job.begun,
             arrived=self._clock.monotonic(),
             command_id=command_id(self._batch, bill.bill, bill.merchant),

@@ -55,7 +55,7 @@ class Worker:
             "amqp_client": amqp.cert_file,
             "amqp_ca": amqp.ca_file,
         }
-        self.certificates = Expiries(files, self.metrics)
+        self.certificates = Expiries(files, self.metrics.certificate)
 
     # -- what probes read -------------------------------------------------------------------------------------------
 

@@ -11,16 +11,6 @@ from tests.servers import Authority
 from worker.shells.certificates import Expiries, first_end
 
 
-class Told:
-    """What was told, by the name of the certificate."""
-
-    def __init__(self) -> None:
-        self.ends: dict[str, float | None] = {}
-
-    def certificate(self, certificate: str, timestamp: float | None) -> None:
-        self.ends[certificate] = timestamp
-
-
 def test_the_first_of_a_bundle_to_end(tmp_path: Path) -> None:
     """Of several certificates in one file the first to end counts, wherever it stands."""
 
@@ -37,28 +27,28 @@ def test_what_is_set_and_what_is_not(tmp_path: Path) -> None:
     was known."""
 
     file = Authority("ours", tmp_path).file
-    told = Told()
-    expiries = Expiries({"gateway_ca": file, "amqp_ca": None}, told)
+    ends: dict[str, float | None] = {}
+    expiries = Expiries({"gateway_ca": file, "amqp_ca": None}, ends.__setitem__)
     expiries.look()
-    assert told.ends == {"gateway_ca": first_end(file), "amqp_ca": None}
-    before = dict(told.ends)
+    assert ends == {"gateway_ca": first_end(file), "amqp_ca": None}
+    before = dict(ends)
     file.write_text("no certificate")
-    Expiries({"gateway_ca": file}, told).look()
+    Expiries({"gateway_ca": file}, ends.__setitem__).look()
     file.unlink()
-    Expiries({"gateway_ca": file}, told).look()
-    assert told.ends == before
+    Expiries({"gateway_ca": file}, ends.__setitem__).look()
+    assert ends == before
 
 
 def test_it_does_not_look_again_at_once(tmp_path: Path) -> None:
     """Called twice a second, it reads the files once a minute."""
 
     file = Authority("ours", tmp_path).file
-    told = Told()
-    expiries = Expiries({"gateway_ca": file}, told)
+    ends: dict[str, float | None] = {}
+    expiries = Expiries({"gateway_ca": file}, ends.__setitem__)
     expiries.look()
-    told.ends.clear()
+    ends.clear()
     expiries.look()
-    assert told.ends == {}
+    assert ends == {}
 
 
 @pytest.mark.parametrize("text", ["", "-----BEGIN CERTIFICATE-----\nQUFB\n-----END CERTIFICATE-----\n"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 from cryptography import x509
@@ -15,18 +15,13 @@ LOOK_EVERY: Final = 60.0  # seconds; a file that is replaced is seen within so l
 log = structlog.get_logger()
 
 
-class Watch(Protocol):
-    """What is told (metrics)."""
-
-    def certificate(self, certificate: str, timestamp: float | None) -> None: ...
-
-
 class Expiries:
-    """Looks at the files now and then. ``files``: the catalogue's names of certificates, and their PEM files if set."""
+    """Looks at the files now and then. ``files``: the catalogue's names of certificates, and their PEM files if set.
+    ``on_end``: told each name and the unix time at which that certificate ends, None without a file."""
 
-    def __init__(self, files: Mapping[str, Path | None], watch: Watch) -> None:
+    def __init__(self, files: Mapping[str, Path | None], on_end: Callable[[str, float | None], None]) -> None:
         self._files = files
-        self._watch = watch
+        self._on_end = on_end
         self._look_at = 0.0
 
     def look(self) -> None:
@@ -36,7 +31,7 @@ class Expiries:
         self._look_at = time.monotonic() + LOOK_EVERY
         for name, path in self._files.items():
             try:
-                self._watch.certificate(name, None if path is None else first_end(path))
+                self._on_end(name, None if path is None else first_end(path))
             except (OSError, ValueError) as error:
                 # Whoever needs the file says more; what was known of the one before stays.
                 log.warning("certificate.unreadable", certificate=name, file=str(path), reason=str(error))

@@ -146,7 +146,7 @@ class Client:
             describe=lambda card: replace(
                 card, host=socket.gethostname(), process=os.getpid(), version=__version__, client=member.client
             ),
-            watch=self.metrics,
+            metrics=self.metrics,
         )
 
     def pool(self, finish: Finish) -> Pool:

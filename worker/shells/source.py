@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self, cast
 
 from worker.core.rows import InputError, Reading, Rules, read
@@ -62,9 +61,7 @@ class Source:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

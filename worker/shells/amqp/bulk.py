@@ -23,8 +23,8 @@ from worker.core.delivery import BATCH_ID, text
 from worker.core.sweep import STOP
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
-from worker.shells.amqp.conversation import LOCKED
 from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.errors import LOCKED, MISMATCH
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
 from worker.shells.amqp.session import BrokerError
@@ -399,7 +399,7 @@ def identity(connection: Any, names: Names, place: str) -> str:
     try:
         channel.exchange_declare(names.identity, "fanout", durable=True, arguments={"alternate-exchange": mine})
     except ChannelClosed as closed:
-        found = _CURRENT.search(closed.reply_text) if closed.reply_code == 406 else None
+        found = _CURRENT.search(closed.reply_text) if closed.reply_code == MISMATCH else None
         return found[1] if found else place
     channel.close()
     return mine

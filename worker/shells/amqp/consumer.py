@@ -13,7 +13,7 @@ import structlog
 
 from worker.core.settlement import Acks, Tag
 from worker.shells.amqp.connection import still_deliver
-from worker.shells.amqp.errors import MISSING
+from worker.shells.amqp.errors import LOCKED, MISSING
 from worker.shells.amqp.link import Guard, Link
 
 log = structlog.get_logger()
@@ -27,8 +27,6 @@ SHARED_EVERY: Final = 1.0  # seconds between two looks whether others consume a 
 WAITING_EVERY: Final = 5.0  # seconds between two looks at how many commands wait in a lane
 SINGLE_SECONDS: Final = 1.0
 """How long a paused lane is consumed for single commands where basic.get is refused: that has no answer for "empty"."""
-LOCKED: Final = 405
-"""The reply code for basic.get on a quorum queue with a single active consumer."""
 
 
 class _Lane:

@@ -16,6 +16,7 @@ from pika.exceptions import AMQPError, ChannelClosed
 from worker.app.dead_letters import Stop
 from worker.shells.amqp import codec
 from worker.shells.amqp.connection import Connection
+from worker.shells.amqp.errors import LOCKED
 from worker.shells.amqp.session import BrokerUnreachable, broker_error, connect_by
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 ANSWER_SECONDS: Final = 30.0  # for one answer of the broker; a confirm of a lost quorum never comes
 CLOSE_SECONDS: Final = 3.0
 SLICE: Final = 0.2  # seconds; a request to stop is seen this late at most
-LOCKED: Final = 405
 
 
 class Interrupted(KeyboardInterrupt):

@@ -19,6 +19,8 @@ from pika.exceptions import (
 
 ACCESS_REFUSED: Final = 403
 MISSING: Final = 404
+LOCKED: Final = 405  # another connection's exclusive queue; basic.get where a quorum queue has a single active consumer
+MISMATCH: Final = 406  # it exists with other properties
 NOT_ALLOWED: Final = 530  # also a virtual host that does not exist
 
 _QUOTED = re.compile(r"'[^']*'")

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import pika
 import structlog
@@ -21,10 +21,11 @@ from worker.app.fleet import Fleet
 from worker.core import jakarta
 from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, encode, newest
 from worker.core.topology import Names, QueueType, fleet_topology
-from worker.shells.amqp.consumer import LOCKED
 from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.errors import LOCKED
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.fibers import Fibers
+from worker.shells.metrics import Metrics
 
 INBOX: Final = 1_000
 """Messages that may wait for a member that stands still; the oldest are dropped, and the next beat tells everything."""
@@ -34,16 +35,6 @@ TICK: Final = 1.0
 SICK: Final = "our calls fail while those of others succeed: look at the way from here to the gateway"
 
 log = structlog.get_logger()
-
-
-class Watch(Protocol):
-    """What the fleet tells (metrics)."""
-
-    def fleet_members(self, number: int) -> None: ...
-    def fleet_leader(self, is_leader: bool) -> None: ...
-    def member_sick(self, is_sick: bool) -> None: ...
-    def rate_limit(self, per_second: float) -> None: ...
-    def paused(self, reason: str, is_paused: bool) -> None: ...
 
 
 class FleetLink:
@@ -61,7 +52,7 @@ class FleetLink:
         fibers: Fibers,
         rng: random.Random,
         describe: Callable[[Card], Card],
-        watch: Watch,
+        metrics: Metrics,
     ) -> None:
         self._fleet = fleet
         self._names = names
@@ -69,7 +60,7 @@ class FleetLink:
         self._queue_type = queue_type
         self._fibers = fibers
         self._describe = describe
-        self._watch = watch
+        self._metrics = metrics
         self._connection: Any = None
         self._channel: Any = None
         self._joined = False
@@ -127,14 +118,14 @@ class FleetLink:
     # -- the wire -----------------------------------------------------------------------------------------------------
 
     def say(self, to: str | None, letter: Letter) -> None:
-        """See `Wire`. What cannot be said now is not said later: it would be old."""
+        """What cannot be said now is not said later: it would be old."""
         if not self._joined or self._link.blocked or not self._channel.is_open:
             return
         exchange, key = (self._names.fleet, "") if to is None else ("", self._names.member(to))
         self._publish(exchange, key, letter, mandatory=to is not None)
 
     def lock(self, term: int) -> None:
-        """See `Wire`. On a channel of its own, which the broker closes when somebody else has the queue."""
+        """On a channel of its own, which the broker closes when somebody else has the queue."""
         connection, queue = self._connection, self._names.leader(self._fleet.member.client, term)
         told: list[bool] = []
 
@@ -155,12 +146,11 @@ class FleetLink:
         self._errand(opened)
 
     def unlock(self, term: int) -> None:
-        """See `Wire`."""
         if self._joined and self._channel.is_open:
-            self._channel.queue_delete(self._names.leader(self._fleet.member.client, term), callback=_nothing)
+            self._channel.queue_delete(self._names.leader(self._fleet.member.client, term), callback=lambda _: None)
 
     def read_orders(self) -> None:
-        """See `Wire`. Of all messages there, the newest goes back to the queue, and those that it replaced go; whoever
+        """Of all messages there, the newest goes back to the queue, and those that it replaced go; whoever
         comes meanwhile finds none, and looks again."""
         connection, looks = self._connection, iter(range(LOOKS))
         held: list[tuple[int, bytes]] = []
@@ -215,12 +205,12 @@ class FleetLink:
         self._fibers.loop.call_later(TICK, self._guard(self._tick))
         self._link.expect(self._joined, time.monotonic())
         card = self._fleet.card()
-        self._watch.fleet_members(card.members)
-        self._watch.fleet_leader(card.leader == self._fleet.me)
-        self._watch.rate_limit(card.limit)
-        self._watch.member_sick(card.sick)
-        self._watch.paused("sick", card.sick)
-        self._watch.paused("operator", any(self._fleet.paused(lane) for lane in card.orders.pauses))
+        self._metrics.fleet_members(card.members)
+        self._metrics.fleet_leader(card.leader == self._fleet.me)
+        self._metrics.rate_limit(card.limit)
+        self._metrics.member_sick(card.sick)
+        self._metrics.paused("sick", card.sick)
+        self._metrics.paused("operator", any(self._fleet.paused(lane) for lane in card.orders.pauses))
 
     def _up(self, connection: Any) -> None:
         self._connection = connection
@@ -351,7 +341,3 @@ def _paused(card: Card) -> str:
 
 def _raise(error: Exception) -> None:
     raise error
-
-
-def _nothing(_: Any) -> None:
-    """The queue is gone, as it should be."""

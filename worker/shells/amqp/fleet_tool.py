@@ -23,6 +23,7 @@ from worker.core.fleet.messages import (
     newest,
 )
 from worker.core.topology import Names, fleet_topology
+from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.session import BrokerError, apply, broker_error, session
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ LOOKS: Final = 20
 LOOK_AGAIN: Final = 0.05
 """The orders' one message is out of its queue for a moment whenever somebody looks at it: so many looks, so far
 apart."""
-MISSING: Final = 404
 
 
 class FleetTool:

@@ -16,7 +16,8 @@ from pika.exceptions import ChannelClosed
 from worker.app.dead_letters import Stop
 from worker.core import jakarta
 from worker.shells import operator
-from worker.shells.amqp.conversation import LOCKED, SLICE, Conversation, Interrupted
+from worker.shells.amqp.conversation import SLICE, Conversation, Interrupted
+from worker.shells.amqp.errors import LOCKED
 from worker.shells.amqp.session import BrokerError, BrokerUnreachable, broker_error
 
 HOLDER_SECONDS: Final = 1.5  # for the holder of the lock to say who it is

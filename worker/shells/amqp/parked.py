@@ -21,7 +21,6 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import pika
@@ -96,9 +95,7 @@ class ParkedLetters:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._coming:
             self._talk.break_off()
         else:

@@ -33,7 +33,7 @@ from worker import __version__
 from worker.core.delivery import Message
 from worker.core.topology import Topology
 from worker.shells.amqp import codec
-from worker.shells.amqp.errors import NO_PLAIN, limit, reason, refusal, remedy
+from worker.shells.amqp.errors import MISMATCH, MISSING, NO_PLAIN, limit, reason, refusal, remedy
 from worker.shells.amqp.steps import Step, declarations, lookups
 
 if TYPE_CHECKING:
@@ -177,9 +177,9 @@ def apply(connection: pika.BlockingConnection, topology: Topology) -> None:
         try:
             _perform(connection, step)
         except ChannelClosed as closed:
-            if closed.reply_code == 404 and mismatches:
+            if closed.reply_code == MISSING and mismatches:
                 continue  # a binding to what could not be declared
-            if closed.reply_code != 406:
+            if closed.reply_code != MISMATCH:
                 raise broker_error(closed, step.subject) from closed
             mismatches.append(_mismatch(step.subject, closed.reply_text))
     if mismatches:
@@ -197,7 +197,7 @@ def verify(connection: pika.BlockingConnection, topology: Topology) -> list[str]
         try:
             _perform(connection, step)
         except ChannelClosed as closed:
-            if closed.reply_code != 404:
+            if closed.reply_code != MISSING:
                 raise broker_error(closed, step.subject) from closed
             missing.append(_missing(step.subject, closed.reply_text))
     return missing
@@ -215,7 +215,7 @@ def differing(connection: pika.BlockingConnection, topology: Topology) -> list[s
             _perform(connection, look)
             _perform(connection, step)
         except ChannelClosed as closed:
-            if closed.reply_code == 406:
+            if closed.reply_code == MISMATCH:
                 mismatches.append(_mismatch(step.subject, closed.reply_text))
     return mismatches
 
@@ -228,7 +228,7 @@ def broker_error(error: Exception, subject: str = "") -> BrokerError:
             to = f" to {subject}" if subject else ""
             return BrokerRefused(f"the broker refuses access{to}; give the user permission for it ({_said(error)})")
         case ChannelClosed(reply_code=404):
-            cure = remedy(404, error.reply_text).removeprefix("; ")
+            cure = remedy(MISSING, error.reply_text).removeprefix("; ")
             return BrokerError(f"the broker lacks something; {cure} ({_said(error)})")
         case ConnectionClosedByBroker() if limit(error) is not None:
             return BrokerUnreachable(f"the broker takes no more channels; raise that limit ({_said(error)})")
@@ -329,8 +329,8 @@ def _mismatch(subject: str, said: str) -> str:
 
 def _missing(subject: str, said: str) -> str:
     if "home node" in said:
-        return f"{subject} is missing: {said}{remedy(404, said)}"
-    return f"{subject} is missing{remedy(404, said)}"
+        return f"{subject} is missing: {said}{remedy(MISSING, said)}"
+    return f"{subject} is missing{remedy(MISSING, said)}"
 
 
 def _value(text: str) -> str:

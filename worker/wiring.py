@@ -22,6 +22,7 @@ from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
 from worker.app.fleet import Fleet
 from worker.app.shared_tokens import SharedTokens
+from worker.app.tokens import NoTokens
 from worker.core import request
 from worker.core.breaker import Breakers, Throttle
 from worker.core.fleet.member import Member
@@ -47,7 +48,6 @@ from worker.shells.metrics import Metrics
 from worker.shells.pool import Finish, Pool
 from worker.shells.sealing import Sealing
 from worker.shells.telemetry import Telemetry
-from worker.shells.tokens import NoTokens, TokenStore
 from worker.shells.transport import BLOCKING, BoundedAdapter
 
 PREFETCH_PER_SENDER: Final = {CANCELLATION: 2, SWEEP: 4}
@@ -103,26 +103,19 @@ class Client:
 
     def _shared_tokens(self, settings: Settings, client: GatewayClient, telemetry: Telemetry) -> SharedTokens:
         gateway = settings.gateway
-        tokens = SharedTokens(
+        return SharedTokens(
             self.fleet,
             fetcher(client, self.credentials, gateway, self.clock),
             Sealing(lambda: self.credentials.shared, (gateway.base_url, settings.amqp.prefix, gateway.client_id)),
-            clock=self.clock,
             event=lambda: Event(self.fibers),
             spawn=self.fibers.spawn,
             patience=2 * call_seconds(gateway),
+            observer=telemetry,
+            clock=self.clock,
+            rng=self.rng,
+            pause=self.dispatcher.sleep,
+            requesting=Lock(self.fibers),
         )
-        tokens.serve(
-            TokenStore(
-                tokens.fetch,
-                telemetry,
-                clock=self.clock,
-                rng=self.rng,
-                pause=self.dispatcher.sleep,
-                requesting=Lock(self.fibers),
-            )
-        )
-        return tokens
 
     def _test(self) -> None:
         """Being sick without a command to test the gateway with: a token request does."""

@@ -15,11 +15,11 @@ from tests.proxy import FaultProxy
 from tests.rabbit import Rabbit, by_way_of
 from tests.waiting import wait_until
 from tests.worker_process import Producer, WorkerProcess, working
+from worker.app.tokens import REFUSALS_AT_ONCE, REFUSALS_EVERY
 from worker.core.lanes import CANCELLATION, SWEEP, sweep_cap
 from worker.core.topology import topology
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Pattern, Rate, Script, Simulator
-from worker.shells.tokens import REFUSALS_AT_ONCE, REFUSALS_EVERY
 from worker.wiring import PREFETCH_PER_SENDER
 
 AT_ONCE = 10.0

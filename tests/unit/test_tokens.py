@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 from tests.builders import NOON, no_token
 from tests.fakes import FakeClock
 from tests.waiting import wait_until
-from worker.core.grant import Grant
-from worker.core.ports import Draining, Token, TokenUnavailable
-from worker.core.verdict import Kind
-from worker.shells.tokens import (
+from worker.app.tokens import (
     DOUBTS_EVERY,
     REFUSALS_AT_ONCE,
     REFUSALS_EVERY,
@@ -27,6 +24,9 @@ from worker.shells.tokens import (
     NoTokens,
     TokenStore,
 )
+from worker.core.grant import Grant
+from worker.core.ports import Draining, Token, TokenUnavailable
+from worker.core.verdict import Kind
 
 LIFE = 900.0
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from worker.app.dispatch import Event
 from worker.app.fleet import Fleet
+from worker.app.tokens import TokenStore
 from worker.core.fleet.messages import Letter, TokenFailed, TokenGiven, TokenWanted
 from worker.core.grant import Grant
-from worker.core.ports import Clock, Token, TokenUnavailable
+from worker.core.ports import TokenUnavailable
 from worker.core.verdict import Kind, Verdict
 
 JOINING: Final = 5.0
@@ -23,17 +24,6 @@ are good."""
 LEADERLESS: Final = 3.0
 """Seconds without a leader after which a member asks the token service itself."""
 LOOK: Final = 0.25  # seconds between two looks whether there is a leader
-
-
-class Store(Protocol):
-    """The process's own token (see `worker.shells.tokens`)."""
-
-    def get(self) -> Token: ...
-    def accepted(self) -> None: ...
-    def refused(self, generation: int) -> bool: ...
-    def doubted(self, generation: int) -> bool: ...
-    def renew(self) -> None: ...
-    def adopt(self, grant: Grant) -> None: ...
 
 
 class Seal(Protocol):
@@ -61,9 +51,9 @@ class _Question:
     answer: TokenGiven | TokenFailed | None = None
 
 
-class SharedTokens:
-    """The `Tokens` of the core's ports over the process's own `Store`, whose ``fetch`` must be `fetch`. On the loop's
-    thread; what waits does so in a fiber."""
+class SharedTokens(TokenStore):
+    """A store that fetches of the leader, or of the token service by ``request``. On the loop's thread; what waits does
+    so in a fiber. ``options``: the store's."""
 
     def __init__(
         self,
@@ -71,15 +61,15 @@ class SharedTokens:
         request: Callable[[], Grant],
         seal: Seal,
         *,
-        clock: Clock,
         event: Callable[[], Event],
         spawn: Callable[[Callable[[], None]], None],
         patience: float,
+        **options: Any,
     ) -> None:
+        super().__init__(self.fetch, **options)
         self._fleet = fleet
         self._request = request
         self._seal = seal
-        self._clock = clock
         self._event = event
         self._spawn = spawn
         self._patience = patience
@@ -89,41 +79,29 @@ class SharedTokens:
         self._question: _Question | None = None
         fleet.on_token = self._heard
 
-    def serve(self, store: Store) -> None:
-        """The store that fetches through us. What senders ask for every call they ask of it directly."""
-        self.store = store
-        self.get = store.get
-        """See `Tokens`."""
-        self.accepted = store.accepted
-        """See `Tokens`."""
-
-    # -- for senders --------------------------------------------------------------------------------------------------
-
-    def refused(self, generation: int) -> None:
-        """See `Tokens`."""
-        if self.store.refused(generation):
+    def refused(self, generation: int) -> bool:
+        """The leader is told when we ask for the next token."""
+        thrown_away = super().refused(generation)
+        if thrown_away:
             self._wish = TokenWanted(refused=self._held.generation)
+        return thrown_away
 
-    def doubted(self, generation: int) -> None:
-        """See `Tokens`."""
-        if self.store.doubted(generation):
+    def doubted(self, generation: int) -> bool:
+        """The leader is told when we ask for the next token."""
+        to_be_renewed = super().doubted(generation)
+        if to_be_renewed:
             self._wish = TokenWanted(doubted=self._held.generation)
-
-    def renew(self) -> None:
-        """Credentials were rotated."""
-        self.store.renew()
+        return to_be_renewed
 
     def test(self) -> bool:
         """Asks the token service, whoever leads: whether it gives us a token shows that we reach the gateway."""
         try:
-            grant = self._fetch()
+            grant = self._ask_service()
         except TokenUnavailable:
             return False
-        self.store.adopt(grant)
+        self.adopt(grant)
         self._fleet.say(None, self._given(0))
         return True
-
-    # -- for the store ------------------------------------------------------------------------------------------------
 
     def fetch(self) -> Grant:
         """One token: of the leader, or of the token service when we lead or hear no leader. Raises
@@ -135,16 +113,16 @@ class SharedTokens:
             if leader == self._fleet.me or self._fleet.alone:
                 break
             if leader is not None:
-                grant = self._ask(leader, deadline)
+                grant = self._ask_leader(leader, deadline)
                 if grant is not None:
                     return grant
             elif self._clock.monotonic() > alone_until:
                 break
             else:
                 self._event().wait(LOOK)
-        return self._fetch()
+        return self._ask_service()
 
-    def _fetch(self) -> Grant:
+    def _ask_service(self) -> Grant:
         asked = self._clock.monotonic()
         grant = self._request()
         self._wish = TokenWanted()
@@ -153,7 +131,7 @@ class SharedTokens:
             self._fleet.say(None, self._given(0))
         return grant
 
-    def _ask(self, leader: str, deadline: float) -> Grant | None:
+    def _ask_leader(self, leader: str, deadline: float) -> Grant | None:
         """The leader's answer; None when it is no leader any more, or has another secret."""
         self._number += 1
         question = self._question = _Question(self._number, self._event())
@@ -165,7 +143,7 @@ class SharedTokens:
         match question.answer:
             case TokenGiven(generation, _, sealed):
                 if self._seal.open(sealed, generation) is None:
-                    return self._fetch()
+                    return self._ask_service()
                 return Grant(self._held.value, self._held.expires - self._clock.monotonic())
             case TokenFailed(label, code, message):
                 kind = next((kind for kind in Kind if kind.label == label), Kind.TRANSIENT)
@@ -190,7 +168,7 @@ class SharedTokens:
         if value is not None and (given.generation > self._held.generation or given.number):
             self._held = _Held(given.generation, value, self._clock.monotonic() + given.life)
             if not given.number and self._question is None:
-                self.store.adopt(Grant(value, given.life))
+                self.adopt(Grant(value, given.life))
         if given.number == self._number or (value is not None and not given.number):
             self._wake(given)
 
@@ -201,13 +179,13 @@ class SharedTokens:
 
     def _serve(self, sender: str, wanted: TokenWanted) -> None:
         """As leader: another member needs the token, and may have found that it is dead."""
-        own = self.store.get if self._held.generation else None
+        own = self.get if self._held.generation else None
         try:
             if own is not None and wanted.refused == self._held.generation:
-                self.store.refused(own().generation)
+                super().refused(own().generation)
             elif own is not None and wanted.doubted == self._held.generation:
-                self.store.doubted(own().generation)
-            self.store.get()
+                super().doubted(own().generation)
+            self.get()
         except TokenUnavailable as failure:
             verdict = failure.verdict
             if not failure.shared:

@@ -47,11 +47,11 @@ class Tokens(Protocol):
     def accepted(self) -> None:
         """The gateway took a call, so it takes the token."""
 
-    def refused(self, generation: int) -> None:
+    def refused(self, generation: int) -> object:
         """The gateway refused the token of this generation: the next `get` fetches a new one (unless refusals come so
         fast that one alone proves nothing)."""
 
-    def doubted(self, generation: int) -> None:
+    def doubted(self, generation: int) -> object:
         """The gateway refused a call in a way that may mean a dead token of this generation: it is renewed, at most
         once in a while, and serves until there is another."""
 

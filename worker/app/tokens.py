@@ -79,7 +79,7 @@ class TokenStore:
         self._doubted_until = -math.inf
 
     def get(self) -> Token:
-        """See `Tokens`. The fast path takes no lock: a token is one immutable object."""
+        """The fast path takes no lock: a token is one immutable object."""
         token, now = self._token, self._clock.monotonic()
         if token is not None and now < self._refresh_at:
             return token
@@ -88,12 +88,12 @@ class TokenStore:
         return self._refresh_now()
 
     def accepted(self) -> None:
-        """See `Tokens`. Called for every good answer, so it is one comparison."""
+        """Called for every good answer, so it is one comparison."""
         if self._refused:
             self._refused = 0
 
     def refused(self, generation: int) -> bool:
-        """See `Tokens`. Whether the token was thrown away."""
+        """Whether the token was thrown away."""
         with self._lock:
             token = self._token
             if token is None or token.generation != generation:
@@ -114,8 +114,7 @@ class TokenStore:
             return True
 
     def doubted(self, generation: int) -> bool:
-        """See `Tokens`. The token still serves whoever asks meanwhile: the doubt may be unfounded. Whether it is to be
-        renewed."""
+        """Whether it is to be renewed. It still serves whoever asks meanwhile: the doubt may be unfounded."""
         with self._lock:
             token, now = self._token, self._clock.monotonic()
             if token is None or token.generation != generation or now < self._doubted_until:
@@ -191,20 +190,13 @@ class NoTokens:
     """The `Tokens` of a gateway that has none: requests are signed without a token, and nobody is asked for one."""
 
     def get(self) -> Token:
-        """See `Tokens`. An empty token: no Authorization is sent."""
+        """An empty token: no Authorization is sent."""
         return NO_TOKEN
 
-    def accepted(self) -> None:
-        """See `Tokens`."""
-
-    def refused(self, generation: int) -> None:
-        """See `Tokens`."""
-
-    def doubted(self, generation: int) -> None:
-        """See `Tokens`."""
-
-    def renew(self) -> None:
-        """There is nothing to renew."""
+    def accepted(self) -> None: ...
+    def refused(self, generation: int) -> None: ...
+    def doubted(self, generation: int) -> None: ...
+    def renew(self) -> None: ...
 
 
 NO_TOKEN: Final = Token("", 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -138,11 +138,10 @@ def _lanes(situation: Situation) -> str:
         return [number(now.value(name, lane=lane)) for lane in lanes]
 
     def times(name: str, share: float) -> list[Cell | str]:
-        recent = [change.histogram(name, lane=lane) if change else Histogram() for lane in lanes]
-        return [_quantile(histogram, share) for histogram in recent]
+        return [_quantile(change, name, share, lane=lane) for lane in lanes]
 
     rows: list[Row] = [
-        ("outcomes per second", [rate(change.rate("outcomes_total", lane=lane) if change else None) for lane in lanes]),
+        ("outcomes per second", [_rate(change, "outcomes_total", lane=lane) for lane in lanes]),
         ("waiting in the queue", counts("commands_waiting")),
         ("in flight", counts("in_flight")),
     ]
@@ -163,8 +162,10 @@ def _lanes(situation: Situation) -> str:
     return _card(
         "Lanes",
         table(f"Times {_lately(change)}, counts since the start. {note}".strip(), ["", *lanes], rows),
-        '<p class="none">Waiting: as the broker said some seconds ago. Age: from publication to outcome, without a '
-        "timestamp from the first delivery. Duration: from delivery to ack.</p>\n",
+        _note(
+            "Waiting: as the broker said some seconds ago. Age: from publication to outcome, without a timestamp from "
+            "the first delivery. Duration: from delivery to ack."
+        ),
     )
 
 
@@ -172,7 +173,6 @@ def _fleet(situation: Situation) -> str:
     now, change = situation.now, situation.change
     limit, sick = now.value("rate_limit"), now.value("member_sick")
     calls = situation.members * change.rate("gateway_requests_total", operation="expire") if change else None
-    waits = change.histogram("rate_wait_seconds") if change else Histogram()
     throttled = situation.throttled if change and change.value("gateway_requests_total", operation="expire") else None
     paused = bool(now.value("consumption_paused", reason="operator"))
     several = len(situation.processes) > 1
@@ -181,7 +181,7 @@ def _fleet(situation: Situation) -> str:
         ("leader", ["here" if now.value("fleet_leader") else "another member"]),
         ("rate limit", [f"{limit:g}/s" if limit else "none"]),
         ("calls per second of the fleet", [rate(calls)]),
-        ("wait for the limit, p95", [_quantile(waits, 0.95)]),
+        ("wait for the limit, p95", [_quantile(change, "rate_wait_seconds", 0.95)]),
         ("throttled answers", [Cell(UNKNOWN if throttled is None else share(throttled, 1), bad=bool(throttled))]),
         ("paused by an operator", [Cell("yes" if paused else "no", bad=paused)]),
         (
@@ -192,8 +192,7 @@ def _fleet(situation: Situation) -> str:
     return _card(
         "The fleet",
         table("", [], rows),
-        '<p class="none">Calls of the fleet: those of this page times its members. Exactly: '
-        "<code>qris-expire fleet</code></p>\n",
+        _note("Calls of the fleet: those of this page times its members. Exactly: <code>qris-expire fleet</code>"),
     )
 
 
@@ -203,23 +202,10 @@ def _oldest(situation: Situation, lane: str) -> str:
 
 
 def _outcomes(situation: Situation) -> str:
-    now, change = situation.now, situation.change
-    totals = now.by("reason", "outcomes_total")
-    gains = change.by("reason", "outcomes_total") if change else {}
-    rows: list[Row] = [
-        (
-            f"{_status(reason)}: {reason}",
-            [Cell(number(gains[reason]) if change else UNKNOWN), Cell(number(total))],
-        )
-        for reason, total in totals.items()
-        if total
-    ]
-    last = now.value("last_outcome_timestamp_seconds")
-    said = f"The last one {duration(max(now.at - last, 0.0))} ago." if last else "None yet."
-    return _card(
-        "Outcomes by reason",
-        table(said, ["", _lately(change), "since the start"], rows) if rows else f'<p class="none">{said}</p>\n',
-    )
+    last = situation.now.value("last_outcome_timestamp_seconds")
+    said = f"The last one {duration(max(situation.now.at - last, 0.0))} ago." if last else "None yet."
+    rows = [(f"{_status(reason)}: {reason}", cells) for reason, cells in _by_reason(situation, "outcomes_total")]
+    return _card("Outcomes by reason", table(said, _since(situation), rows) if rows else _note(said))
 
 
 def _status(reason: str) -> str:
@@ -233,14 +219,10 @@ def _gateway(situation: Situation) -> str:
     now, change = situation.now, situation.change
     operations = list(now.by("operation", "gateway_request_duration_seconds_count"))
     name = "gateway_request_duration_seconds"
-    recent = [change.histogram(name, operation=operation) if change else Histogram() for operation in operations]
     speed: list[Row] = [
-        (
-            "calls per second",
-            [rate(change.rate(f"{name}_count", operation=operation) if change else None) for operation in operations],
-        ),
+        ("calls per second", [_rate(change, f"{name}_count", operation=operation) for operation in operations]),
         *(
-            (words, [_quantile(histogram, share) for histogram in recent])
+            (words, [_quantile(change, name, share, operation=operation) for operation in operations])
             for words, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
         ),
     ]
@@ -253,14 +235,7 @@ def _gateway(situation: Situation) -> str:
 
 
 def _answers(situation: Situation) -> str:
-    rows = list(_answer_rows(situation))
-    if not rows:
-        return '<p class="none">No answers yet.</p>\n'
-    return table("Answers by response code", ["", "means", _lately(situation.change), "since the start"], rows)
-
-
-def _answer_rows(situation: Situation) -> Iterator[Row]:
-    name = "gateway_requests_total"
+    rows, name = list[Row](), "gateway_requests_total"
     for operation in situation.now.by("operation", name):
         gains = situation.change.by("response_code", name, operation=operation) if situation.change else None
         for code, total in situation.now.by("response_code", name, operation=operation).items():
@@ -269,29 +244,26 @@ def _answer_rows(situation: Situation) -> Iterator[Row]:
                 bad = kind is not None and kind.bad and bool(gains and gains[code])
                 label = "no code" if code == NO_ANSWER else code
                 means = Cell(kind.label.replace("_", " ") if kind else UNKNOWN, text=True)
-                yield f"{operation} {label}", [means, Cell(lately, bad=bad), number(total)]
+                rows.append((f"{operation} {label}", [means, Cell(lately, bad=bad), number(total)]))
+    if not rows:
+        return _note("No answers yet.")
+    first, *others = _since(situation)
+    return table("Answers by response code", [first, "means", *others], rows)
 
 
 def _retries(situation: Situation) -> str:
-    totals = situation.now.by("reason", "retries_total")
-    gains = situation.change.by("reason", "retries_total") if situation.change else {}
-    rows: list[Row] = [
-        (reason, [number(gains[reason]) if reason in gains else UNKNOWN, number(total)])
-        for reason, total in totals.items()
-        if total
-    ]
-    return table("Calls sent again, by cause", ["", _lately(situation.change), "since the start"], rows) if rows else ""
+    rows = _by_reason(situation, "retries_total")
+    return table("Calls sent again, by cause", _since(situation), rows) if rows else ""
 
 
 def _holds(situation: Situation) -> str:
-    now, change = situation.now, situation.change
+    now = situation.now
     breakers = {lane: ("closed", "half-open", "open")[int(at)] for lane, at in now.by("lane", "breaker_state").items()}
     pauses = [PAUSES.get(reason, reason) for reason, on in now.by("reason", "consumption_paused").items() if on]
     connected = bool(now.value("broker_connected"))
     expiry = now.value("token_expiry_timestamp_seconds")
     left = expiry - now.at
     skew = now.value("clock_skew_seconds")
-    confirms = change.histogram("publish_confirm_seconds") if change else Histogram()
     refreshes = now.by("result", "token_refreshes_total")
     token = "none" if not expiry else f"good for {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
     rows: list[Row] = [
@@ -300,7 +272,7 @@ def _holds(situation: Situation) -> str:
         ("broker", [Cell("connected" if connected else "not connected", bad=not connected)]),
         ("reconnects", [number(now.value("broker_reconnects_total"))]),
         ("unconfirmed publishes", [number(now.value("publishes_unconfirmed"))]),
-        ("confirms, p95", [_quantile(confirms, 0.95)]),
+        ("confirms, p95", [_quantile(situation.change, "publish_confirm_seconds", 0.95)]),
         ("access token", [Cell(token, bad=bool(expiry) and left <= 0)]),
         ("tokens received", [", ".join(f"{number(n)} {result}" for result, n in refreshes.items() if n) or "0"]),
         ("clock skew", [f"{skew:+.1f} s" if abs(skew) >= 0.05 else "none"]),
@@ -309,20 +281,27 @@ def _holds(situation: Situation) -> str:
 
 
 def _dead_letters(situation: Situation) -> str:
-    change, name = situation.change, "dead_letters_total"
-    gains = change.by("reason", name) if change else {}
-    rows: list[Row] = [
-        (reason, [Cell(number(gains[reason]) if change else UNKNOWN, bad=bool(gains.get(reason))), number(total)])
+    rows = _by_reason(situation, "dead_letters_total", bad=True)
+    if not rows:
+        return _card("Dead letters", _note("None since the start."))
+    which = _note(_code("Which are still there: qris-expire dead list"))
+    return _card("Dead letters", table("Parked for people", _since(situation), rows), which)
+
+
+def _by_reason(situation: Situation, name: str, *, bad: bool = False) -> list[Row]:
+    """What was counted of each reason lately (marked if it is ``bad``) and since the start; only what there was."""
+    gains = situation.change.by("reason", name) if situation.change else {}
+    return [
+        (
+            reason,
+            [
+                Cell(number(gains[reason]) if reason in gains else UNKNOWN, bad=bad and bool(gains.get(reason))),
+                number(total),
+            ],
+        )
         for reason, total in situation.now.by("reason", name).items()
         if total
     ]
-    if not rows:
-        return _card("Dead letters", '<p class="none">None since the start.</p>\n')
-    return _card(
-        "Dead letters",
-        table("Parked for people", ["", _lately(change), "since the start"], rows),
-        f'<p class="none">{_code("Which are still there: qris-expire dead list")}</p>\n',
-    )
 
 
 def _processes(situation: Situation) -> str:
@@ -359,6 +338,20 @@ def _lately(change: Change | None) -> str:
     return f"last {duration(change.seconds)}" if change else "lately"
 
 
-def _quantile(histogram: Histogram, share: float) -> str:
+def _since(situation: Situation) -> list[str]:
+    """The headings of counts."""
+    return ["", _lately(situation.change), "since the start"]
+
+
+def _note(html: str) -> str:
+    return f'<p class="none">{html}</p>\n'
+
+
+def _rate(change: Change | None, name: str, **labels: str) -> str:
+    return rate(change.rate(name, **labels) if change else None)
+
+
+def _quantile(change: Change | None, name: str, share: float, **labels: str) -> str:
+    histogram = change.histogram(name, **labels) if change else Histogram()
     bounds = [bound for bound, _ in histogram.buckets]
     return quantile(histogram.quantile(share), bounds[-2] if len(bounds) > 1 else 0.0)

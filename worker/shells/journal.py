@@ -15,6 +15,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
@@ -50,7 +51,6 @@ ABANDONED: Final = 86_400.0
 MOVE_AWAY: Final = "move it away together with the files beside it whose names begin with its name"
 
 _FORMAT: Final = 2
-_CHUNK: Final = 500
 _CACHE_KIB: Final = 16_384  # the index of a million bills is larger; what falls out is in the system's cache
 _BUSY_SECONDS: Final = 10.0
 
@@ -100,7 +100,6 @@ _BILL: Final = """
 SELECT number, bills.bill, bills.merchant, rows.reference, rows.not_after, again, coalesce(effect_unknown, 0)
 """
 _ROW: Final = "CROSS JOIN rows ON rows.line = bills.line"
-_FIRST: Final = f"{_BILL} FROM bills {_ROW} ORDER BY number LIMIT ?"
 _UNSENT: Final = f"{_BILL} FROM bills {_ROW} WHERE number > ? AND status IS NULL ORDER BY number LIMIT ?"
 _NEXT: Final = f"""
 {_BILL}, begun, progress FROM bills {_ROW}
@@ -132,6 +131,10 @@ UPDATE bills SET status = ?, reason = ?, response_code = ?, response_message = ?
     effect_unknown = ?, external_ids = ?, completed_at = ?, due = NULL, progress = NULL WHERE number = ?
 """
 
+_PROGRESS: Final = attrgetter(
+    "round", "attempts", "external_ids", "effect_unknown", "received_at", "last_code", "calls"
+)
+"""What is kept of a bill's progress, in the order of `Progress`."""
 
 _encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -216,12 +219,13 @@ class Journal:
                 row = self._row_of(told)
                 if row is None:
                     continue
-                if row["status"] is not None:
-                    if not supersedes(told, row["status"], row["reason"], row["completed_at"]):
+                status, reason, earlier = row["status"], row["reason"], row["completed_at"]
+                if status is not None:
+                    if not supersedes(told, status, reason, earlier):
                         continue
-                    recorded.change(row["status"], row["reason"], -1)
-                elif row["completed_at"] is not None and _is_stale(told, row["completed_at"]):
-                    continue  # a copy of an earlier outcome the bill was sent again
+                    recorded.change(status, reason, -1)
+                elif earlier is not None and told.status == Status.UNRESOLVED and told.completed_at <= earlier:
+                    continue  # a copy of an earlier outcome: the bill was sent again
                 else:
                     recorded.numbers.append(row["number"])
                 recorded.change(told.status, told.reason, 1)
@@ -316,7 +320,9 @@ class Journal:
             self._db.executemany(
                 "UPDATE bills SET begun = 1, due = NULL WHERE number = ?", [(row["number"],) for row in found]
             )
-        return [Job(Bill(*row[:7]), bool(row["begun"]), _progress(row["progress"])) for row in found]
+        return [
+            Job(Bill(*row[:7]), bool(row["begun"]), Progress(*json.loads(row["progress"] or "[]"))) for row in found
+        ]
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
@@ -416,7 +422,7 @@ class Load:
         """The first bills."""
         with _translated(self._path):
             self._arrange()
-            return [Bill(*row) for row in self._db.execute(_FIRST, (limit,))]
+            return [Bill(*row) for row in self._db.execute(_UNSENT, (0, limit))]
 
     def keep(self, path: Path, *, batch: str, source: str, digest: str, form: Form, now: float) -> None:
         """Under its own name; the file appears whole or not at all."""
@@ -458,31 +464,23 @@ def lock(path: Path) -> Iterator[None]:
     A file of its own: SQLite has locks of its own on the journal.
     """
     name = path.with_suffix(LOCK)
-    with _locked(name, path.stem) as number:
-        os.ftruncate(number, 0)
-        os.pwrite(number, str(os.getpid()).encode(), 0)
-        yield
-
-
-@contextmanager
-def _locked(name: Path, batch: str) -> Iterator[int]:
-    """The descriptor of the lock file, locked. A file that was deleted between opening and locking locks nothing."""
     while True:
         with _translated(name):
             number = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if name.stat().st_ino == os.fstat(number).st_ino:
-                    yield number
-                    return
-        except BlockingIOError:
-            holder = os.pread(number, 20, 0).decode(errors="replace").strip() or "?"
-            raise JournalError(
-                f"batch {batch} is in use by process {holder}; let it end, or stop it with ctrl-C"
-            ) from None
-        finally:
-            os.close(number)
+        with os.fdopen(number, "r+", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = file.read(20).strip() or "?"
+                raise JournalError(
+                    f"batch {path.stem} is in use by process {holder}; let it end, or stop it with ctrl-C"
+                ) from None
+            if os.fstat(number).st_nlink:  # one that was deleted between opening and locking locks nothing
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                yield
+                return
 
 
 def journals(directory: Path) -> list[Path]:
@@ -579,27 +577,7 @@ def _put(db: sqlite3.Connection, values: dict[str, object]) -> None:
 def _kept(progress: Progress) -> str | None:
     if not (progress.attempts or progress.effect_unknown):
         return None
-    return json.dumps(
-        [
-            progress.round,
-            progress.attempts,
-            progress.external_ids,
-            progress.effect_unknown,
-            progress.received_at,
-            progress.last_code,
-            progress.calls,
-        ]
-    )
-
-
-def _progress(text: str | None) -> Progress:
-    if text is None:
-        return Progress()
-    return Progress(*json.loads(text))
-
-
-def _is_stale(told: Told, completed_at: str) -> bool:
-    return told.status == Status.UNRESOLVED and told.completed_at <= completed_at
+    return json.dumps(_PROGRESS(progress))
 
 
 def _mark(report: Path) -> str | None:

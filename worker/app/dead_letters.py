@@ -119,20 +119,19 @@ def look(parked: Parked, each: Callable[[Held], None], *, show: Show, limit: int
     Beyond `MOST_HELD`, only the first ``limit``. Raises `TooMany` where there is no limit then.
     """
     there = parked.count()
-    looked_at = _hold(parked, _most(there, limit), each, show)
+    looked_at = _hold(parked, there, limit, each, show)
     parked.give_back()
     return there, looked_at
 
 
-def _most(there: int, limit: int | None) -> int:
-    if there <= MOST_HELD:
-        return there
-    if limit is None:
+def _check_limit(there: int, limit: int | None) -> None:
+    if there > MOST_HELD and limit is None:
         raise TooMany(there)
-    return min(there, limit)
 
 
-def _hold(parked: Parked, count: int, each: Callable[[Held], None], show: Show) -> int:
+def _hold(parked: Parked, there: int, limit: int | None, each: Callable[[Held], None], show: Show) -> int:
+    _check_limit(there, limit)
+    count = there if limit is None or there <= MOST_HELD else min(there, limit)
     seen = 0
 
     def one(held: Held) -> None:
@@ -167,7 +166,7 @@ def purge(
             numbers.append(held.number)
 
     there = parked.count()
-    _hold(parked, _most(there, limit), each, show)
+    _hold(parked, there, limit, each, show)
     removed = 0
     if numbers and not stop() and sure(len(numbers)) and not stop():
         parked.remove(numbers)
@@ -263,7 +262,7 @@ class Redrive:
         """Raises the broker's errors; `report` then says how far it came."""
         order, report = self._order, self.report
         report.there = self._parked.count()
-        _most(report.there, order.limit)  # refuses
+        _check_limit(report.there, order.limit)
         goal = report.there if order.limit is None else min(order.limit, report.there)
         if self._watching:
             self._parked.follow(sorted(order.filter.lanes))
@@ -401,12 +400,12 @@ class Redrive:
         """Counts the outcomes of our commands that have come."""
         heard = False
         for told in self._parked.outcomes() if self._watching or self._waiting else ():
-            if self._waiting[told.command_id] > 0:
+            if told.command_id in self._waiting:
                 heard = True
                 self.report.outcomes[told.status, told.reason] += 1
                 self._waiting[told.command_id] -= 1
-            if not self._waiting[told.command_id]:
-                del self._waiting[told.command_id]
+                if not self._waiting[told.command_id]:
+                    del self._waiting[told.command_id]
         return heard
 
     def _show_progress(self) -> None:

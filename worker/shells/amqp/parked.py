@@ -32,6 +32,7 @@ from worker.core.lanes import LANES
 from worker.core.settlement import Acks, Confirms
 from worker.shells.amqp.conversation import SLICE, Conversation, Interrupted
 from worker.shells.amqp.lock import Busy, Lock
+from worker.shells.amqp.publisher import Publication
 from worker.shells.amqp.session import BrokerError, BrokerUnreachable
 
 if TYPE_CHECKING:
@@ -45,16 +46,6 @@ SILENCE_SECONDS: Final = 60.0
 RETURN_SECONDS: Final = 15.0  # for what was given back to be there again; a classic queue takes seconds
 ACK_SECONDS: Final = 0.1
 FRAME_ROOM: Final = 512  # of a frame, for what is not properties
-
-
-class _Sent:
-    """One message on its way, and the number of the dead letter that it came from."""
-
-    __slots__ = ("message", "number")
-
-    def __init__(self, message: Message, number: int) -> None:
-        self.message = message
-        self.number = number
 
 
 class ParkedLetters:
@@ -75,12 +66,12 @@ class ParkedLetters:
         self._reading: Any = None
         self._publishing: Any = None
         self._acks = Acks()
-        self._confirms: Confirms[_Sent] = Confirms()
+        self._confirms: Confirms[Publication[int]] = Confirms()  # each settles the dead letter of that number
         self._each: Callable[[Held], None] = lambda _: None
         self._coming = 0
         self._held = 0
         self._told: deque[Told] = deque()
-        self._moved = 0
+        self.moved = 0
         self.refused = ""
 
     def __enter__(self) -> Self:
@@ -104,12 +95,11 @@ class ParkedLetters:
     # -- the port
 
     def count(self) -> int:
-        """See `Parked`."""
         return int(self._state().message_count)
 
     def hold(self, count: int, each: Callable[[Held], None]) -> None:
-        """See `Parked`."""
-        channel = self._reading = self._reader()
+        channel = self._reading = self._talk.channel(on_end=self._ended)
+        channel.add_on_cancel_callback(self._talk.guard(self._cancelled))
         self._each, self._coming = each, count
         parts = [min(MAX_PREFETCH, count - start) for start in range(0, count, MAX_PREFETCH)]
         tags = [f"part-{number:02d}" for number in range(len(parts))]
@@ -124,7 +114,6 @@ class ParkedLetters:
             self._talk.ask(channel, "basic_cancel", consumer_tag=tag)
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """See `Parked`."""
         for number in numbers:
             self._acks.settle(number)
             self._held -= 1
@@ -132,30 +121,22 @@ class ParkedLetters:
         self._sync()
 
     def publish(self, message: Message, number: int) -> bool:
-        """See `Parked`."""
         channel = self._publishing = self._publishing or self._publisher()
         properties = pika.BasicProperties(**message.properties)
         if not self._fits(properties):
             return False
-        self._confirms.published(_Sent(message, number))
+        self._confirms.published(Publication(message, number))
         channel.basic_publish(message.exchange, message.routing_key, message.body, properties, mandatory=True)
         return True
 
     def settle(self, most: int) -> None:
-        """See `Parked`."""
         if len(self._confirms) > most:
             self._talk.until(lambda: len(self._confirms) <= most, "confirm what was published")
         self._flush_acks()
         if not most and self._reading is not None:
             self._sync()
 
-    @property
-    def moved(self) -> int:
-        """See `Parked`."""
-        return self._moved
-
     def give_back(self) -> None:
-        """See `Parked`."""
         channel, self._reading = self._reading, None
         if channel is None:
             return
@@ -173,27 +154,20 @@ class ParkedLetters:
             self.turn(SLICE / 4)
 
     def follow(self, lanes: Iterable[str]) -> None:
-        """See `Parked`. No lanes means all."""
+        """No lanes means all."""
         channel = self._talk.channel()
         inbox = self._talk.ask(channel, "queue_declare", queue="", exclusive=True).method.queue
         for lane in lanes or LANES:
             self._talk.ask(channel, "queue_bind", queue=inbox, exchange=self._names.outcomes, routing_key=f"{lane}.*")
-        self._talk.ask(
-            channel,
-            "basic_consume",
-            queue=inbox,
-            on_message_callback=self._talk.guard(self._heard),
-            auto_ack=True,
-        )
+        heard = self._talk.guard(self._heard)
+        self._talk.ask(channel, "basic_consume", queue=inbox, on_message_callback=heard, auto_ack=True)
 
     def outcomes(self) -> list[Told]:
-        """See `Parked`."""
         told = list(self._told)
         self._told.clear()
         return told
 
     def turn(self, seconds: float) -> None:
-        """See `Parked`."""
         self._talk.turn(seconds)
 
     def say(self, progress: str) -> None:
@@ -257,8 +231,8 @@ class ParkedLetters:
         ack = isinstance(method, pika.spec.Basic.Ack)
         done, failed = self._confirms.settle(method.delivery_tag, multiple=method.multiple, ack=ack)
         for sent in done:
-            self._acks.settle(sent.number)
-        self._moved += len(done)
+            self._acks.settle(sent.settles)
+        self.moved += len(done)
         self._held -= len(done)
         if failed and not self.refused:
             lane = failed[0].message.routing_key
@@ -281,11 +255,6 @@ class ParkedLetters:
                 return
 
     # -- channels
-
-    def _reader(self) -> Any:
-        channel = self._talk.channel(on_end=self._ended)
-        channel.add_on_cancel_callback(self._talk.guard(self._cancelled))
-        return channel
 
     def _ended(self, channel: Any, reason: BaseException) -> None:
         if channel in (self._reading, self._publishing):

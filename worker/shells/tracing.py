@@ -64,11 +64,8 @@ class Tracing:
 
     def attempted(self, attempt: Attempt) -> None:
         """An expire call has ended, or there was no token for it."""
-        parent = self._open.get(id(attempt.trace)) if attempt.trace is not None else None
-        if parent is None or attempt.external_id is None:
+        if id(attempt.trace) not in self._open or attempt.external_id is None:
             return
-        from opentelemetry.trace import SpanKind
-
         attributes = {
             "http.request.method": "POST",
             "qris.attempt": attempt.number,
@@ -78,15 +75,12 @@ class Tracing:
         }
         if attempt.status is not None:
             attributes["http.response.status_code"] = attempt.status
-        self._ended_now("expire", SpanKind.CLIENT, parent, attempt.seconds, attributes)
+        self._ended_now(attempt.trace, "expire", "CLIENT", attempt.seconds, attributes)
 
     def published(self, delivery: Delivery, exchange: str, routing_key: str, message_id: str, seconds: float) -> None:
         """The broker has confirmed what was published for a command, after so many seconds."""
-        parent = self._open.get(id(delivery.trace)) if delivery.trace is not None else None
-        if parent is None:
+        if id(delivery.trace) not in self._open:
             return
-        from opentelemetry.trace import SpanKind
-
         destination = exchange or routing_key
         attributes = {
             **_MESSAGING,
@@ -96,11 +90,11 @@ class Tracing:
             "messaging.rabbitmq.destination.routing_key": routing_key,
             "messaging.message.id": message_id,
         }
-        self._ended_now(f"publish {destination}", SpanKind.PRODUCER, parent, seconds, attributes)
+        self._ended_now(delivery.trace, f"publish {destination}", "PRODUCER", seconds, attributes)
 
     def end(self, delivery: Delivery, disposition: Disposition) -> None:
         """The command has left this process."""
-        span = self._open.pop(id(delivery.trace), None) if delivery.trace is not None else None
+        span = self._open.pop(id(delivery.trace), None)
         if span is None:
             return
         match disposition:
@@ -117,14 +111,17 @@ class Tracing:
                 span.set_attribute("qris.status", "returned")
         span.end()
 
-    def _ended_now(self, name: str, kind: Any, parent: Any, seconds: float, attributes: Mapping[str, Any]) -> None:
-        from opentelemetry.trace import set_span_in_context
+    def _ended_now(
+        self, trace: Trace | None, name: str, kind: str, seconds: float, attributes: Mapping[str, Any]
+    ) -> None:
+        """A span that ends now, in that of the delivery with this trace."""
+        from opentelemetry.trace import SpanKind, set_span_in_context
 
         now = time.time_ns()
         span = self._tracer.start_span(
             name,
-            context=set_span_in_context(parent),
-            kind=kind,
+            context=set_span_in_context(self._open[id(trace)]),
+            kind=SpanKind[kind],
             start_time=now - int(seconds * 1e9),
             attributes=attributes,
         )

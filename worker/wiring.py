@@ -21,6 +21,7 @@ from worker import __version__
 from worker.app.dispatch import Dispatcher
 from worker.app.expire import Expire
 from worker.app.fleet import Fleet
+from worker.app.sealing import Sealing
 from worker.app.shared_tokens import SharedTokens
 from worker.app.tokens import NoTokens
 from worker.core import request
@@ -46,7 +47,6 @@ from worker.shells.fibers import Event, Fibers, Lock
 from worker.shells.gateway import Endpoint, GatewayClient, proxy_for, timestamp
 from worker.shells.metrics import Metrics
 from worker.shells.pool import Finish, Pool
-from worker.shells.sealing import Sealing
 from worker.shells.telemetry import Telemetry
 from worker.shells.transport import BLOCKING, BoundedAdapter
 

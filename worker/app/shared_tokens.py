@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from worker.app.dispatch import Event
 from worker.app.fleet import Fleet
+from worker.app.sealing import Sealing
 from worker.app.tokens import TokenStore
 from worker.core.fleet.messages import Letter, TokenFailed, TokenGiven, TokenWanted
 from worker.core.grant import Grant
@@ -24,13 +25,6 @@ are good."""
 LEADERLESS: Final = 3.0
 """Seconds without a leader after which a member asks the token service itself."""
 LOOK: Final = 0.25  # seconds between two looks whether there is a leader
-
-
-class Seal(Protocol):
-    """Makes a token unreadable for who has another client secret."""
-
-    def close(self, value: str, generation: int) -> str: ...
-    def open(self, sealed: str, generation: int) -> str | None: ...
 
 
 @dataclass(slots=True)
@@ -59,7 +53,7 @@ class SharedTokens(TokenStore):
         self,
         fleet: Fleet,
         request: Callable[[], Grant],
-        seal: Seal,
+        seal: Sealing,
         *,
         event: Callable[[], Event],
         spawn: Callable[[Callable[[], None]], None],

@@ -26,27 +26,16 @@ T = TypeVar("T")
 
 
 class Journal(Protocol):
-    """What must survive. Each method returns when its change is on disk."""
+    """What must survive (see `worker.shells.journal`). Each method returns when its change is on disk."""
 
     facts: Facts
 
-    def take(self, after: int, limit: int) -> list[Job]:
-        """The next bills to send, marked as begun before anybody sends them."""
-
-    def take_due(self, now: float, limit: int) -> list[Job]:
-        """The bills whose time has come again (``now``: seconds since the epoch), marked as begun."""
-
-    def next_due(self) -> float | None:
-        """When the next of those is due."""
-
-    def put_back(self, jobs: Iterable[tuple[int, Progress, float | None]]) -> None:
-        """Bills (number, progress, due) that were not finished."""
-
-    def record(self, outcomes: Sequence[Told]) -> Recorded:
-        """Keeps outcomes that say more than is known."""
-
-    def tally(self) -> Tally:
-        """The sum."""
+    def take(self, after: int, limit: int) -> list[Job]: ...
+    def take_due(self, now: float, limit: int) -> list[Job]: ...
+    def next_due(self) -> float | None: ...
+    def put_back(self, jobs: Iterable[tuple[int, Progress, float | None]]) -> None: ...
+    def record(self, outcomes: Sequence[Told]) -> Recorded: ...
+    def tally(self) -> Tally: ...
 
 
 class OnLoop(Protocol):

@@ -137,13 +137,11 @@ class Fleet:
     # -- what happens ------------------------------------------------------------------------------------------------
 
     def attempted(self, lane: str | None, kind: Kind, now: float, *, probe: bool = False, reached: bool = True) -> None:
-        """See `Member.attempted`."""
         self.member.attempted(now, lane, kind, probe=probe, reached=reached)
         if self.member.actions:
             self._carry_out()
 
     def take_probe(self, lane: str) -> bool:
-        """See `Member.take_probe`."""
         return self.member.take_probe(self._clock.monotonic(), lane)
 
     def take_test(self) -> None:

@@ -72,24 +72,15 @@ class Screen(Protocol):
 
 
 class Journal(Protocol):
-    """What must survive. Each method returns when its change is on disk."""
+    """What must survive (see `worker.shells.journal`). Each method returns when its change is on disk."""
 
     facts: Facts
 
-    def unsent(self, after: int, limit: int) -> list[Bill]:
-        """The next bills behind number ``after`` that have no outcome."""
-
-    def published(self, through: int) -> None:
-        """Every bill up to this number is with the broker."""
-
-    def record(self, outcomes: Sequence[Told]) -> Recorded:
-        """Keeps outcomes that say more than is known."""
-
-    def tally(self) -> Tally:
-        """The sum."""
-
-    def stop(self, who: str) -> None:
-        """Nothing more of it is to be published."""
+    def unsent(self, after: int, limit: int) -> list[Bill]: ...
+    def published(self, through: int) -> None: ...
+    def record(self, outcomes: Sequence[Told]) -> Recorded: ...
+    def tally(self) -> Tally: ...
+    def stop(self, who: str) -> None: ...
 
 
 class Sweep:

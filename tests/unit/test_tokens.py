@@ -92,7 +92,12 @@ class Bench:
         self.watch = RecordingObserver()
         self.pauses: list[float] = []
         self.store = kind(
-            self.service.fetch, self.watch, clock=self.clock, rng=random.Random(1), pause=self.pauses.append
+            self.service.fetch,
+            self.watch,
+            clock=self.clock,
+            rng=random.Random(1),
+            pause=self.pauses.append,
+            requesting=threading.Lock(),
         )
 
     def refuse(self) -> None:

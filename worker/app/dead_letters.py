@@ -345,17 +345,13 @@ class Redrive:
             self._sent += 1
             if self._watching:
                 self._waiting[letter.command_id] += 1
-        self._parked.settle(0)
-        self._note_refusal()
-        self._show_progress()
+        self._settle(0)
 
     # -- how carefully
 
     def _may_go(self) -> bool:
         """Waits for the rate, and for outcomes if they are watched. False: no more."""
-        self._parked.settle(WINDOW)
-        self._note_refusal()
-        self._show_progress()
+        self._settle(WINDOW)
         if self._order.rate:
             self._pace()
         if self._order.stop_at_failures is not None and self._watching:
@@ -413,9 +409,11 @@ class Redrive:
         wanted = report.matching - report.without_lane
         self._show(report.seen, self._parked.moved, min(wanted, self._order.limit or wanted))
 
-    def _note_refusal(self) -> None:
+    def _settle(self, most: int) -> None:
+        self._parked.settle(most)
         if self._parked.refused and self.report.ended is Ended.DONE:
             self.report.ended, self.report.why = Ended.REFUSED, self._parked.refused
+        self._show_progress()
 
 
 def rehearse(parked: Parked, names: Names, order: Order, *, show: Show, each: Callable[[DeadLetter], None]) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Final, Protocol, TypeVar, assert_never
 
@@ -113,9 +114,8 @@ class Direct:
     def _fetch(self, wishes: Wishes) -> None:
         """Single bills to probe with."""
         for lane, count in wishes.fetch.items():
-            jobs = self._next(count) if lane == SWEEP else []
-            self._offer(jobs)
-            self._on_loop(lambda lane=lane: self._dispatcher.fetched(lane))  # type: ignore[misc]
+            self._offer(self._next(count) if lane == SWEEP else [])
+            self._on_loop(partial(self._dispatcher.fetched, lane))
 
     def _next(self, limit: int) -> list[Job]:
         """New bills, and those whose time has come again: an eighth of these while there are new ones, so that bills
@@ -134,11 +134,8 @@ class Direct:
     def _offer(self, jobs: Sequence[Job]) -> None:
         if not jobs:
             return
-        tasks = []
-        for job in jobs:
-            task = Task(self._delivery(job))
-            self._numbers[task] = job.bill.number
-            tasks.append(task)
+        tasks = {Task(self._delivery(job)): job.bill.number for job in jobs}
+        self._numbers |= tasks
 
         def offer() -> None:
             for task in tasks:

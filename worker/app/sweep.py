@@ -12,17 +12,7 @@ from worker.core.fleet.messages import Beat, decode
 from worker.core.lanes import SWEEP
 from worker.core.pace import WINDOW, Pace
 from worker.core.ports import Clock
-from worker.core.sweep import (
-    Bill,
-    Facts,
-    Recorded,
-    Standing,
-    Tally,
-    Told,
-    Watermark,
-    command_message,
-    read_outcome,
-)
+from worker.core.sweep import Bill, Facts, Recorded, Standing, Tally, Told, Watermark, command_message, read_outcome
 from worker.core.topology import Names
 from worker.core.words import plural
 

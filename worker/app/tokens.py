@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -38,7 +37,7 @@ class RefreshObserver(Protocol):
 
 
 class Mutex(Protocol):
-    """What senders wait on for a token request: a ``threading.Lock``, or a fiber's."""
+    """What senders wait on for a token request: a fiber's lock."""
 
     def acquire(self, blocking: bool = ...) -> bool: ...
     def release(self) -> None: ...
@@ -47,7 +46,8 @@ class Mutex(Protocol):
 
 
 class TokenStore:
-    """The `Tokens` of the core's ports. ``fetch`` makes one token request; ``pause`` waits (and raises on a drain)."""
+    """The `Tokens` of the core's ports, for senders that take turns on one thread. ``fetch`` makes one token request;
+    ``pause`` waits (and raises on a drain)."""
 
     def __init__(
         self,
@@ -57,15 +57,14 @@ class TokenStore:
         clock: Clock,
         rng: random.Random,
         pause: Callable[[float], None],
-        requesting: Mutex | None = None,
+        requesting: Mutex,
     ) -> None:
         self._fetch = fetch
         self._observer = observer
         self._clock = clock
         self._rng = rng
         self._pause = pause
-        self._lock = threading.Lock()
-        self._requesting = requesting or threading.Lock()
+        self._requesting = requesting
         self._requests = 0
         self._failure: TokenUnavailable | None = None
         self._token: Token | None = None
@@ -94,34 +93,32 @@ class TokenStore:
 
     def refused(self, generation: int) -> bool:
         """Whether the token was thrown away."""
-        with self._lock:
-            token = self._token
-            if token is None or token.generation != generation:
-                return False
-            self._refused += 1
-            now = self._clock.monotonic()
-            earned = (now - self._allowance_at) / REFUSALS_EVERY
-            self._allowance = min(self._allowance + earned, float(REFUSALS_AT_ONCE))
-            self._allowance_at = now
-            if self._allowance >= 1.0:
-                self._allowance -= 1.0
-            elif self._refused >= REFUSED_IN_A_ROW:
-                self._backs_off = True
-            else:
-                return False
-            self._refused = 0
-            self._token = None
-            return True
+        token = self._token
+        if token is None or token.generation != generation:
+            return False
+        self._refused += 1
+        now = self._clock.monotonic()
+        earned = (now - self._allowance_at) / REFUSALS_EVERY
+        self._allowance = min(self._allowance + earned, float(REFUSALS_AT_ONCE))
+        self._allowance_at = now
+        if self._allowance >= 1.0:
+            self._allowance -= 1.0
+        elif self._refused >= REFUSED_IN_A_ROW:
+            self._backs_off = True
+        else:
+            return False
+        self._refused = 0
+        self._token = None
+        return True
 
     def doubted(self, generation: int) -> bool:
         """Whether it is to be renewed. It still serves whoever asks meanwhile: the doubt may be unfounded."""
-        with self._lock:
-            token, now = self._token, self._clock.monotonic()
-            if token is None or token.generation != generation or now < self._doubted_until:
-                return False
-            self._doubted_until = now + DOUBTS_EVERY
-            self._refresh_at = now
-            return True
+        token, now = self._token, self._clock.monotonic()
+        if token is None or token.generation != generation or now < self._doubted_until:
+            return False
+        self._doubted_until = now + DOUBTS_EVERY
+        self._refresh_at = now
+        return True
 
     def renew(self) -> None:
         """Credentials were rotated: the next `get` asks for a token with the new ones."""

@@ -14,10 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pika
-from pika.adapters.utils.connection_workflow import (
-    AMQPConnectionWorkflowFailed,
-    AMQPConnectorException,
-)
+from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorException
 from pika.exceptions import (
     AMQPError,
     AuthenticationError,
@@ -328,9 +325,8 @@ def _mismatch(subject: str, said: str) -> str:
 
 
 def _missing(subject: str, said: str) -> str:
-    if "home node" in said:
-        return f"{subject} is missing: {said}{remedy(MISSING, said)}"
-    return f"{subject} is missing{remedy(MISSING, said)}"
+    why = f": {said}" if "home node" in said else ""
+    return f"{subject} is missing{why}{remedy(MISSING, said)}"
 
 
 def _value(text: str) -> str:

@@ -88,8 +88,9 @@ class Breakers:
                     self._clean = False
                     if breaker.failures >= self._threshold:
                         breaker.open(self._initial, now)
-            elif probe and lane is not None:
-                self._probe_back(breaker, now, bad=kind.bad)
+            elif probe and lane is not None and breaker.state is State.HALF_OPEN:
+                breaker.failed = breaker.failed or kind.bad
+                self._probe_back(breaker, now)
 
     def state(self, lane: str) -> State:
         """Whether the lane's commands may go."""
@@ -152,20 +153,13 @@ class Breakers:
         breaker = self._lanes[lane]
         if breaker.state is State.HALF_OPEN:
             breaker.sent -= 1
-            breaker.out -= 1
-            if breaker.out == 0:
-                self._settle(breaker, now)
+            self._probe_back(breaker, now)
 
-    def _probe_back(self, breaker: Breaker, now: float, *, bad: bool) -> None:
-        if breaker.state is not State.HALF_OPEN:
-            return
+    def _probe_back(self, breaker: Breaker, now: float) -> None:
+        """A probe that was not good. After the last of them the lane waits for the next ones."""
         breaker.out -= 1
-        breaker.failed = breaker.failed or bad
-        if breaker.out == 0:
-            self._settle(breaker, now)
-
-    def _settle(self, breaker: Breaker, now: float) -> None:
-        """No probe is out any more, and none was good."""
+        if breaker.out:
+            return
         if breaker.sent == 0:
             breaker.state, breaker.probe_at = State.OPEN, now
             return

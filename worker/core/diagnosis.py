@@ -232,7 +232,9 @@ def _found(answer: Reply | NoReply, call: Call, table: Table | None, shown: str 
             text = _first(_OF_PAGES, f"{answer.status} {message}")
         elif table is None:
             said = f"{code} {message}".rstrip()
-            text, fine, signature = _of_rule(code, message)
+            rule = rule_for(code, message)
+            added = "" if rule.fine or rule.kind is Kind.TOKEN else _first(_OF_EXPIRES, f"{code} {message}")
+            text, fine, signature = added or rule.cure, rule.fine, not added and rule.cure is CURE_SIGNATURE
         else:
             said = f"{code} {shown}"
             text = _first(table, f"{code} {message}")
@@ -244,16 +246,6 @@ def _found(answer: Reply | NoReply, call: Call, table: Table | None, shown: str 
         text, signature = late, False
     told = f"{text} ({said}, from {call.url})"
     return Finding(fine, told, text, signature, judge(answer).kind in _TAKEN)
-
-
-def _of_rule(code: str, message: str) -> tuple[str, bool, bool]:
-    """The cure of the code's row in the verdict table, or what the message adds to it; whether all is fine; whether the
-    signature is refused."""
-    rule = rule_for(code, message)
-    added = "" if rule.fine or rule.kind is Kind.TOKEN else _first(_OF_EXPIRES, f"{code} {message}")
-    if added:
-        return added, False, False
-    return rule.cure, rule.fine, rule.cure is CURE_SIGNATURE
 
 
 def _first(table: Table, answer: str) -> str:

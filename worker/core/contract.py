@@ -105,11 +105,6 @@ _TIME: Final[Schema] = {
 }
 _UUID: Final = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
-_DERIVED: Final[Mapping[str, Schema]] = {
-    "status": {"description": "The end of the command.", "type": "string", "enum": list(map(str, Status))},
-}
-"""Fields of the JSON that `Outcome` derives."""
-
 _MEANING: Final[Mapping[str, Schema]] = {
     "outcome_id": {
         "description": "The same for every redelivery of the same command (its id, lane and body) with the same "
@@ -158,7 +153,8 @@ def outcome_schema() -> Schema:
         _camel(name): {"type": _types(annotation), **_MEANING[name]}
         for name, annotation in get_type_hints(Outcome).items()
     }
-    properties = own | dict(_DERIVED)
+    derived = {"description": "The end of the command.", "type": "string", "enum": list(map(str, Status))}
+    properties = own | {"status": derived}
     return {
         "$schema": DIALECT,
         "$id": "urn:qris-expire:outcome:v1",

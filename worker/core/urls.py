@@ -77,7 +77,7 @@ def amqp_url_problem(url: str) -> str | None:
     parts = _split(url)
     if parts is None:
         return "has no valid port; percent-encode '/', '?', '#', '[' and '@' in user and password"
-    return _authority_problem(parts) or _rest_problem(url, parts) or _options_problem(parts.query)
+    return _parts_problem(url, parts) or _options_problem(parts.query)
 
 
 def management_url_problem(url: str) -> str | None:
@@ -102,17 +102,13 @@ def _split(url: str) -> SplitResult | None:
         return None
 
 
-def _authority_problem(parts: SplitResult) -> str | None:
+def _parts_problem(url: str, parts: SplitResult) -> str | None:
     if parts.netloc.count("@") > 1:
         return "has more than one '@'; percent-encode it as %40 in user and password, begin every URL with amqp://"
     if not is_host(parts.hostname or ""):
         return "has no valid host; write it as amqp://user:password@host:port/vhost"
     if parts.username is not None and (not parts.username or parts.password is None):
         return "must give both user and password, or neither"
-    return None
-
-
-def _rest_problem(url: str, parts: SplitResult) -> str | None:
     if "#" in url or "@" in parts.path or "," in parts.path:
         return "has '@', ',' or '#' after the host; percent-encode them, begin every URL with amqp://"
     if parts.path.count("/") > 1:

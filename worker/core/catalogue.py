@@ -10,6 +10,7 @@ not a series that appears at 1 (which `increase()` does not see).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,21 +25,6 @@ from worker.core.verdict import KNOWN
 PREFIX: Final = "qris_expire_"
 
 Rule = Callable[[float, float], float]
-
-
-def total(one: float, other: float) -> float:
-    """The sum."""
-    return one + other
-
-
-def first(one: float, _other: float) -> float:
-    """The first one; both are the same."""
-    return one
-
-
-def farthest(one: float, other: float) -> float:
-    """The one farther from zero, with its sign."""
-    return max(one, other, key=abs)
 
 
 def soonest(one: float, other: float) -> float:
@@ -69,7 +55,7 @@ class Metric:
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     only: Sequence[tuple[str, ...]] = ()
     buckets: Sequence[float] = ()
-    merge: Rule = total
+    merge: Rule = operator.add
     lasts: bool = False
 
     @property
@@ -250,7 +236,7 @@ CATALOGUE: Final = (
         "clock_skew_seconds",
         "Our clock against the gateway's Date header. Beyond 30 either way: signatures may be refused, "
         "correct the host's time service.",
-        merge=farthest,
+        merge=partial(max, key=abs),
     ),
     gauge(
         "certificate_expiry_timestamp_seconds",
@@ -323,7 +309,7 @@ CATALOGUE: Final = (
         "build_info",
         "Always 1; the version is the label. Two versions for long: a rollout is stuck.",
         {"version": ()},
-        merge=first,
+        merge=max,
     ),
     gauge(
         "start_timestamp_seconds",

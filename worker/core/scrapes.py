@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from worker.core.catalogue import BY_NAME, Metric, Rule, total
+from worker.core.catalogue import BY_NAME, Metric, Rule
 
 
 def of_family(values: Iterable[tuple[Metric, float]]) -> str:
@@ -22,17 +23,14 @@ def of_family(values: Iterable[tuple[Metric, float]]) -> str:
 def openmetrics(text: str) -> str:
     """The same scrape in the format OpenMetrics 1.0: a counter's name has no `_total` in its HELP and TYPE lines,
     quotes are escaped there, and the end is reported."""
-    lines = []
-    for metric in _read(text):
+    metrics = list(_read(text))
+    for metric in metrics:
         name = metric.name.removesuffix("_total") if metric.kind == "counter" else metric.name
-        for line in metric.lines:
+        for place, line in enumerate(metric.lines):
             _, keyword, _, rest = line.split(" ", 3)
-            lines.append(f"# {keyword} {name} {rest.replace(_QUOTE, _ESCAPED) if keyword == 'HELP' else rest}")
-        lines += [f"{series} {_number(value)}" for series, value in metric.samples.items()]
-    return "\n".join([*lines, "# EOF"]) + "\n"
-
-
-_QUOTE, _ESCAPED = '"', '\\"'
+            told = rest.replace('"', r"\"") if keyword == "HELP" else rest
+            metric.lines[place] = f"# {keyword} {name} {told}"
+    return _write(metrics) + "# EOF\n"
 
 
 @dataclass
@@ -51,7 +49,7 @@ class _Scraped:
     @property
     def merge(self) -> Rule:
         """How two processes' values make one; a gauge that is not in the catalogue is summed."""
-        return BY_NAME[self.name].merge if self.kind == "gauge" and self.name in BY_NAME else total
+        return BY_NAME[self.name].merge if self.kind == "gauge" and self.name in BY_NAME else operator.add
 
 
 def _read(text: str) -> Iterator[_Scraped]:

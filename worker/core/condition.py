@@ -87,6 +87,10 @@ class Situation:
         """What a counter gained lately."""
         return self.change.value(name, **labels) if self.change else 0.0
 
+    def gained_by(self, label: str, name: str) -> dict[str, float]:
+        """The same for each value of one label."""
+        return self.change.by(label, name) if self.change else {}
+
     def lately(self) -> str:
         """The time that `change` covers."""
         return f"in the last {duration(self.change.seconds)}" if self.change else ""
@@ -304,10 +308,8 @@ def _outage(situation: Situation) -> Concern | None:
 
 def _worst_code(situation: Situation) -> str | None:
     """The most frequent failure lately, else since the start; None without any."""
-    counts = [situation.now.by("response_code", "gateway_requests_total")]
-    if situation.change:
-        counts.insert(0, situation.change.by("response_code", "gateway_requests_total"))
-    for by_code in counts:
+    calls = ("response_code", "gateway_requests_total")
+    for by_code in (situation.gained_by(*calls), situation.now.by(*calls)):
         bad = {code: n for code, n in by_code.items() if n and (kind := kind_of(code)) is not None and kind.bad}
         if bad:
             return max(bad, key=bad.__getitem__)
@@ -464,11 +466,8 @@ def _stuck(situation: Situation) -> Concern | None:
 
 
 def _no_token(situation: Situation) -> Concern | None:
-    failed = {
-        result: gain
-        for result, gain in (situation.change.by("result", "token_refreshes_total") if situation.change else {}).items()
-        if gain and result != "ok"
-    }
+    gains = situation.gained_by("result", "token_refreshes_total")
+    failed = {result: gain for result, gain in gains.items() if gain and result != "ok"}
     if not failed or situation.now.value("token_expiry_timestamp_seconds") > situation.now.at:
         return None
     refused = failed.get("refused", 0) > 0
@@ -485,16 +484,11 @@ def _old(situation: Situation) -> Concern | None:
     age = situation.now.at - oldest if oldest else 0.0
     if age < OLD_SECONDS or situation.held:
         return None
-    return _caution(
-        "old",
-        f"The oldest cancellation in hand is {duration(age)} old.",
-        _more_work(situation),
-    )
+    return _caution("old", f"The oldest cancellation in hand is {duration(age)} old.", _more_work(situation))
 
 
 def _dying(situation: Situation) -> Concern | None:
-    gains = situation.change.by("reason", "dead_letters_total") if situation.change else {}
-    return _dead(gains, Level.CAUTION, situation.lately())
+    return _dead(situation.gained_by("reason", "dead_letters_total"), Level.CAUTION, situation.lately())
 
 
 def _dead_before(situation: Situation) -> Concern | None:
@@ -517,7 +511,7 @@ def _dead(by_reason: Mapping[str, float], level: Level, when: str) -> Concern | 
 
 
 def _repeated(situation: Situation) -> Concern | None:
-    gains = situation.change.by("reason", "retries_total") if situation.change else {}
+    gains = situation.gained_by("reason", "retries_total")
     gains.pop("throttled", None)  # has a concern of its own
     calls, repeated = situation.gained("gateway_requests_total", operation="expire"), sum(gains.values())
     if situation.wrong("breaker")[0] or situation.wrong("throttle")[0]:

@@ -139,7 +139,15 @@ def test_orders_come_back() -> None:
 # -- terms ------------------------------------------------------------------------------------------------------------
 
 
-def led(terms: Terms, now: float, term: int = 1) -> float:
+class Asking(Terms):
+    """Terms that keep what the broker is to be asked."""
+
+    def __init__(self, me: str) -> None:
+        self.steps: list[Lock | Unlock] = []
+        super().__init__(me, self.steps.append)
+
+
+def led(terms: Asking, now: float, term: int = 1) -> float:
     """It joins, takes the term, and leads; the moment when it may give slots."""
     terms.joined(now)
     terms.tick(now + ASK + 0.2)
@@ -155,7 +163,7 @@ def led(terms: Terms, now: float, term: int = 1) -> float:
 def test_a_first_member_leads() -> None:
     """Who hears nobody takes the first term, and gives slots only after any other leader's lease would be over."""
 
-    terms = Terms("a")
+    terms = Asking("a")
 
     assert led(terms, 100.0) >= 100.0 + SILENT
     assert terms.leads(100.6)
@@ -164,7 +172,7 @@ def test_a_first_member_leads() -> None:
 def test_a_lease_ends() -> None:
     """A leader that does not read its own beats any more leads no longer than the lease."""
 
-    terms = Terms("a")
+    terms = Asking("a")
     led(terms, 100.0)
     terms.beat_sent(2, 101.0)
 
@@ -177,7 +185,7 @@ def test_a_lease_ends() -> None:
 def test_a_higher_term_deposes() -> None:
     """A leader that hears of a later term follows, and gives its queue back."""
 
-    terms = Terms("a")
+    terms = Asking("a")
     led(terms, 100.0)
     assert terms.heard_beat("b", 2, 7, 101.0)
 
@@ -186,9 +194,9 @@ def test_a_higher_term_deposes() -> None:
     assert not terms.leads(101.0)
 
 
-def follower(now: float) -> Terms:
+def follower(now: float) -> Asking:
     """It follows b in term 4, heard last at ``now``."""
-    terms = Terms("a")
+    terms = Asking("a")
     terms.joined(now)
     assert terms.heard_beat("b", 4, 1, now)
     return terms
@@ -252,7 +260,7 @@ def test_a_reluctant_member() -> None:
 def test_a_lost_connection() -> None:
     """Without a connection nobody is followed, and nothing is led."""
 
-    terms = Terms("a")
+    terms = Asking("a")
     led(terms, 100.0)
     terms.lost()
 
@@ -263,7 +271,7 @@ def test_a_lost_connection() -> None:
 def test_a_queue_that_comes_too_late() -> None:
     """A term's queue that nobody asked for any more is given back."""
 
-    terms = Terms("a")
+    terms = Asking("a")
     terms.joined(100.0)
     terms.took(9, 100.1)
 

@@ -34,7 +34,7 @@ from worker.core.fleet.messages import (
     TokenWanted,
 )
 from worker.core.fleet.own import LOOK_AGAIN, UNTAKEN, Call, Own, ReadOrders, Rules
-from worker.core.fleet.terms import BEAT, Role, Terms
+from worker.core.fleet.terms import BEAT, Role
 from worker.core.lanes import LANES
 from worker.core.verdict import Kind
 
@@ -55,9 +55,8 @@ class Member:
         self.client = client
         self.alone = alone
         self.breakers = breakers
-        self.terms = Terms(me, jitter=rng.random)
-        self.own = Own(me, rules, breakers, self.terms)
-        self.actions = self.own.actions
+        self.own = Own(me, rules, breakers, rng.random)
+        self.terms, self.actions = self.own.terms, self.own.actions
         self.leader = Leader(self.own, 0.0)
         self.follower = Follower(self.own)
         self._said_hold = 0.0
@@ -178,7 +177,6 @@ class Member:
         self.own.left = self.terms.reluctant = True
         self.own.say(None, Goodbye(self.terms.term if self._leads else 0))
         self.terms.resign(now)
-        self._steps()
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
@@ -203,7 +201,6 @@ class Member:
         """See `Terms`."""
         before = self.terms.role
         self.terms.took(term, now)
-        self._steps()
         if before is Role.FOLLOWS and self.terms.role is Role.CLAIMS:
             self._no_leader(now)
             self.leader = Leader(self.own, now, self.follower.beat)
@@ -215,7 +212,6 @@ class Member:
     def taken(self, now: float, term: int) -> None:
         """See `Terms`."""
         self.terms.taken(term, now)
-        self._steps()
 
     def undelivered(self, now: float, to: str) -> None:
         """The queue of a member is gone, so its connection is."""
@@ -286,7 +282,6 @@ class Member:
         if self.own.left:
             return
         self.terms.tick(now)
-        self._steps()
         if self._leads:
             self.leader.tick(now)
         elif self._follows:
@@ -338,7 +333,6 @@ class Member:
     def _heard_beat(self, sender: str, beat: Beat, now: float) -> None:
         before, led = self.terms.leader, self._leads
         followed = self.terms.heard_beat(sender, beat.term, beat.number, now)
-        self._steps()
         if not followed:
             return
         if led:
@@ -357,10 +351,6 @@ class Member:
             self.follower.soon(now, 0.0)
         elif not listed and self.own.health.sick:
             self._recover()
-
-    def _steps(self) -> None:
-        self.actions.extend(self.terms.steps)
-        self.terms.steps.clear()
 
     def _sure(self) -> None:
         if not self.own.standing.sure:
@@ -435,7 +425,6 @@ class Member:
             self.own.say(None, Goodbye(self.terms.term, leaves=False))
             self.terms.resign(now)
             self._no_leader(now)
-            self._steps()
 
     def _fall_sick(self, now: float) -> None:
         self.own.health.fall_sick(now)

@@ -5,7 +5,7 @@ Each of these facts has one owner here; `leader` and `follower` look at them, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -249,11 +249,12 @@ class Hand:
 class Own:
     """One member's own facts, and its list of what is to be done."""
 
-    def __init__(self, me: str, rules: Rules, breakers: Breakers, terms: Terms) -> None:
+    def __init__(self, me: str, rules: Rules, breakers: Breakers, jitter: Callable[[], float]) -> None:
         self.me = me
         self.rules = rules
         self.breakers = breakers
-        self.terms = terms
+        self.actions: list[Action] = []
+        self.terms = Terms(me, self.actions.append, jitter=jitter)
         self.health = Health(rules.cooldown)
         self.standing = Standing()
         self.purse = Purse()
@@ -261,7 +262,6 @@ class Own:
         self.candidates = zeros()
         """Commands in hand with which a breaker could be probed."""
         self.left = False
-        self.actions: list[Action] = []
         self.number = 0
         """That of the latest beat, report or probe of ours."""
 

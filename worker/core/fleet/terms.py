@@ -57,21 +57,16 @@ class Unlock:
     term: int
 
 
-Step = Lock | Unlock
-
-
 @dataclass(slots=True)
 class Terms:
-    """One member's view of the leadership. Times are its own monotonic seconds.
-
-    ``steps``: what the broker is to be asked, in order; whoever drives this takes them out.
-    """
+    """One member's view of the leadership. Times are its own monotonic seconds. ``ask``: takes what the broker is to be
+    asked, in order."""
 
     me: str
+    ask: Callable[[Lock | Unlock], None]
     role: Role = Role.APART
     term: int = 0
     leader: str | None = None
-    steps: list[Step] = field(default_factory=list)
     reluctant: bool = False
     """Another member has to lead: we are sick, or about to leave."""
     jitter: Callable[[], float] = lambda: 0.0
@@ -98,7 +93,6 @@ class Terms:
     def lost(self) -> None:
         """The connection is gone, and with it every queue of ours."""
         self.role, self.leader, self._locking = Role.APART, None, None
-        self.steps.clear()
         self._sent.clear()
 
     def leads(self, now: float) -> bool:
@@ -133,17 +127,17 @@ class Terms:
     def took(self, term: int, now: float) -> None:
         """The broker gave us the queue of this term."""
         if self._locking != term:
-            self.steps.append(Unlock(term))  # it was asked for on an earlier connection, or too late
+            self.ask(Unlock(term))  # it was asked for on an earlier connection, or too late
             return
         self._locking = None
         if term <= self.term and self.leader is not None:
             if term == self.term:  # its holder's connection is gone
                 self._proven, self.leader = True, None
                 self._lock()
-            self.steps.append(Unlock(term))
+            self.ask(Unlock(term))
             return
         if term < self.term or self.role is not Role.FOLLOWS:
-            self.steps.append(Unlock(term))
+            self.ask(Unlock(term))
             return
         self.role, self.term, self.leader = Role.CLAIMS, term, self.me
         self._sent.clear()
@@ -182,7 +176,7 @@ class Terms:
 
     def _lock(self, term: int | None = None) -> None:
         self._locking = term = max(self.term, self._highest) + 1 if term is None else term
-        self.steps.append(Lock(term))
+        self.ask(Lock(term))
 
     def _echo(self, term: int, number: int, now: float) -> None:
         sent = self._sent.pop(number, None)
@@ -197,6 +191,6 @@ class Terms:
             self.lease = max(self.lease, sent + LEASE)
 
     def _step_down(self) -> None:
-        self.steps.append(Unlock(self.term))
+        self.ask(Unlock(self.term))
         self.role, self.lease = Role.FOLLOWS, 0.0
         self._sent.clear()

@@ -178,13 +178,12 @@ def redriven(names: Names, letter: DeadLetter, parcel: Parcel, copy_id: str, now
 
 
 @dataclass(slots=True)
-class Kind:
+class Group:
     """Dead letters of one reason and lane. ``ages`` counts them by `AGES` and beyond; of unknown age are the rest."""
 
     count: int = 0
     ages: list[int] = field(default_factory=lambda: [0] * (len(AGES) + 1))
     oldest: float | None = None
-    newest: float | None = None
 
     def add(self, parked_at: float | None, now: float) -> None:
         """One more."""
@@ -194,7 +193,6 @@ class Kind:
         age = now - parked_at
         self.ages[next((i for i, (_, most) in enumerate(AGES) if age < most), len(AGES))] += 1
         self.oldest = parked_at if self.oldest is None else min(self.oldest, parked_at)
-        self.newest = parked_at if self.newest is None else max(self.newest, parked_at)
 
 
 @dataclass(slots=True)
@@ -202,18 +200,18 @@ class Census:
     """Counts by reason and lane, in bounded memory."""
 
     now: float
-    kinds: dict[tuple[str, str], Kind] = field(default_factory=dict)
-    total: Kind = field(default_factory=Kind)
+    kinds: dict[tuple[str, str], Group] = field(default_factory=dict)
+    total: Group = field(default_factory=Group)
 
     def add(self, letter: DeadLetter) -> None:
         """One more."""
         key = (letter.reason, letter.lane or UNKNOWN)
         if key not in self.kinds and len(self.kinds) >= MAX_KINDS:
             key = ("other", UNKNOWN)
-        self.kinds.setdefault(key, Kind()).add(letter.parked_at, self.now)
+        self.kinds.setdefault(key, Group()).add(letter.parked_at, self.now)
         self.total.add(letter.parked_at, self.now)
 
-    def lines(self) -> list[tuple[str, str, Kind]]:
+    def lines(self) -> list[tuple[str, str, Group]]:
         """The largest first."""
         ordered = sorted(self.kinds.items(), key=lambda item: (-item[1].count, item[0]))
         return [(reason, lane, kind) for (reason, lane), kind in ordered]

@@ -11,7 +11,7 @@ from tests.builders import NOON
 from worker.app.fleet import Fleet
 from worker.core.breaker import Breakers
 from worker.core.fleet.member import Member
-from worker.core.fleet.own import Rules
+from worker.core.fleet.own import MemberSettings
 from worker.core.lanes import LANES
 from worker.core.ports import Attempt, Draining, Held, Token, TokenUnavailable
 from worker.core.request import SignedRequest
@@ -86,7 +86,7 @@ def lone_fleet(clock: FakeClock, rate: float = 0.0) -> Fleet:
     member = Member(
         "me",
         "client",
-        Rules(rate, 3, 15.0, 30.0),
+        MemberSettings(rate, 3, 15.0, 30.0),
         Breakers(3, 15.0, 60.0, LANES),
         random.Random(1),
         alone=True,

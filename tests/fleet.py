@@ -17,7 +17,7 @@ from typing import Final
 from worker.core.breaker import Breakers, State
 from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Letter, Ordered, Orders
-from worker.core.fleet.own import Call, Changed, ReadOrders, Rules, Say
+from worker.core.fleet.own import Changed, MemberSettings, Permit, ReadOrders, Say
 from worker.core.fleet.terms import Lock, Role, Unlock
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
@@ -51,7 +51,7 @@ class Node:
         self.sweep = number % 5 != 4
         self.cancellations = 0
         self.called = world.now
-        self.rules = Rules(world.limit, THRESHOLD, COOLDOWN, 10.0)
+        self.rules = MemberSettings(world.limit, THRESHOLD, COOLDOWN, 10.0)
         self.member = self._member()
         self.timer = 0
 
@@ -89,7 +89,7 @@ class Node:
                     self.world.lock(self, term)
                 case Unlock(term):
                     self.world.unlock(self, term)
-                case Call(_, until):
+                case Permit(_, until):
                     self.permitted(until)
                 case ReadOrders():
                     self.world.at(
@@ -157,7 +157,7 @@ class Node:
                 self.start(open_[0], probe=False)
 
     def want(self, lane: str, calls: int) -> None:
-        if calls != self.member.own.purse.wanted[lane]:
+        if calls != self.member.own.permits.wanted[lane]:
             self.member.waiting(self.clock, lane, calls)
 
     def commands(self, lane: str) -> int:

@@ -27,7 +27,7 @@ from worker.app.tokens import NoTokens
 from worker.core import request
 from worker.core.breaker import Breakers, Throttle
 from worker.core.fleet.member import Member
-from worker.core.fleet.own import Rules
+from worker.core.fleet.own import MemberSettings
 from worker.core.grant import Grant
 from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
 from worker.core.request import NODE_DIGITS, Partner
@@ -179,7 +179,7 @@ def _fleet(settings: Settings, clock: SystemClock, rng: random.Random, fibers: F
     member = Member(
         f"{_host()}-{os.getpid()}-{secrets.token_hex(3)}",
         hashlib.sha256(gateway.client_id.encode()).hexdigest()[:12],
-        Rules(
+        MemberSettings(
             gateway.max_requests_per_second,
             breaker.failures,
             min(breaker.cooldown_seconds, breaker.max_cooldown_seconds),

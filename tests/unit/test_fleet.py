@@ -40,8 +40,8 @@ from worker.core.fleet.messages import (
     encode,
     encode_orders,
 )
-from worker.core.fleet.own import Call, Changed, ReadOrders, Rules, Say
-from worker.core.fleet.permits import HORIZON, LATE, PACE, Need, Offset, Purse, Shares, Slots, whole
+from worker.core.fleet.own import Changed, MemberSettings, Permit, ReadOrders, Say
+from worker.core.fleet.permits import HORIZON, LATE, PACE, Need, Offset, Permits, Shares, Slots, whole
 from worker.core.fleet.terms import ASK, LEASE, RELUCTANT, SETTLE, SILENT, Lock, Role, Terms, Unlock
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
@@ -392,12 +392,12 @@ def test_a_clock_that_stood_still() -> None:
 def test_a_late_slot_is_lost() -> None:
     """A slot is good from its moment on for a little while; with doubt, for less."""
 
-    purse = Purse()
-    purse.add([(10.0, SWEEP), (10.1, SWEEP), (10.2, SWEEP)], doubt=0.005)
-    assert list(purse.due(9.9)) == []
-    assert list(purse.due(10.0)) == [(SWEEP, 10.0 + LATE - 0.005)]
-    assert [lane for lane, _ in purse.due(10.2)] == [SWEEP]
-    assert purse.next() is None
+    permits = Permits()
+    permits.add([(10.0, SWEEP), (10.1, SWEEP), (10.2, SWEEP)], doubt=0.005)
+    assert list(permits.due(9.9)) == []
+    assert list(permits.due(10.0)) == [(SWEEP, 10.0 + LATE - 0.005)]
+    assert [lane for lane, _ in permits.due(10.2)] == [SWEEP]
+    assert permits.next() is None
 
 
 # -- a member ---------------------------------------------------------------------------------------------------------
@@ -406,7 +406,12 @@ def test_a_late_slot_is_lost() -> None:
 def member(name: str = "a", *, limit: float = 0.0, alone: bool = False) -> Member:
     """A member with a breaker of three failures and a cooldown of 5 s."""
     return Member(
-        name, "client", Rules(limit, 3, 5.0, 10.0), Breakers(3, 5.0, 20.0, LANES), random.Random(1), alone=alone
+        name,
+        "client",
+        MemberSettings(limit, 3, 5.0, 10.0),
+        Breakers(3, 5.0, 20.0, LANES),
+        random.Random(1),
+        alone=alone,
     )
 
 
@@ -456,7 +461,7 @@ def test_alone() -> None:
 
     alone = member(limit=10.0, alone=True)
     alone.waiting(100.0, SWEEP, 2)
-    assert [action for action in alone.actions if isinstance(action, Call)] == [Call(SWEEP, 100.0 + LATE)]
+    assert [action for action in alone.actions if isinstance(action, Permit)] == [Permit(SWEEP, 100.0 + LATE)]
 
     for _ in range(3):
         alone.attempted(101.0, SWEEP, Kind.TRANSIENT)
@@ -499,7 +504,7 @@ def test_no_connection_no_slots() -> None:
     lost.lost(101.0)
     lost.waiting(101.0, SWEEP, 5)
     lost.tick(110.0)
-    assert not [action for action in lost.actions if isinstance(action, Call)]
+    assert not [action for action in lost.actions if isinstance(action, Permit)]
     assert lost.limit(110.0) == 10.0
 
     for _ in range(3):
@@ -780,7 +785,7 @@ def test_slots_for_others() -> None:
     assert other.limit(7000.2) == 10.0
     first = grant.slots[0][0] - 100.001 + 7000.062
     other.tick(first)
-    calls = [action for action in other.actions if isinstance(action, Call)]
+    calls = [action for action in other.actions if isinstance(action, Permit)]
     assert len(calls) <= 1
 
 
@@ -827,7 +832,7 @@ class AnyOrder(RuleBasedStateMachine):
             match action:
                 case Lock(term):
                     self.locks.append(term)
-                case Call(_, until):
+                case Permit(_, until):
                     assert until - LATE - 1e-9 <= self.now <= until
                     self.slots.append(self.now)
                 case Say(None, Beat() as beat):

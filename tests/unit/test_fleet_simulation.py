@@ -177,7 +177,7 @@ MISTAKES: dict[str, Patch] = {
     "a leader never stops": lambda patch: patch.setattr(terms, "LEASE", 1e9),
     "others begin before the lease is over": lambda patch: (
         patch.setattr(terms, "SILENT", 0.3),
-        patch.setattr(terms, "PROD", 0.25),
+        patch.setattr(terms, "CHECK", 0.25),
         patch.setattr(terms, "SETTLE", 0.0),
     )[0],
     "the first slot comes at once": lambda patch: patch.setattr(

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, assert_never
 
 from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Card, Letter, Message, Orders
-from worker.core.fleet.own import Call, Changed, ReadOrders, Say
+from worker.core.fleet.own import Changed, Permit, ReadOrders, Say
 from worker.core.fleet.terms import Lock, Unlock
 from worker.core.ports import Clock
 from worker.core.verdict import Kind
@@ -189,7 +189,7 @@ class Fleet:
                 match action:
                     case Say(to, message):
                         self.say(to, message)
-                    case Call(lane, until):
+                    case Permit(lane, until):
                         self.on_permit(lane, until)
                     case Changed():
                         changed = True

@@ -7,8 +7,8 @@ from typing import Final
 
 from worker.core.breaker import State
 from worker.core.fleet.messages import Beat, BreakerState, Good, Grant, MemberReport
-from worker.core.fleet.own import Own, zeros
-from worker.core.fleet.permits import LATE, Offset
+from worker.core.fleet.own import Own
+from worker.core.fleet.permits import LATE, Offset, zeros
 from worker.core.fleet.terms import BEAT
 from worker.core.lanes import LANES
 
@@ -87,14 +87,14 @@ class Follower:
 
     def wants(self, lane: str, now: float) -> None:
         """What waits for slots has changed: reports it, if the leader knows it too little."""
-        known, waiting = self._known[lane], self._own.purse.open(lane)
+        known, waiting = self._known[lane], self._own.permits.open(lane)
         if (waiting and not known) or known < waiting // 2 or waiting < known // 2:
             self.soon(now, WANT)
 
     def tick(self, now: float) -> None:
         """Reports what is due, and asks again when a beat is missing and something waits."""
         missed = now - self._own.terms.heard > 1.25 * BEAT and now - self._reported > BEAT
-        if now >= self.report_at or (missed and any(self._own.purse.wanted.values())):
+        if now >= self.report_at or (missed and any(self._own.permits.wanted.values())):
             self._report(now)
 
     def _report(self, now: float) -> None:
@@ -102,11 +102,11 @@ class Follower:
         self._reported, self.report_at = now, now + REPORT
         number = own.next_number()
         self._sent = {each: sent for each, sent in self._sent.items() if now - sent <= GONE} | {number: now}
-        self._known = {lane: own.purse.open(lane) for lane in LANES}
+        self._known = {lane: own.permits.open(lane) for lane in LANES}
         report = MemberReport(
             own.terms.term,
             number,
-            limit=own.rules.limit,
+            limit=own.settings.limit,
             wanted=own.wanted(),
             seen=dict(self._seen),
             failures={lane: count for lane, count in self._failures.items() if count},
@@ -135,9 +135,9 @@ class Follower:
             lower = sent - grant.heard
         offset.message(grant.at, now, own.number + 1, lower)
         if offset.known:
-            own.purse.add(((offset.ours(slot), lane) for slot, lane in slots), offset.doubt)
+            own.permits.add(((offset.ours(slot), lane) for slot, lane in slots), offset.doubt)
         else:
-            own.purse.slots.clear()
+            own.permits.slots.clear()
         if offset.doubt > LATE / 2:
             self.soon(now, WANT)
         for lane in LANES:

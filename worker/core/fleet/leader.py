@@ -63,7 +63,7 @@ class Leader:
     """One leadership. ``last``: the latest beat of the leader before us, from which we go on."""
 
     def __init__(self, own: Own, now: float, last: Beat | None = None) -> None:
-        self.peers = {own.me: Peer(now, own.rules.limit, candidates=dict(own.candidates))}
+        self.peers = {own.me: Peer(now, own.settings.limit, candidates=dict(own.candidates))}
         self.shares = Shares()
         self.sick = set(last.sick) - {own.me} if last is not None else set()
         self.beat_at = 0.0
@@ -207,7 +207,7 @@ class Leader:
             before, first = breakers.state(lane), lane not in self._failing
             self._failing.setdefault(lane, now)
             self._failers[lane].add(who)
-            for _ in range(min(count, self._own.rules.threshold)):
+            for _ in range(min(count, self._own.settings.threshold)):
                 breakers.record(lane, Kind.TRANSIENT, now)
             opened = before is State.CLOSED and breakers.state(lane) is not State.CLOSED
             if opened:
@@ -247,7 +247,7 @@ class Leader:
                 self.beat_soon(now)
 
     def _fails_alone(self, name: str, peer: Peer) -> bool:
-        threshold = self._own.rules.threshold
+        threshold = self._own.settings.threshold
         return any(
             at > peer.since[lane] and (peer.unreached >= threshold or good == lane)
             for lane, streak in peer.streaks.items()
@@ -269,7 +269,7 @@ class Leader:
     def _unsuspect(self, lane: str, now: float) -> None:
         """Another member fails as well: it is an outage, and the first cooldown begins."""
         del self._suspects[lane]
-        cooldown = self._own.rules.cooldown
+        cooldown = self._own.settings.cooldown
         self._own.breakers.adopt(lane, State.OPEN, cooldown, cooldown, now)
         self.beat_soon(now)
         self._own.changed()
@@ -307,9 +307,9 @@ class Leader:
             own.breakers.probing(lane, len(members))
         for name in members:
             number = own.next_number()
-            self._probes[number] = Probing(name, lane, now + own.rules.call_seconds)
+            self._probes[number] = Probing(name, lane, now + own.settings.call_seconds)
             if name == own.me:
-                own.hand.give(number, lane, now)
+                own.probes.give(number, lane, now)
                 own.changed()
             else:
                 own.say(name, Probe(own.terms.term, number, lane))
@@ -369,7 +369,7 @@ class Leader:
         self.shares.slots.limit = limit
         for name, slots in self.shares.give(own.me, now, until).items():
             if name == own.me:
-                own.purse.add(slots)
+                own.permits.add(slots)
             else:
                 peer = self.peers[name]
                 own.say(name, Grant(own.terms.term, now, peer.reports, peer.heard, tuple(slots)))

@@ -33,7 +33,7 @@ from worker.core.fleet.messages import (
     TokenGiven,
     TokenWanted,
 )
-from worker.core.fleet.own import LOOK_AGAIN, UNTAKEN, Call, Own, ReadOrders, Rules
+from worker.core.fleet.own import LOOK_AGAIN, UNTAKEN, MemberSettings, Own, Permit, ReadOrders
 from worker.core.fleet.terms import BEAT, Role
 from worker.core.lanes import LANES
 from worker.core.verdict import Kind
@@ -49,13 +49,13 @@ class Member:
     """
 
     def __init__(
-        self, me: str, client: str, rules: Rules, breakers: Breakers, rng: random.Random, *, alone: bool
+        self, me: str, client: str, settings: MemberSettings, breakers: Breakers, rng: random.Random, *, alone: bool
     ) -> None:
         self.me = me
         self.client = client
         self.alone = alone
         self.breakers = breakers
-        self.own = Own(me, rules, breakers, rng.random)
+        self.own = Own(me, settings, breakers, rng.random)
         self.terms, self.actions = self.own.terms, self.own.actions
         self.leader = Leader(self.own, 0.0)
         self.follower = Follower(self.own)
@@ -65,7 +65,7 @@ class Member:
 
     def limit(self, now: float) -> float:
         """Calls per second of the whole fleet; 0 for none."""
-        beat, own = self.follower.beat, self.own.rules.limit
+        beat, own = self.follower.beat, self.own.settings.limit
         if self._leads or beat is None:
             return self.own.standing.limit(self.leader.limit(now))
         return self.own.standing.limit(min(beat.limit or own, own or beat.limit))
@@ -74,13 +74,13 @@ class Member:
         """Probes of the lane that we may send now."""
         if self.terms.role is Role.APART:
             return self.breakers.probes_due(lane, now)
-        return self.own.hand.probes(lane)
+        return self.own.probes.given(lane)
 
     def next(self, now: float) -> float:
         """When `tick` has something to do, at the latest."""
         idle = self.terms.role is Role.APART
         moments = [now + (REST if idle else BEAT / 2), *self.own.standing.ends()]
-        slot = self.own.purse.next()
+        slot = self.own.permits.next()
         if slot is not None:
             moments.append(slot)
         if self._follows:
@@ -102,11 +102,11 @@ class Member:
             members=len(self.leader.peers) if self._leads or beat is None or not self._follows else beat.members,
             sick=self.own.health.sick,
             limit=self.limit(now),
-            own_limit=own.rules.limit,
+            own_limit=own.settings.limit,
             used=self.leader.used() if self._leads or beat is None else beat.used,
             calls=own.health.calls,
             hold=max(0.0, self.own.standing.held_until - now),
-            waiting=dict(own.purse.wanted),
+            waiting=dict(own.permits.wanted),
             breakers=self.leader.breakers(now),
             orders=self.own.standing.orders,
             pauses=own.standing.pauses(now),
@@ -138,7 +138,7 @@ class Member:
 
     def waiting(self, now: float, lane: str, calls: int) -> None:
         """So many calls of the lane would begin now if they were permitted."""
-        self.own.purse.wanted[lane] = calls
+        self.own.permits.wanted[lane] = calls
         if self._follows:
             self.follower.wants(lane, now)
         else:
@@ -155,7 +155,7 @@ class Member:
         """One of our probes goes out. False when there is none any more: the leader that gave it leads no more."""
         if self.terms.role is Role.APART and self.breakers.probes_due(lane, now):
             self.leader.give_probes(lane, [self.me], now)
-        return self.own.hand.take(lane)
+        return self.own.probes.take(lane)
 
     def probe_lost(self, now: float, lane: str) -> None:
         """A probe that we took ended without a verdict; so did a test."""
@@ -183,7 +183,7 @@ class Member:
     def joined(self, now: float) -> None:
         """Our queue is there: what is said from now on reaches us."""
         self.terms.joined(now)
-        self.own.say(None, Hello(self.own.rules.limit))
+        self.own.say(None, Hello(self.own.settings.limit))
 
     def rename(self, me: str) -> None:
         """Another name, before we join: the queue of the old one is still at the broker. To the others we are new."""
@@ -193,7 +193,7 @@ class Member:
     def lost(self, now: float) -> None:
         """The connection is gone."""
         self.terms.lost()
-        self.own.purse.slots.clear()
+        self.own.permits.slots.clear()
         self._no_leader(now)
         self.own.changed()
 
@@ -259,7 +259,7 @@ class Member:
                 self.own.changed()
             case Probe(term, number, lane):
                 if self._leads_us(sender, term) and lane in LANES:
-                    self.own.hand.give(number, lane, now)
+                    self.own.probes.give(number, lane, now)
                     self.own.changed()
             case Probed(number, lane, label):
                 self.leader.probed(sender, number, lane, label, now)
@@ -286,7 +286,7 @@ class Member:
             self.leader.tick(now)
         elif self._follows:
             self.follower.tick(now)
-        for number, lane in self.own.hand.untaken(now - UNTAKEN):
+        for number, lane in self.own.probes.untaken(now - UNTAKEN):
             self._return_probe(number, lane, "lost", now)
         self.leader.probe(now)
         self._share(now)
@@ -310,7 +310,7 @@ class Member:
     def _no_leader(self, now: float) -> None:
         """No leader decides for us any more. Probes that are out may still come back to nobody, so those of the lane
         wait."""
-        self.own.hand.drop()
+        self.own.probes.drop()
         self.leader = Leader(self.own, now)
         for lane in LANES:
             if self.breakers.state(lane) is State.HALF_OPEN:
@@ -339,7 +339,7 @@ class Member:
             self._no_leader(now)
         if before != sender:
             self.follower.begin(now)
-            self.own.hand.drop()
+            self.own.probes.drop()
         self.follower.heard(beat, now)
         if beat.sure:
             if beat.orders.revision >= self.own.standing.orders.revision:
@@ -397,7 +397,7 @@ class Member:
 
     def _probe_back(self, lane: str, label: str, now: float) -> None:
         """A probe of ours is back."""
-        number = self.own.hand.back(lane)
+        number = self.own.probes.back(lane)
         if number is not None:
             self._return_probe(number, lane, label, now)
 
@@ -429,7 +429,7 @@ class Member:
     def _fall_sick(self, now: float) -> None:
         self.own.health.fall_sick(now)
         self.terms.reluctant = True
-        for number, lane in self.own.hand.untaken(float("inf")):
+        for number, lane in self.own.probes.untaken(float("inf")):
             self._return_probe(number, lane, "lost", now)
         self.own.changed()
 
@@ -453,5 +453,5 @@ class Member:
             self._fire(now)
 
     def _fire(self, now: float) -> None:
-        for lane, until in self.own.purse.due(now):
-            self.actions.append(Call(lane, until))
+        for lane, until in self.own.permits.due(now):
+            self.actions.append(Permit(lane, until))

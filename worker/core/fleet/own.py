@@ -11,7 +11,7 @@ from typing import Final
 
 from worker.core.breaker import Breakers
 from worker.core.fleet.messages import Goodbye, Letter, Message, Orders
-from worker.core.fleet.permits import Purse
+from worker.core.fleet.permits import Permits, zeros
 from worker.core.fleet.terms import Lock, Role, Terms, Unlock
 from worker.core.lanes import LANES
 from worker.core.retry import MAX_RETRY_AFTER
@@ -25,7 +25,7 @@ DISTRUST: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class MemberSettings:
     """A member's own settings: its limit (calls per second, 0 for none), the breaker's threshold and first cooldown
     (seconds), and the longest that a call may take (seconds)."""
 
@@ -47,7 +47,7 @@ class Say:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Permit:
     """One expire call may begin now, and until ``until``; the slot was given for ``lane``."""
 
     lane: str
@@ -64,16 +64,11 @@ class Changed:
     """Senders have to look again."""
 
 
-Action = Say | Call | ReadOrders | Changed | Letter | Lock | Unlock
+Action = Say | Permit | ReadOrders | Changed | Letter | Lock | Unlock
 """A letter is a message about tokens, for those who know them."""
 
 
 # -- the facts --------------------------------------------------------------------------------------------------------
-
-
-def zeros() -> dict[str, int]:
-    """A count for each lane."""
-    return dict.fromkeys(LANES, 0)
 
 
 @dataclass(slots=True)
@@ -206,7 +201,7 @@ class Standing:
 
 
 @dataclass(slots=True)
-class Hand:
+class Probes:
     """The probes that the leader has given us, by lane: those that no sender has yet, with the moment when they came,
     and those that are out."""
 
@@ -217,7 +212,7 @@ class Hand:
         """One more."""
         self._given[lane].append((number, now))
 
-    def probes(self, lane: str) -> int:
+    def given(self, lane: str) -> int:
         """How many may go out."""
         return len(self._given[lane])
 
@@ -249,16 +244,16 @@ class Hand:
 class Own:
     """One member's own facts, and its list of what is to be done."""
 
-    def __init__(self, me: str, rules: Rules, breakers: Breakers, jitter: Callable[[], float]) -> None:
+    def __init__(self, me: str, settings: MemberSettings, breakers: Breakers, jitter: Callable[[], float]) -> None:
         self.me = me
-        self.rules = rules
+        self.settings = settings
         self.breakers = breakers
         self.actions: list[Action] = []
         self.terms = Terms(me, self.actions.append, jitter=jitter)
-        self.health = Health(rules.cooldown)
+        self.health = Health(settings.cooldown)
         self.standing = Standing()
-        self.purse = Purse()
-        self.hand = Hand()
+        self.permits = Permits()
+        self.probes = Probes()
         self.candidates = zeros()
         """Commands in hand with which a breaker could be probed."""
         self.left = False
@@ -282,4 +277,4 @@ class Own:
 
     def wanted(self) -> dict[str, int]:
         """Calls of each lane that wait and have no slot; none while we are sick."""
-        return zeros() if self.health.sick else {lane: self.purse.open(lane) for lane in LANES}
+        return zeros() if self.health.sick else {lane: self.permits.open(lane) for lane in LANES}

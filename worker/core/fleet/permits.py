@@ -31,6 +31,11 @@ DRIFT: Final = 1e-4
 """The most by which one machine's clock runs faster than another's."""
 
 
+def zeros() -> dict[str, int]:
+    """A count for each lane."""
+    return dict.fromkeys(LANES, 0)
+
+
 def whole(limit: float) -> float:
     """The limit that no second exceeds: 1.5 calls in any second are 1; half a call is one every two seconds."""
     return float(math.floor(limit)) if limit >= 1 else limit
@@ -59,9 +64,9 @@ class Need:
     """What one member wants, as the leader knows it: calls without a slot for each lane, by its last report and what
     was given since."""
 
-    wanted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
-    given: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
-    seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
+    wanted: dict[str, int] = field(default_factory=zeros)
+    given: dict[str, int] = field(default_factory=zeros)
+    seen: dict[str, int] = field(default_factory=zeros)
 
     def reported(self, wanted: Mapping[str, int], seen: Mapping[str, int]) -> None:
         """Its report: what was given, and had not come there yet, was not counted in it."""
@@ -185,12 +190,12 @@ class Offset:
 
 
 @dataclass(slots=True)
-class Purse:
+class Permits:
     """The slots that a member holds, on its own clock: when a call may begin, until when, and for which lane; and how
     many calls of each lane would begin now."""
 
     slots: list[tuple[float, float, str]] = field(default_factory=list)
-    wanted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANES, 0))
+    wanted: dict[str, int] = field(default_factory=zeros)
 
     def add(self, slots: Iterable[tuple[float, str]], doubt: float = 0.0) -> None:
         """More of them; a moment may be earlier by ``doubt`` than it seems, so it ends earlier."""

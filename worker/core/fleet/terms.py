@@ -23,7 +23,7 @@ LEASE: Final = 0.8
 SILENT: Final = 1.0
 """Seconds without a beat after which others may begin the next term: longer than the lease, since the leader's clock
 runs from the sending of the beat and theirs from its coming."""
-PROD: Final = 0.5
+CHECK: Final = 0.5
 """Seconds without a beat after which others look whether the leader's connection is gone."""
 ASK: Final = 0.25
 """Seconds that a new member waits for an answer before it wants to lead."""
@@ -115,7 +115,7 @@ class Terms:
         if self.role in (Role.CLAIMS, Role.LEADS):
             self._step_down()
         self.term, self.leader, self.heard, self._proven = term, sender, now, False
-        self._look = now + PROD + 0.1 * self.jitter()
+        self._look = now + CHECK + 0.1 * self.jitter()
         return True
 
     def heard_goodbye(self, sender: str, now: float) -> None:
@@ -148,7 +148,7 @@ class Terms:
             return
         self._locking, self._proven = None, False
         self._highest = max(self._highest, term)
-        self._look = now + PROD + 0.1 * self.jitter()
+        self._look = now + CHECK + 0.1 * self.jitter()
 
     def resign(self, now: float) -> bool:
         """Gives the lead up; whether we had it."""
@@ -168,7 +168,7 @@ class Terms:
             return
         silence = now - self.heard
         if self.reluctant and silence < RELUCTANT:
-            self._look = now + PROD
+            self._look = now + CHECK
         elif self.leader is None or silence > SILENT:
             self._lock()
         else:

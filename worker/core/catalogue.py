@@ -81,7 +81,8 @@ CERTIFICATES: Final = ("gateway_client", "gateway_ca", "amqp_client", "amqp_ca")
 """GATEWAY_CERT_FILE, GATEWAY_CA_FILE, AMQP_CERT_FILE, AMQP_CA_FILE."""
 
 OTHER: Final = "other"
-NONE: Final = "none"
+NO_ANSWER: Final = "none"
+"""The response code of calls without an answer, or with one that has no code."""
 # A gateway that answers with the wrong service's code is worth seeing under that code: both operations have them all.
 RESPONSE_CODES: Final = tuple(sorted(KNOWN, key=lambda code: (code[3:5] == "73", code)))
 
@@ -94,7 +95,7 @@ CONFIRM_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 RATE_WAIT_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 _BY_LANE: Final = {"lane": LANES}
-_BY_ANSWER: Final = {"operation": OPERATIONS, "response_code": (*RESPONSE_CODES, OTHER, NONE)}
+_BY_ANSWER: Final = {"operation": OPERATIONS, "response_code": (*RESPONSE_CODES, OTHER, NO_ANSWER)}
 _REASONS: Final = tuple((str(status), str(reason)) for status, reasons in REASONS.items() for reason in reasons)
 
 CATALOGUE: Final = (

@@ -9,13 +9,12 @@ from enum import IntEnum
 from functools import partial
 from typing import Final
 
+from worker.core.catalogue import NO_ANSWER
+from worker.core.diagnosis import SKEW_WORTH_A_WARNING
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.reading import Change, Reading
 from worker.core.verdict import Kind, Reply, judge
 from worker.core.words import duration, number, plural, quantile, rate, share
-
-NO_ANSWER: Final = "none"
-"""The response code under which calls without an answer, or with one that has no code, are counted."""
 
 NO_ANSWER_YET: Final = "no answer"
 """What is wrong with a process that runs and does not answer: it starts, or it hangs."""
@@ -35,8 +34,6 @@ USED_UP: Final = 0.9
 """Beyond this share of the rate limit, the limit is what bounds the work."""
 UNDATED_SHARE: Final = 0.01
 """As the alert QrisExpireCommandsUndated."""
-SKEW_SECONDS: Final = 30.0
-"""As the log warns: some providers refuse signatures that are two minutes off."""
 REPEATED_SHARE: Final = 0.05
 REPEATED_CALLS: Final = 5
 """Beyond both, repeated calls are worth a word: a single one on a quiet night is not."""
@@ -528,7 +525,7 @@ def _repeated(situation: Situation) -> Concern | None:
 
 def _skewed(situation: Situation) -> Concern | None:
     skew = situation.now.value("clock_skew_seconds")
-    if abs(skew) <= SKEW_SECONDS:
+    if abs(skew) <= SKEW_WORTH_A_WARNING:
         return None
     way = "ahead of" if skew > 0 else "behind"
     return _caution(

@@ -35,6 +35,7 @@ from worker.core.verdict import (
 
 CLOCK_ERROR: Final = "± 0.5 s"
 SKEW_WORTH_A_WARNING: Final = 30.0
+"""Seconds; some providers refuse signatures that are two minutes off."""
 SKEW_REFUSED: Final = 110.0
 """Seconds. Some providers allow two minutes; the Date header that we compare with has no fractions."""
 

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
-from worker.core.catalogue import CATALOGUE, NONE, OTHER, PREFIX, Kind, Metric
+from worker.core.catalogue import CATALOGUE, NO_ANSWER, OTHER, PREFIX, Kind, Metric
 from worker.core.reading import Sample
 
 Values = tuple[str, ...]
@@ -160,7 +160,7 @@ class Metrics:
     def request(self, operation: str, response_code: str, seconds: float) -> None:
         """A request of the catalogue's `OPERATIONS` ended; `response_code` is "" when there was none."""
         requests = self._number["gateway_requests_total"]
-        pair = operation, response_code or NONE
+        pair = operation, response_code or NO_ANSWER
         if pair not in requests:
             pair = operation, OTHER
         requests[pair].value += 1

@@ -9,13 +9,13 @@ from typing import Any, Final, assert_never
 import structlog
 
 from worker.core.delivery import Delivery
+from worker.core.diagnosis import SKEW_WORTH_A_WARNING
 from worker.core.ports import Attempt
 from worker.core.settlement import Crashed, Delay, Disposition, GiveBack, Hold, Report, TakenBack
 from worker.core.verdict import Kind, Verdict
 from worker.shells.metrics import Metrics
 from worker.shells.tracing import Tracing
 
-SKEW_WARNING: Final = 30.0  # seconds; some providers refuse signatures that are two minutes off
 _SKEW_EVERY: Final = 60.0
 
 
@@ -110,7 +110,7 @@ class Telemetry:
         """How far our clock is ahead of the gateway's."""
         self._metrics.clock_skew(seconds)
         now = time.monotonic()
-        if abs(seconds) > SKEW_WARNING and now - self._skew_told > _SKEW_EVERY:
+        if abs(seconds) > SKEW_WORTH_A_WARNING and now - self._skew_told > _SKEW_EVERY:
             self._skew_told = now
             self._log.warning(
                 "clock.skewed",

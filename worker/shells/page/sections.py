@@ -9,7 +9,8 @@ from html import escape
 from typing import Final
 
 from worker.core import jakarta
-from worker.core.condition import NO_ANSWER, Condition, Level, Situation, kind_of
+from worker.core.catalogue import NO_ANSWER
+from worker.core.condition import Condition, Level, Situation, kind_of
 from worker.core.outcome import STATUS_OF, Reason
 from worker.core.reading import Change, Histogram
 from worker.core.words import UNKNOWN, duration, number, plural, quantile, rate, share

@@ -58,8 +58,8 @@ def rows(text: str, **options: object) -> list[Row | BadRow]:
     return [row._replace(cells=()) for row in reading(text, **options)]
 
 
-def bills(text: str) -> list[tuple[str, str]]:
-    found = rows(text)
+def bills(text: str, **options: object) -> list[tuple[str, str]]:
+    found = rows(text, **options)
     assert all(isinstance(row, Row) for row in found), found
     return [(row.bill, row.merchant) for row in found if isinstance(row, Row)]
 
@@ -97,9 +97,9 @@ def test_optional_columns_are_carried() -> None:
 
     text = "billnumber,reference,notAfter\n1,ORD-77,2026-11-22T23:59:59+07:00\n2,,\n"
 
-    assert rows(text) == [
-        Row(2, "1", "", "ORD-77", "2026-11-22T23:59:59+07:00"),
-        Row(3, "2", "", None, None),
+    assert rows(text, merchant="M") == [
+        Row(2, "1", "M", "ORD-77", "2026-11-22T23:59:59+07:00"),
+        Row(3, "2", "M", None, None),
     ]
 
 
@@ -272,7 +272,7 @@ def test_whatever_a_csv_writer_writes_is_read(
     writer.writerow(("name", "billnumber"))
     writer.writerows((name, bill) for bill, name in table)
 
-    found = bills(("\ufeff" if mark else "") + text.getvalue())
+    found = bills(("\ufeff" if mark else "") + text.getvalue(), merchant="M")
 
     assert [bill for bill, _ in found] == [bill for bill, _ in table]
 
@@ -308,16 +308,16 @@ def test_json_lines_are_commands() -> None:
 def test_bad_json_line_is_named(line: str, why: str) -> None:
     """The rest of the input is read on."""
 
-    number, said = reason(f'{{"billnumber": "1"}}\n{line}\n{{"billnumber": "2"}}\n')
+    number, said = reason(f'{{"billnumber": "1"}}\n{line}\n{{"billnumber": "2"}}\n', merchant="M")
 
     assert (number, why in said) == (2, True), said
 
 
 @pytest.mark.parametrize("text", ["billnumber\n7\n", '{"billnumber": "7"}\n'])
-def test_merchant_can_be_demanded(text: str) -> None:
-    """Where nobody behind us has a default, a row without a merchant is bad."""
+def test_a_merchant_is_needed(text: str) -> None:
+    """Where nothing serves in its place, a row without a merchant is bad."""
 
-    assert "merchantId is missing" in reason(text, merchant_needed=True)[1]
+    assert "merchantId is missing" in reason(text)[1]
 
 
 # --- ids and commands

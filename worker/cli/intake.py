@@ -148,7 +148,7 @@ class _Reading:
         self._meter = meter
         self.count = 0
         self.invalid = 0
-        self._read = source.reading(Rules(given.merchant_id, merchant_needed=True, as_is=given.as_is))
+        self._read = source.reading(Rules(given.merchant_id, as_is=given.as_is))
         self.form = self._read.form
 
     def rows(self) -> Iterator[Row | BadRow]:

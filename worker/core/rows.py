@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,10 +24,7 @@ _DIGITS, _LETTERS = re.compile(r"\d+"), re.compile(r"[A-Za-z]+")
 
 
 class Row(NamedTuple):
-    """One bill to expire. ``merchant`` is empty where the worker's default is to serve; ``not_after`` is RFC 3339.
-
-    ``cells`` is the row as it came, for the report.
-    """
+    """One bill to expire. ``not_after`` is RFC 3339; ``cells`` is the row as it came, for the report."""
 
     line: int
     bill: str
@@ -82,11 +80,10 @@ JSON_FORM: Final = Form(("input",), {})
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a row must be. ``merchant`` serves where a row has none; with ``merchant_needed`` there must be one after
-    that. ``as_is``: whatever looks mangled is meant so."""
+    """What a row must be. ``merchant`` serves where a row has none; without either, the row is bad. ``as_is``: whatever
+    looks mangled is meant so."""
 
     merchant: str = ""
-    merchant_needed: bool = False
     as_is: bool = False
 
 
@@ -238,7 +235,7 @@ def _merchant(own: str | None, rules: Rules) -> str:
     """The row's own merchant, or the one that serves in its place."""
     if own is not None:
         _check_identifier("merchantId", own, rules)
-    elif rules.merchant_needed and not rules.merchant:
+    elif not rules.merchant:
         raise _Bad(
             "merchantId is missing; add the column, or give the merchant of all such rows with --merchant-id "
             "(or GATEWAY_MERCHANT_ID)"
@@ -307,16 +304,14 @@ def _shape(text: str) -> str:
 
 
 def _json_rows(lines: _Numbered, first: str, rules: Rules) -> Iterator[Row | BadRow]:
-    line: str | None = first
-    while line is not None:
+    for line in itertools.chain([first], lines):
         number, text = lines.number, line.strip()
+        lines.held.clear()
         if text:
             try:
                 yield _json_row(text, number, rules)
             except _Bad as bad:
                 yield BadRow(number, str(bad), (text,))
-        lines.held.clear()
-        line = next(lines, None)
 
 
 def _json_row(line: str, number: int, rules: Rules) -> Row:

@@ -106,17 +106,14 @@ def _unwrapped(text: str) -> bytes | None:
     return base64.b64decode(whole + "=" * (-len(whole) % 4))
 
 
-_INSTEAD: Final = (
-    (re.compile(r"BEGIN (?:TRUSTED |X509 )?CERT"), "it is a certificate; give the private key that belongs to it"),
-    (re.compile("PUBLIC KEY"), "it is a public key, which is for the gateway; give the private one"),
-    (re.compile("BEGIN OPENSSH"), "it is in OpenSSH's own format; convert it: ssh-keygen -p -m PKCS8 -f KEY"),
-    (re.compile("BEGIN PGP"), "it is a PGP key; the gateway's scheme needs an RSA key in PEM"),
-    (
-        re.compile("BEGIN PKCS12|BEGIN PKCS7"),
-        "it is a bundle; extract the key: openssl pkcs12 -in FILE -nocerts -nodes",
-    ),
-    (re.compile("ENCRYPTED"), "its passphrase is another one; correct GATEWAY_PRIVATE_KEY_PASSPHRASE"),
-)
+_INSTEAD: Final = {
+    "BEGIN (?:TRUSTED |X509 )?CERT": "it is a certificate; give the private key that belongs to it",
+    "PUBLIC KEY": "it is a public key, which is for the gateway; give the private one",
+    "BEGIN OPENSSH": "it is in OpenSSH's own format; convert it: ssh-keygen -p -m PKCS8 -f KEY",
+    "BEGIN PGP": "it is a PGP key; the gateway's scheme needs an RSA key in PEM",
+    "BEGIN PKCS12|BEGIN PKCS7": "it is a bundle; extract the key: openssl pkcs12 -in FILE -nocerts -nodes",
+    "ENCRYPTED": "its passphrase is another one; correct GATEWAY_PRIVATE_KEY_PASSPHRASE",
+}
 
 
 def _instead(text: str) -> str:
@@ -125,8 +122,8 @@ def _instead(text: str) -> str:
         return "it is DER that holds no private key, or an encrypted one with another passphrase; give the private key"
     if not text.strip():
         return "it is empty; give the whole file as it was made"
-    for mark, words in _INSTEAD:
-        if mark.search(text):
+    for mark, words in _INSTEAD.items():
+        if re.search(mark, text):
             return words
     if "BEGIN" not in text and _unwrapped(text) is not None:
         return "it is base64 of no private key, or of an encrypted one with another passphrase; give the private key"

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from worker.core import jakarta
 from worker.core.dead_letter import Filter
+from worker.shells import operator
 
 if TYPE_CHECKING:
     from worker.app.dead_letters import Order, Report
@@ -20,8 +22,6 @@ def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> It
     """One line on standard error when it ends, however it ends: who, what, how much, from when to when."""
     import socket
 
-    from worker.core import jakarta
-    from worker.shells import operator
     from worker.shells.logs import json_line
 
     began = time.time()

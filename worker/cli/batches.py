@@ -6,16 +6,15 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from worker.cli import INVALID, Trouble
 from worker.cli.screen import output, tell
+from worker.core.needs import NEEDS, count
+from worker.core.sweep import Home, Tally, is_batch_id
 from worker.core.words import plural
-
-if TYPE_CHECKING:
-    from worker.core.sweep import Home, Tally
-    from worker.settings import AmqpSettings, GatewaySettings
-    from worker.shells.journal import Journal
+from worker.settings import AmqpSettings, GatewaySettings
+from worker.shells.journal import Journal, find, journals_of
 
 EXAMPLES: Final = 10  # bills of each kind that are shown; the report has all
 STATE_DIR_HELP = "Where batches keep their journals; else $XDG_STATE_HOME/qris-expire/<prefix>."
@@ -36,8 +35,6 @@ def state_directory(prefix: str, given: Path | None) -> Path:
 
 def check_batch_id(batch: str) -> None:
     """Raises `Trouble` for what cannot name a batch."""
-    from worker.core.sweep import is_batch_id
-
     if not is_batch_id(batch):
         raise Trouble(
             f"{batch!r} is no batch id; give 1 to 64 letters, digits, '.', '_', '-', beginning with a letter or digit",
@@ -47,7 +44,6 @@ def check_batch_id(batch: str) -> None:
 
 def broker_of(amqp: AmqpSettings) -> Home:
     """The home of batches that go through the broker; its id is None when it does not answer."""
-    from worker.core.sweep import Home
     from worker.shells.amqp.session import BrokerError, session
 
     try:
@@ -59,7 +55,6 @@ def broker_of(amqp: AmqpSettings) -> Home:
 
 def home_at(connection: Any, amqp: AmqpSettings) -> Home:
     """The home behind an open connection."""
-    from worker.core.sweep import Home
     from worker.shells.amqp.bulk import identity
     from worker.shells.amqp.session import address, parameters
 
@@ -70,15 +65,11 @@ def home_at(connection: Any, amqp: AmqpSettings) -> Home:
 
 def gateway_of(gateway: GatewaySettings) -> Home:
     """The home of batches that are sent without a broker."""
-    from worker.core.sweep import Home
-
     return Home(True, f"{gateway.base_url} {gateway.client_id}", gateway.base_url)
 
 
 def existing(directory: Path, batch: str, home: Home) -> Path:
     """The journal of a batch that must exist. Raises `Trouble`, `JournalError`."""
-    from worker.shells.journal import find
-
     check_batch_id(batch)
     path = find(directory, batch, home)
     if path is None:
@@ -88,8 +79,6 @@ def existing(directory: Path, batch: str, home: Home) -> Path:
 
 def no_batch(directory: Path, batch: str, home: Home | None = None) -> str:
     """Why it does not exist, for people."""
-    from worker.shells.journal import Journal, journals_of
-
     elsewhere = []
     for path in journals_of(directory, batch):
         with closing(Journal(path, read_only=True)) as journal:
@@ -111,8 +100,8 @@ def print_tally(title: str, tally: Tally) -> None:
     table.add_column("status", overflow="fold")
     table.add_column("reason", overflow="fold")
     table.add_column("rows", justify="right", no_wrap=True)
-    for status, reason, count in tally.lines():
-        table.add_row(status, reason, f"{count:,}")
+    for status, reason, rows in tally.lines():
+        table.add_row(status, reason, f"{rows:,}")
     table.add_section()
     table.add_row("total", "rows of the input", f"{tally.rows:,}")
     output().print(table)
@@ -120,8 +109,6 @@ def print_tally(title: str, tally: Tally) -> None:
 
 def print_needs(journal: Journal, tally: Tally, again: str) -> None:
     """What people must do, about which bills; ``again`` is the command that sends unresolved ones again."""
-    from worker.core.needs import NEEDS, count
-
     for need in NEEDS:
         bills = count(tally, need.reasons)
         if not bills:

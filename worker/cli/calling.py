@@ -10,11 +10,12 @@ from worker.cli import INVALID, Trouble
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 from worker.core.scheme import NO_TOKEN, WITH_SECRET
 from worker.core.verdict import NoReply
+from worker.settings import GatewaySettings
+from worker.shells.clock import SystemClock
 
 if TYPE_CHECKING:
     from worker.core.diagnosis import Call, Finding
     from worker.core.grant import Grant
-    from worker.settings import GatewaySettings
     from worker.shells.gateway import GatewayClient
 
 
@@ -53,7 +54,6 @@ class Calling:
         `CredentialsError`."""
         from worker.core import diagnosis
         from worker.core.ports import TokenUnavailable
-        from worker.shells.clock import SystemClock
         from worker.shells.credentials import Credentials
         from worker.shells.gateway import GatewayClient
         from worker.wiring import endpoint, fetcher, transport
@@ -81,7 +81,6 @@ class Calling:
     def expire(self, command: Command, gateway: GatewaySettings) -> Finding:
         """What comes of an expire call, after `fetch`, that is signed as ``gateway`` says."""
         from worker.core import diagnosis, request
-        from worker.shells.clock import SystemClock
         from worker.shells.credentials import Credentials
         from worker.wiring import external_ids, partner
 

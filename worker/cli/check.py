@@ -12,11 +12,14 @@ from worker.cli.calling import Calling, check_identifiers, merchant_of
 from worker.cli.command_line import Option
 from worker.cli.screen import tell
 from worker.core.command import Command
+from worker.core.fitness import hides_commands, version_problem
+from worker.core.lanes import LANES
 from worker.core.scheme import NO_TOKEN, oddity_of
+from worker.core.topology import topology
+from worker.settings import GROUPS, AmqpSettings, GatewaySettings, Group, RetrySettings, SettingsError, load
 
 if TYPE_CHECKING:
     from worker.core.diagnosis import Finding
-    from worker.settings import AmqpSettings, GatewaySettings, Group, RetrySettings
 
 G = TypeVar("G", bound="Group")
 Say = Callable[[str, str, str], None]
@@ -64,8 +67,6 @@ def check(
         qris-expire check
         qris-expire check --probe 10092081 --merchant-id 121000001
     """
-    from worker.settings import AmqpSettings, GatewaySettings, RetrySettings
-
     check_identifiers({"--probe": probe, "--merchant-id": merchant_id})
     report = _Report()
     report.line("settings", lambda: _settings(report.say))
@@ -112,16 +113,12 @@ class _Report:
 
 
 def _settings(say: Say) -> str:
-    from worker.settings import GROUPS, load
-
     for advice in load().advice():
         say("settings", WARNING, advice)
     return f"{sum(len(group.declared()) for group in GROUPS)} in order"
 
 
 def _valid(group: type[G]) -> G | None:
-    from worker.settings import SettingsError, load
-
     try:
         return load(group)
     except SettingsError:
@@ -138,8 +135,6 @@ def _key(gateway: GatewaySettings | None) -> str:
 
 
 def _broker(amqp: AmqpSettings | None) -> str:
-    from worker.core.fitness import version_problem
-
     if amqp is None:
         raise _NotOk(SKIPPED, "the AMQP_ settings are not in order")
     version = _version(amqp)
@@ -160,9 +155,6 @@ def _version(amqp: AmqpSettings) -> str:
 
 def _policies(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
     """Those that would remove messages: AMQP shows none, the management API does."""
-    from worker.core.fitness import hides_commands
-    from worker.core.lanes import LANES
-    from worker.core.topology import topology
     from worker.shells.amqp.management import NotVisible, policies, problems
 
     if amqp is None or retry is None:
@@ -185,7 +177,6 @@ def _policies(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
 
 
 def _topology(amqp: AmqpSettings | None, retry: RetrySettings | None) -> str:
-    from worker.core.topology import topology
     from worker.shells.amqp.session import differing, session, verify
 
     if amqp is None or retry is None:

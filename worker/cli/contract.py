@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from worker.cli import Trouble
 from worker.cli.command_line import Argument, Option
+from worker.settings import AmqpSettings, load
 
 if TYPE_CHECKING:
     from worker.core.contract import Examples
@@ -38,8 +39,6 @@ def contract(
         qris-expire contract outcome
         qris-expire contract --output schemas
     """
-    from worker.settings import AmqpSettings, load
-
     made = documents(load(AmqpSettings).prefix)
     if output is None:
         print(made[document], end="")

@@ -27,6 +27,7 @@ from worker.cli.letters import (
     tell_redrive,
 )
 from worker.cli.screen import DRAW_EVERY, Display, bars, note
+from worker.core.command import parse_rfc3339
 from worker.core.dead_letter import (
     Census,
     DeadLetter,
@@ -36,10 +37,11 @@ from worker.core.dead_letter import (
 )
 from worker.core.lanes import LANES
 from worker.core.pace import Speed
+from worker.settings import AmqpSettings, load
+from worker.shells.clock import SystemClock
 
 if TYPE_CHECKING:
     from worker.app.dead_letters import Held
-    from worker.settings import AmqpSettings
     from worker.shells.amqp.parked import ParkedLetters
 
 MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
@@ -67,8 +69,6 @@ class Selection:
 
     def filter(self) -> Filter:
         """The same as a rule. Raises `Trouble`."""
-        from worker.core.command import parse_rfc3339
-
         try:
             moment = None if self.before is None else parse_rfc3339(self.before)
         except ValueError as error:
@@ -189,7 +189,7 @@ def redrive(
     timeout: Annotated[
         float, Option(help="A watched redrive stops after so many seconds without any outcome.", min=1, max=900)
     ] = 120,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be redriven.")] = False,
+    dry_run: Annotated[bool, Option(help="Only show what would be redriven.")] = False,
 ) -> int:
     """Moves dead letters back to their lane, where they start afresh: attempts and delayed rounds count from zero.
 
@@ -205,7 +205,6 @@ def redrive(
         qris-expire dead redrive --reason credentials --canary 5 --rate 20 --stop-at-failures 10
     """
     from worker.app.dead_letters import Order, Redrive, rehearse
-    from worker.shells.clock import SystemClock
 
     amqp, chosen = _begin(options)
     if 0 < rate < SLOWEST:
@@ -321,8 +320,6 @@ def purge(
 
 
 def _begin(options: Selection = Selection()) -> tuple[AmqpSettings, Filter]:
-    from worker.settings import AmqpSettings, load
-
     chosen = options.filter()
     amqp = load(AmqpSettings)
     signals.install()

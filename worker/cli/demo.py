@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import Annotated, TextIO
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
-
-if TYPE_CHECKING:
-    from worker.settings import AmqpSettings
+from worker.settings import AmqpSettings, load
 
 
 def demo(
     commands: Annotated[int, Option(help="How many commands to send.", min=20, max=5000)] = 360,
     direct: Annotated[
-        bool, Option("--direct", help="Without a broker: sweep a file of bills straight to the simulated gateway.")
+        bool, Option(help="Without a broker: sweep a file of bills straight to the simulated gateway.")
     ] = False,
     save: Annotated[
         Path | None, Option(metavar="FILE", help="Save every message as it was on the wire, as JSON lines.")
@@ -67,8 +65,6 @@ def demo(
 
 def _given() -> AmqpSettings | None:
     """The broker that somebody chose: a setting is an order, and the demo looks for no other broker then."""
-    from worker.settings import AmqpSettings, load
-
     amqp = load(AmqpSettings)
     named = any(os.environ.get(name) for name in ("AMQP_URL", "AMQP_URL_FILE"))
     return amqp if named or amqp.url != AmqpSettings.declared()["url"].default else None

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from worker import signals
 from worker.cli import Trouble
+from worker.cli.meter import Meter
+from worker.cli.screen import note
+from worker.settings import Settings
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended
-    from worker.cli.meter import Meter
     from worker.core.sweep import Standing
-    from worker.settings import Settings
     from worker.shells.fibers import Fibers
     from worker.shells.journal import Journal
     from worker.wiring import Client
@@ -31,7 +32,6 @@ def send(journal: Journal, settings: Settings) -> Ended:
     Raises `Trouble`, `CredentialsError`, `GatewayRefuses`.
     """
     from worker.app.direct import Direct
-    from worker.cli.meter import Meter
     from worker.shells.amqp.bulk import WINDOW
     from worker.wiring import Client
 
@@ -90,7 +90,6 @@ def _in_the_fleet(client: Client, settings: Settings) -> Iterator[Callable[[], s
     are its own. Without a broker it has the gateway for itself, and says so. Yields what says why it is not in the
     fleet, empty while it is. Raises `Trouble` where a broker refuses us, and a rate limit that counts for all could
     not be kept."""
-    from worker.cli.screen import note
     from worker.shells.amqp.session import BrokerError, BrokerUnreachable, connect
 
     limit = settings.gateway.max_requests_per_second

@@ -17,6 +17,8 @@ from worker.core import jakarta
 from worker.core.fleet.messages import Card, Limit, Orders, Pause
 from worker.core.lanes import LANES
 from worker.core.words import duration, plural
+from worker.settings import AmqpSettings, load
+from worker.shells import operator
 
 if TYPE_CHECKING:
     from worker.shells.amqp.fleet_tool import FleetTool
@@ -133,7 +135,6 @@ def probe() -> int:
 
 
 def _with(talk: Callable[[FleetTool], T]) -> T:
-    from worker.settings import AmqpSettings, load
     from worker.shells.amqp.fleet_tool import fleet_tool
 
     with fleet_tool(load(AmqpSettings)) as tool:
@@ -176,8 +177,6 @@ def _left(pause: Pause, now: float) -> float | None:
 
 
 def _who() -> str:
-    from worker.shells import operator
-
     return f"{operator.user()}@{socket.gethostname()}"
 
 

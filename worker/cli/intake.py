@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from worker.cli import INVALID, Trouble
 from worker.cli.batches import check_batch_id
 from worker.cli.screen import note
+from worker.core.rows import BadRow, Form, InputError, Row, Rules
+from worker.core.sweep import Home, batch_id, belongs, unfinished
 from worker.core.words import plural
+from worker.shells.journal import Journal, Load, clean, find, journals, lock, path_for
+from worker.shells.source import Source, opened
 
 if TYPE_CHECKING:
     from worker.cli.meter import Meter
-    from worker.core.rows import BadRow, Form, Row
-    from worker.core.sweep import Home
-    from worker.shells.journal import Journal, Load
-    from worker.shells.source import Source
     from worker.shells.workbook import Workbook
 
 BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
@@ -60,8 +60,6 @@ class Intake(NamedTuple):
 def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Iterator[Journal]:
     """The journal of the batch that the input is at its home, ours alone. ``find_home`` is asked when the input is
     read, which may take minutes. Raises `Trouble`, `JournalError`."""
-    from worker.shells.journal import Journal, find, lock
-
     if given.batch_id is not None:
         check_batch_id(given.batch_id)
     intake = take_in(given, directory)
@@ -103,9 +101,6 @@ def check_any(given: Input, bills: int, invalid: int) -> None:
 def take_in(given: Input, directory: Path) -> Intake:
     """Reads all of it; the caller owes its load a `discard`. Raises `Trouble` for what cannot be used."""
     from worker.cli.meter import Meter
-    from worker.core.rows import InputError
-    from worker.shells.journal import Load, clean
-    from worker.shells.source import opened
 
     name = given.name
     clean(directory)
@@ -142,8 +137,6 @@ class _Reading:
     """All rows go on; bad ones are reported."""
 
     def __init__(self, given: Input, source: Source | Workbook, meter: Meter) -> None:
-        from worker.core.rows import Rules
-
         self._source = source
         self._meter = meter
         self.count = 0
@@ -152,8 +145,6 @@ class _Reading:
         self.form = self._read.form
 
     def rows(self) -> Iterator[Row | BadRow]:
-        from worker.core.rows import BadRow
-
         source = self._source
         for row in self._read:
             self.count += 1
@@ -177,17 +168,11 @@ class _Reading:
 
 def _path_of(given: Input, directory: Path, digest: str, home: Home) -> tuple[str, Path]:
     """The batch that was asked for; else one of this input that was begun lately and broke off; else a new one."""
-    from worker.core.sweep import batch_id
-    from worker.shells.journal import find, path_for
-
     name = given.batch_id or _broken_off(directory, digest, home) or batch_id(digest, time.time())
     return name, find(directory, name, home) or path_for(directory, name, home)
 
 
 def _broken_off(directory: Path, digest: str, home: Home) -> str | None:
-    from worker.core.sweep import belongs, unfinished
-    from worker.shells.journal import Journal, journals
-
     for path in journals(directory):
         if time.time() - path.stat().st_mtime > RESUMED_SECONDS:
             break
@@ -201,8 +186,6 @@ def _broken_off(directory: Path, digest: str, home: Home) -> str | None:
 
 def _known(path: Path, digest: str) -> bool:
     """Whether this batch was begun with this very input. Raises `Trouble` if it was begun with another."""
-    from worker.shells.journal import Journal
-
     if not path.exists():
         return False
     journal = Journal(path, read_only=True)

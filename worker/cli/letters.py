@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli import INTERRUPTED, INVALID, Trouble
 from worker.cli.screen import note, output, plain_table
+from worker.core import jakarta
 from worker.core.dead_letter import (
     AGES,
     BROKER_REASONS,
@@ -23,10 +24,10 @@ from worker.core.dead_letter import (
 )
 from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.core.words import plural
+from worker.settings import AmqpSettings
 
 if TYPE_CHECKING:
     from worker.app.dead_letters import Held, Order, Report
-    from worker.settings import AmqpSettings
 
 KNOWN_REASONS: Final = frozenset(
     {str(reason) for status in DEAD_LETTERED for reason in REASONS[status]} | {*BROKER_REASONS, UNKNOWN}
@@ -202,8 +203,6 @@ def _age(moment: float | None, now: float) -> str:
 
 def print_letter(letter: DeadLetter, held: Held, which: str) -> None:
     """All that is known of one, and its body."""
-    from worker.core import jakarta
-
     parcel = held.parcel
     facts: list[tuple[str, object]] = [
         ("message id", f"{letter.command_id}{f'  ({which})' if which else ''}"),

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Argument, Option
 from worker.core.command import IDENTIFIER_RULE, Invalid, parse
+from worker.core.delivery import Message
 from worker.core.lanes import CANCELLATION, LANES
 from worker.core.topology import Names
+from worker.settings import AmqpSettings, load
 
 
 def publish(
@@ -30,7 +32,7 @@ def publish(
         str | None,
         Option(help="No call starts after this time, for example 2026-11-22T23:59:59+07:00.", metavar="RFC3339"),
     ] = None,
-    wait: Annotated[bool, Option("--wait", help="Wait for the outcome, and print it.")] = False,
+    wait: Annotated[bool, Option(help="Wait for the outcome, and print it.")] = False,
     timeout: Annotated[float, Option(help="The longest wait for the outcome, in seconds.", min=0.1, max=86_400)] = 60,
 ) -> int:
     """Publishes one command, which asks the worker to expire a bill.
@@ -45,7 +47,6 @@ def publish(
         qris-expire publish 10092081 --merchant-id 121000001
         qris-expire publish 10092081 --merchant-id 121000001 --reference ORD-77 --wait
     """
-    from worker.settings import AmqpSettings, load
     from worker.shells.amqp.session import BrokerError, session
 
     body = _body(bill, merchant_id, reference, not_after)
@@ -105,7 +106,6 @@ def _inbox(channel: Any, names: Names, lane: str) -> str:
 
 
 def _publish(channel: Any, names: Names, lane: str, command_id: str, body: bytes) -> None:
-    from worker.core.delivery import Message
     from worker.shells.amqp.session import NotTaken, Unroutable, publish
 
     properties = {

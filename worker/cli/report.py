@@ -10,14 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from worker.cli import INVALID, Trouble
+from worker.core.report import Report, harmless, kept_as_text
 from worker.shells import workbook
-from worker.shells.journal import LOCK, PRIVATE, SUFFIX
-
-if TYPE_CHECKING:
-    from worker.shells.journal import Journal
+from worker.shells.journal import LOCK, PRIVATE, SUFFIX, Journal
 
 
 def check_place(report: Path, source: str | None) -> None:
@@ -58,8 +56,6 @@ def check_existing(report: Path, journal: Journal, *, force: bool) -> None:
 
 def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
     """One line for each row of the input, from the journal, in the form of the input; the file appears whole."""
-    from worker.core.report import Report, harmless, kept_as_text
-
     form, lines = journal.facts.form, Report(journal.facts)
     if _is_workbook(report):
         with replacing(report, binary=True) as file:

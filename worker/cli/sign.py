@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 from worker.cli import INVALID, Trouble
 from worker.cli.calling import Calling, check_identifiers, merchant_of
 from worker.cli.command_line import Argument, Option
-from worker.core.command import Command
+from worker.core.command import Command, parse_rfc3339
 from worker.core.scheme import NO_TOKEN
+from worker.settings import GatewaySettings, load
+from worker.shells.clock import SystemClock
 
 if TYPE_CHECKING:
     from worker.core.request import SignedRequest
-    from worker.settings import GatewaySettings
     from worker.shells.credentials import Credentials
 
 PLACEHOLDER: Final = "ACCESS-TOKEN"
@@ -29,13 +30,9 @@ def sign(
     token: Annotated[
         str | None, Option(help=f"The access token to sign with; else the word {PLACEHOLDER} stands for it.")
     ] = None,
-    fetch_token: Annotated[
-        bool, Option("--fetch-token", help="Fetch a token from the gateway, and sign with it.")
-    ] = False,
+    fetch_token: Annotated[bool, Option(help="Fetch a token from the gateway, and sign with it.")] = False,
     timestamp: Annotated[str | None, Option(metavar="RFC3339", help="The time to sign with; else now.")] = None,
-    show_secrets: Annotated[
-        bool, Option("--show-secrets", help="Print token and signature in full, instead of ***.")
-    ] = False,
+    show_secrets: Annotated[bool, Option(help="Print token and signature in full, instead of ***.")] = False,
 ) -> int:
     """Prints an expire call without sending it: the string to sign, the body and every header.
 
@@ -83,7 +80,6 @@ class _Recorder:
 
 
 def _settings() -> tuple[GatewaySettings, Credentials]:
-    from worker.settings import GatewaySettings, load
     from worker.shells.credentials import Credentials
 
     gateway = load(GatewaySettings)
@@ -99,8 +95,6 @@ def _command(bill: str, merchant_id: str | None, gateway: GatewaySettings) -> Co
 def _moment(text: str | None) -> float:
     import time
 
-    from worker.core.command import parse_rfc3339
-
     try:
         return time.time() if text is None else parse_rfc3339(text)
     except ValueError as error:
@@ -115,7 +109,6 @@ def _fetched(gateway: GatewaySettings) -> str:
 
 def _signed(command: Command, gateway: GatewaySettings, recorder: _Recorder, token: str, epoch: float) -> SignedRequest:
     from worker.core import request
-    from worker.shells.clock import SystemClock
     from worker.wiring import external_ids, partner
 
     external_id = external_ids(SystemClock())()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
+from worker.cli.screen import output
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -28,13 +29,8 @@ def simulator(
     channel_id: Annotated[str, Option(help="The client's channel id.")] = "95051",
     signature: Annotated[str, Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")] = "hmac-sha512",
     sign_path: Annotated[str, Option(help="The path that expire calls sign.")] = "/qr/qr-mpm-expire-billnumber",
-    script: Annotated[
-        Path | None,
-        Option(help="JSON file that says which calls fail, and how (see above)."),
-    ] = None,
-    single_token: Annotated[
-        bool | None, Option("--single-token", help="A new token makes the old one invalid.")
-    ] = None,
+    script: Annotated[Path | None, Option(help="JSON file that says which calls fail, and how (see above).")] = None,
+    single_token: Annotated[bool | None, Option(help="A new token makes the old one invalid.")] = None,
     token_lifetime: Annotated[
         float | None, Option(help="Seconds for which a token is valid; 900 unless the script says otherwise.", min=0)
     ] = None,
@@ -166,8 +162,6 @@ def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:
 def _print_report(report: Report) -> None:
     """Each section adds up: the calls, then what they were answered."""
     from rich.table import Table
-
-    from worker.cli.screen import output
 
     table = Table("what the simulator saw", "count", title="simulator", title_justify="left")
     table.columns[1].justify = "right"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 from worker.cli import INTERRUPTED, INVALID, Trouble
 from worker.cli.batches import (
@@ -20,10 +20,12 @@ from worker.cli.batches import (
 )
 from worker.cli.command_line import Argument, Option
 from worker.cli.screen import tell
+from worker.core import jakarta
+from worker.core.lanes import SWEEP
+from worker.core.sweep import belongs, inbox_name
 from worker.core.words import plural
-
-if TYPE_CHECKING:
-    from worker.settings import AmqpSettings
+from worker.settings import AmqpSettings, load
+from worker.shells.journal import Journal, JournalError, journals, journals_of, prune
 
 PATIENCE: Final = 5.0
 """Seconds to wait for others who look at the dead letters."""
@@ -32,8 +34,7 @@ PATIENCE: Final = 5.0
 def status(
     batch: Annotated[str | None, Argument(help="The batch; all of them are listed without one.")] = None,
     prune: Annotated[
-        int | None,
-        Option(metavar="DAYS", min=1, help="Delete the journals of finished batches older than this first."),
+        int | None, Option(metavar="DAYS", min=1, help="Delete the journals of finished batches older than this first.")
     ] = None,
     state_dir: Annotated[Path | None, Option(metavar="DIR", help=STATE_DIR_HELP)] = None,
 ) -> int:
@@ -50,8 +51,6 @@ def status(
         qris-expire status
         qris-expire status 20261122-0a1b2c3d4e5f --state-dir /var/lib/sweeps
     """
-    from worker.settings import AmqpSettings, load
-
     amqp = load(AmqpSettings)
     directory = state_directory(amqp.prefix, state_dir)
     if prune is not None:
@@ -64,15 +63,11 @@ def status(
 
 
 def _prune(directory: Path, days: int) -> None:
-    from worker.shells.journal import prune
-
     gone = list(prune(directory, days, time.time()))
     print(f"deleted {plural(len(gone), 'journal')} of finished batches, not changed for {plural(days, 'day')}")
 
 
 def _list(directory: Path) -> None:
-    from worker.shells.journal import JournalError, journals
-
     paths = journals(directory)
     for path in paths:
         try:
@@ -85,9 +80,6 @@ def _list(directory: Path) -> None:
 
 def _lines(path: Path) -> list[str]:
     """A batch, in lines that need no table: nothing of it is cut, however narrow the terminal."""
-    from worker.core import jakarta
-    from worker.shells.journal import Journal
-
     with closing(Journal(path, read_only=True)) as journal:
         facts, tally = journal.facts, journal.tally()
     begun = jakarta.iso(facts.created_at, milliseconds=False)[:16].replace("T", " ")
@@ -105,8 +97,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
-    from worker.shells.journal import journals_of
-
     check_batch_id(batch)
     paths = journals_of(directory, batch)
     if not paths:
@@ -121,9 +111,6 @@ def _show(amqp: AmqpSettings, directory: Path, batch: str) -> None:
 
 
 def _show_one(path: Path) -> None:
-    from worker.core import jakarta
-    from worker.shells.journal import Journal
-
     with closing(Journal(path, read_only=True)) as journal:
         facts, tally = journal.facts, journal.tally()
         batch = facts.batch.id
@@ -158,9 +145,7 @@ def _fact(name: str, text: str) -> None:
 def _show_letters(amqp: AmqpSettings, path: Path, there: int) -> None:
     """Which unresolved bills have no dead letter any more. ``there``: dead letters, of all batches."""
     from worker.app.dead_letters import MOST_HELD
-    from worker.core.sweep import belongs
     from worker.shells.amqp.session import BrokerError
-    from worker.shells.journal import Journal
 
     with closing(Journal(path, read_only=True)) as journal:
         facts, parked = journal.facts, dict(journal.dead_lettered())
@@ -217,8 +202,6 @@ def _letters(amqp: AmqpSettings, batch: str) -> frozenset[str]:
 def _depths(amqp: AmqpSettings, batch: str) -> tuple[str, int | None]:
     """What waits in the queues that matter, in one line, or why that is unknown; and the number of dead letters, None
     where the broker does not tell."""
-    from worker.core.lanes import SWEEP
-    from worker.core.sweep import inbox_name
     from worker.shells.amqp.session import BrokerError, depth, session
 
     names = amqp.names

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble, report, through_broker
@@ -28,14 +28,14 @@ from worker.cli.command_line import Argument, Option
 from worker.cli.intake import Input, batch, check_any, take_in
 from worker.cli.screen import note, tell
 from worker.core import jakarta
-from worker.core.needs import SUSPICIOUS_PERCENT
+from worker.core.command import IDENTIFIER_RULE, is_identifier
+from worker.core.needs import SUSPICIOUS_PERCENT, UNKNOWN, count, settled, suspicious
 from worker.core.pace import WINDOW
-from worker.core.words import plural
-
-if TYPE_CHECKING:
-    from worker.core.sweep import Home, Tally
-    from worker.settings import AmqpSettings, Settings
-    from worker.shells.journal import Journal
+from worker.core.sweep import Home, Tally, batch_id, command_body, command_id
+from worker.core.topology import Names
+from worker.core.words import plural, share
+from worker.settings import AmqpSettings, DefaultMerchant, Settings, load
+from worker.shells.journal import Journal, lock
 
 SHOWN: Final = 3  # commands that --dry-run prints
 
@@ -53,7 +53,7 @@ class Options:
     merchant_id: Annotated[
         str | None, Option(help="Merchant of the rows that have none; else GATEWAY_MERCHANT_ID, if it is set here.")
     ] = None
-    wait: Annotated[bool, Option("--wait", help="Follow the outcomes until every bill has one.")] = False
+    wait: Annotated[bool, Option(help="Follow the outcomes until every bill has one.")] = False
     follow: Annotated[
         str | None, Option(metavar="BATCH", help="Instead of FILE: continue a batch that was interrupted.")
     ] = None
@@ -68,39 +68,30 @@ class Options:
             help="Instead of FILE: publish nothing more of a batch that is followed, wherever its process runs.",
         ),
     ] = None
-    resume: Annotated[bool, Option("--resume", help="Continue a batch that was stopped.")] = False
+    resume: Annotated[bool, Option(help="Continue a batch that was stopped.")] = False
     report: Annotated[
         Path | None,
         Option(
             metavar="OUT.csv", help="At the end, write a line for each row of the input to this file (.csv or .xlsx)."
         ),
     ] = None
-    force: Annotated[bool, Option("--force", help="Replace the file that --report names, if it exists.")] = False
+    force: Annotated[bool, Option(help="Replace the file that --report names, if it exists.")] = False
     delimiter: Annotated[
         str | None, Option(metavar="CHARACTER", help="Of the report's columns; else that of the input.")
     ] = None
     accept_as_is: Annotated[
-        bool,
-        Option("--accept-as-is", help="Send bills and merchants also where a spreadsheet seems to have changed them."),
+        bool, Option(help="Send bills and merchants also where a spreadsheet seems to have changed them.")
     ] = False
-    skip_invalid: Annotated[bool, Option("--skip-invalid", help="Go on without the rows that cannot be used.")] = False
-    allow_empty: Annotated[
-        bool, Option("--allow-empty", help="Exit with 0 also when the input has a header and no bills.")
-    ] = False
-    dry_run: Annotated[bool, Option("--dry-run", help="Only check the input, and show what would be sent.")] = False
-    direct: Annotated[
-        bool, Option("--direct", help="Without a broker and a worker: straight from here to the gateway.")
-    ] = False
-    republish: Annotated[
-        bool, Option("--republish", help="Publish again, under the same ids, what has no outcome.")
-    ] = False
+    skip_invalid: Annotated[bool, Option(help="Go on without the rows that cannot be used.")] = False
+    allow_empty: Annotated[bool, Option(help="Exit with 0 also when the input has a header and no bills.")] = False
+    dry_run: Annotated[bool, Option(help="Only check the input, and show what would be sent.")] = False
+    direct: Annotated[bool, Option(help="Without a broker and a worker: straight from here to the gateway.")] = False
+    republish: Annotated[bool, Option(help="Publish again, under the same ids, what has no outcome.")] = False
     retry_unresolved: Annotated[
-        bool,
-        Option("--retry-unresolved", help="Send the bills again that stayed unresolved, as after a long outage."),
+        bool, Option(help="Send the bills again that stayed unresolved, as after a long outage.")
     ] = False
     allow_rejected: Annotated[
-        bool,
-        Option("--allow-rejected", help="Exit with 0 also when the gateway refused bills for good, as paid ones."),
+        bool, Option(help="Exit with 0 also when the gateway refused bills for good, as paid ones.")
     ] = False
     allow_not_found: Annotated[
         float | None,
@@ -154,8 +145,6 @@ def sweep(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
-    from worker.core.command import IDENTIFIER_RULE, is_identifier
-
     if [options.file, options.follow, options.stop].count(None) != 2:
         raise Trouble("give a FILE (or - for standard input), --follow BATCH or --stop BATCH", code=INVALID)
     if options.window is not None and (options.window < 1 or options.direct or not (options.wait or options.follow)):
@@ -178,8 +167,6 @@ def _check(options: Options) -> None:
 
 def _settings(options: Options) -> Any:
     """`Settings` for the gateway, or only the broker's."""
-    from worker.settings import AmqpSettings, load
-
     return load() if options.direct else load(AmqpSettings)
 
 
@@ -196,7 +183,6 @@ def _silence() -> None:
 @contextmanager
 def _journal(options: Options, directory: Path, settings: Any) -> Iterator[Journal]:
     """The batch's journal, ours alone."""
-    from worker.shells.journal import Journal, lock
 
     def home() -> Home:
         return gateway_of(settings.gateway) if options.direct else broker_of(settings)
@@ -225,16 +211,10 @@ def _input(options: Options, settings: Any) -> Input:
 
 def _default_merchant() -> str | None:
     """GATEWAY_MERCHANT_ID of our own environment; the worker's cannot be seen from here."""
-    from worker.settings import DefaultMerchant, load
-
     return load(DefaultMerchant).id
 
 
 def _dry_run(options: Options, prefix: str, settings: Any) -> int:
-    from worker.core.sweep import batch_id, command_body, command_id
-    from worker.core.topology import Names
-    from worker.shells.journal import Journal
-
     with tempfile.TemporaryDirectory(prefix="qris-expire-") as scratch:
         given = _input(options, settings)
         intake = take_in(replace(given, skip_invalid=given.skip_invalid or options.report is not None), Path(scratch))
@@ -388,9 +368,6 @@ def _nothing_sent(journal: Journal, tally: Tally) -> str:
 
 
 def _conclude(options: Options, journal: Journal, tally: Tally) -> int:
-    from worker.core.needs import UNKNOWN, count, settled, suspicious
-    from worker.core.words import share
-
     batch = journal.facts.batch.id
     print_tally(f"sweep {batch}", tally)
     again = shlex.join(["qris-expire", "sweep", "--follow", batch, *_same_way(options), "--retry-unresolved"])

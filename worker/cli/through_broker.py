@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 from worker import signals
 from worker.cli import Trouble
 from worker.cli.batches import check_batch_id, home_at
+from worker.cli.meter import Meter
 from worker.cli.screen import note, tell
+from worker.core import jakarta
+from worker.core.lanes import SWEEP
+from worker.core.sweep import Home, Tally, belongs, follower_name, inbox, inbox_name, read_outcome
+from worker.core.topology import Topology, topology
+from worker.settings import AmqpSettings
+from worker.shells.clock import SystemClock
+from worker.shells.journal import Journal, find, lock
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended
-    from worker.core.sweep import Home, Tally
-    from worker.settings import AmqpSettings
-    from worker.shells.journal import Journal
 
 
 def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> Ended:
@@ -28,12 +33,8 @@ def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> 
     Raises `Trouble`; before anything is begun also `BrokerError`, `Followed` and `TopologyMismatch`.
     """
     from worker.app.sweep import Sweep
-    from worker.cli.meter import Meter
-    from worker.core.lanes import SWEEP
-    from worker.core.sweep import follower_name, inbox
     from worker.shells.amqp.bulk import Bulk, Route
     from worker.shells.amqp.session import parameters, session
-    from worker.shells.clock import SystemClock
 
     before, batch, names = journal.tally(), journal.facts.batch.id, amqp.names
     own = inbox(names, batch, amqp.queue_type) if follow else None
@@ -63,7 +64,6 @@ def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> 
 
 def take_late(amqp: AmqpSettings, journal: Journal) -> None:
     """Every bill has an outcome; some may have got a better one since, by a redrive."""
-    from worker.core.sweep import follower_name, inbox_name, read_outcome
     from worker.shells.amqp.bulk import check_free, take
     from worker.shells.amqp.session import BrokerError, session
 
@@ -82,7 +82,6 @@ def take_late(amqp: AmqpSettings, journal: Journal) -> None:
 def close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
     """Deletes it when it has no more to tell; one whose bills may be redriven stays, for as long as queues of its kind
     do."""
-    from worker.core.sweep import inbox_name
     from worker.shells.amqp.session import BrokerError, session
 
     if tally.unresolved or tally.unsent:
@@ -93,10 +92,8 @@ def close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
 
 def stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
     """Ends the publishing of a batch, from anywhere."""
-    from worker.core.sweep import inbox_name
     from worker.shells.amqp.bulk import stop as order_stop
     from worker.shells.amqp.session import session
-    from worker.shells.journal import Journal, find, lock
 
     check_batch_id(batch)
     who, now = _who(), time.time()
@@ -121,8 +118,6 @@ def stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
 
 def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, tally: Tally) -> Any:
     """What must exist before the first publish: lane, exchanges, and the inbox, or outcomes would go elsewhere."""
-    from worker.core.sweep import follower_name
-    from worker.core.topology import Topology, topology
     from worker.shells.amqp.bulk import check_free
     from worker.shells.amqp.session import apply, verify
 
@@ -144,7 +139,6 @@ def _prepare(connection: Any, amqp: AmqpSettings, journal: Journal, own: Any, ta
 
 def _who() -> str:
     """Who we are, for those who find that the batch is followed."""
-    from worker.core import jakarta
     from worker.shells import operator
 
     since = jakarta.iso(time.time(), milliseconds=False)
@@ -153,8 +147,6 @@ def _who() -> str:
 
 def _settle_in(journal: Journal, home: Home) -> None:
     """What is sent from here on counts as sent there. Raises `Trouble` if it was sent elsewhere before."""
-    from worker.core.sweep import belongs
-
     if not belongs(journal.facts, home):  # the broker did not answer at first, and then it was another one
         raise Trouble(
             f"batch {journal.facts.batch.id} was sent to {journal.facts.place}, not to {home.place}; call this again"

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
 from worker.core.topology import Topology, definitions
 from worker.core.topology import topology as plan
-
-if TYPE_CHECKING:
-    from worker.settings import AmqpSettings
+from worker.settings import AmqpSettings, RetrySettings, load
 
 
 def topology(
-    apply: Annotated[bool, Option("--apply", help="Declare it; what exists already stays.")] = False,
+    apply: Annotated[bool, Option(help="Declare it; what exists already stays.")] = False,
     as_definitions: Annotated[
         bool, Option("--definitions", help="Print it as RabbitMQ definitions (JSON), to import.")
     ] = False,
@@ -43,8 +41,6 @@ def topology(
 
 
 def _settings() -> tuple[AmqpSettings, Topology]:
-    from worker.settings import AmqpSettings, RetrySettings, load
-
     amqp, retry = load(AmqpSettings, RetrySettings)
     return amqp, plan(amqp.prefix, amqp.queue_type, retry.delays_seconds)
 

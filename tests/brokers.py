@@ -60,6 +60,21 @@ class PrivateBroker(broker.PrivateBroker):
         self.plugins = tuple(plugins)
         super().__init__(directory, port=port, name=name, home=home)
 
+    def __repr__(self) -> str:
+        return f"PrivateBroker({self.node}, port={self.port}, {'running' if self.running else 'stopped'})"
+
+    @property
+    def pid(self) -> int:
+        """Of the Erlang VM itself, not of a shell around it."""
+        if self._process is None:
+            raise BrokerUnavailable(f"{self.node} is not running; start it first")
+        return self._process.pid
+
+    @property
+    def directory(self) -> Path:
+        """Holds everything that it writes."""
+        return self._home.directory
+
     def server(self) -> Path:
         """That of its version."""
         return installed(self._version) / "sbin" / "rabbitmq-server" if self._version else super().server()
@@ -91,6 +106,11 @@ class PrivateBroker(broker.PrivateBroker):
         # With its length before it, so that no longer name passes for this one.
         member = f"%2F_{queue}".encode()
         return names.is_file() and bytes([len(member)]) + member in names.read_bytes()
+
+    def stop(self) -> None:
+        """Stop as an operator would: queues are closed properly, data and ports are kept."""
+        self.terminate()
+        self.wait_stopped()
 
     def restart(self) -> None:
         """Stop and start on the same data and ports."""

@@ -145,9 +145,6 @@ class PrivateBroker:
         self.node = f"{name}@localhost"
         self.choose_ports()
 
-    def __repr__(self) -> str:
-        return f"PrivateBroker({self.node}, port={self.port}, {'running' if self.running else 'stopped'})"
-
     def __enter__(self) -> Self:
         try:
             self.start()
@@ -165,20 +162,8 @@ class PrivateBroker:
         return f"amqp://guest:guest@{LOOPBACK}:{self.port}/%2F"
 
     @property
-    def pid(self) -> int:
-        """Of the Erlang VM itself, not of a shell around it."""
-        if self._process is None:
-            raise BrokerUnavailable(f"{self.node} is not running; start it first")
-        return self._process.pid
-
-    @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
-
-    @property
-    def directory(self) -> Path:
-        """Holds everything that it writes."""
-        return self._home.directory
 
     def server(self) -> Path:
         """The script that starts it; raises BrokerUnavailable where RabbitMQ is not installed."""
@@ -225,15 +210,10 @@ class PrivateBroker:
             time.sleep(0.05)
         self._ready = self._settled = True
 
-    def stop(self) -> None:
-        """Stop as an operator would: queues are closed properly, data and ports are kept."""
-        self.terminate()
-        self.wait_stopped()
-
     def terminate(self) -> None:
         """Ask it to stop and do not wait. One that still boots is killed: it would finish its boot first."""
-        if self.running:
-            os.kill(self.pid, signal.SIGTERM if self._ready else signal.SIGKILL)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM if self._ready else signal.SIGKILL)
 
     def wait_stopped(self, timeout: float = STOP_SECONDS) -> None:
         """Wait for the end after `terminate`; kill it when `timeout` seconds are over."""
@@ -248,8 +228,8 @@ class PrivateBroker:
 
     def kill(self) -> None:
         """Stop it with SIGKILL, as a power cut would."""
-        if self.running:
-            os.kill(self.pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.kill()
         self._reap()
 
     def close(self) -> None:

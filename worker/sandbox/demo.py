@@ -90,7 +90,7 @@ class Seen:
 
 
 @dataclass(slots=True)
-class Tally:
+class Received:
     """What came back, by command."""
 
     expected: int
@@ -151,18 +151,18 @@ def run(size: int, given: AmqpSettings | None, console: Console) -> list[Seen]:
         environment = environment_of(simulator, directory, settings)
         worker = stack.enter_context(_worker(environment, directory))
         fact(console, "worker", f"process {worker.pid} on {amqp.prefix}, metrics at http://127.0.0.1:{port}/metrics")
-        tally = Tally(size)
+        received = Received(size)
         started = time.monotonic()
         try:
-            _watch(channel, inbox, amqp.names, tally, simulator, worker, console)
+            _watch(channel, inbox, amqp.names, received, simulator, worker, console)
         except DemoError as error:
             raise DemoError(f"{error}; its last line: {_last_line(directory)}") from None
         took = time.monotonic() - started
         metrics = _scrape(port)
         _stop(worker, directory)
         dead = _parked(channel, amqp.names)
-        _report(console, tally, simulator, took, metrics, len(dead))
-    return tally.seen + dead
+        _report(console, received, simulator, took, metrics, len(dead))
+    return received.seen + dead
 
 
 # -- the parts ------------------------------------------------------------------------------------------------------
@@ -260,20 +260,20 @@ def _watch(
     channel: Any,
     inbox: str,
     names: Names,
-    tally: Tally,
+    received: Received,
     simulator: Simulator,
     worker: subprocess.Popen[bytes],
     console: Console,
 ) -> None:
     """Publishes the sweep at once and the cancellations beside it, takes the outcomes, shows both."""
     published: dict[str, float] = {}
-    commands = batch(tally.expected, names.commands)
+    commands = batch(received.expected, names.commands)
     cancellations = [command for command in commands if command.routing_key == CANCELLATION]
 
     def send(command: Message) -> None:
         published[command.properties["message_id"]] = time.monotonic()
         dated = command._replace(properties={**command.properties, "timestamp": int(time.time())})
-        tally.seen.append(Seen("command", dated.routing_key, dict(dated.properties), dated.body))
+        received.seen.append(Seen("command", dated.routing_key, dict(dated.properties), dated.body))
         publish(channel, dated)
 
     for command in commands:
@@ -282,29 +282,29 @@ def _watch(
     deadline = time.monotonic() + LONGEST
     next_at = time.monotonic()
     with _view(console) as show:
-        while not tally.complete:
+        while not received.complete:
             now = time.monotonic()
             if worker.poll() is not None:
                 raise DemoError(f"the worker ended early, with exit code {worker.returncode}")
             if now > deadline:
-                raise DemoError(f"only {len(tally.outcomes)} of {tally.expected} outcomes after {LONGEST:.0f} s")
+                raise DemoError(f"only {len(received.outcomes)} of {received.expected} outcomes after {LONGEST:.0f} s")
             if cancellations and now >= next_at:
                 next_at = now + PACE
                 send(cancellations.pop())
-            _take(channel, inbox, tally, published)
-            show(partial(_picture, tally, simulator, _depth(channel, names.queue(SWEEP))))
+            _take(channel, inbox, received, published)
+            show(partial(_picture, received, simulator, _depth(channel, names.queue(SWEEP))))
 
 
-def _take(channel: Any, inbox: str, tally: Tally, published: dict[str, float]) -> None:
+def _take(channel: Any, inbox: str, received: Received, published: dict[str, float]) -> None:
     quiet = time.monotonic() + 0.1
     while time.monotonic() < quiet:
         method, properties, body = channel.basic_get(inbox, auto_ack=True)
         if method is None:
             time.sleep(0.02)
             continue
-        tally.seen.append(_seen("outcome", method.routing_key, properties, body))
+        received.seen.append(_seen("outcome", method.routing_key, properties, body))
         outcome = json.loads(body)
-        tally.add(outcome, published[outcome["commandId"]], time.monotonic())
+        received.add(outcome, published[outcome["commandId"]], time.monotonic())
 
 
 def _parked(channel: Any, names: Names) -> list[Seen]:
@@ -368,28 +368,30 @@ def _view(console: Console) -> Iterator[Show]:
     yield line
 
 
-def _table(title: str, tally: Tally, **more: Any) -> Table:
+def _table(title: str, received: Received, **more: Any) -> Table:
     table = Table("status", "reason", title=title, title_justify="left", **more)
     table.add_column("commands", justify="right")
-    for (status, reason), count in sorted(tally.counts().items()):
+    for (status, reason), count in sorted(received.counts().items()):
         table.add_row(status, reason, str(count))
     return table
 
 
-def _picture(tally: Tally, simulator: Simulator, waiting: int) -> Table:
+def _picture(received: Received, simulator: Simulator, waiting: int) -> Table:
     calls = simulator.report(bills=False).expire_calls
-    progress = f"{len(tally.outcomes)} of {tally.expected} outcomes, {calls} calls, {waiting} waiting in the sweep"
-    return _table("qris-expire demo", tally, caption=progress, caption_justify="left", min_width=60)
+    progress = (
+        f"{len(received.outcomes)} of {received.expected} outcomes, {calls} calls, {waiting} waiting in the sweep"
+    )
+    return _table("qris-expire demo", received, caption=progress, caption_justify="left", min_width=60)
 
 
-def _report(console: Console, tally: Tally, simulator: Simulator, took: float, metrics: str, dead: int) -> None:
-    counts = tally.counts()
-    table = _table("What became of them", tally)
+def _report(console: Console, received: Received, simulator: Simulator, took: float, metrics: str, dead: int) -> None:
+    counts = received.counts()
+    table = _table("What became of them", received)
     table.add_section()
-    table.add_row("total", f"of {tally.expected} commands published", str(counts.total()))
+    table.add_row("total", f"of {received.expected} commands published", str(counts.total()))
     console.print(table)
     fact(console, "gateway", seen_by_gateway(simulator))
-    cancelled = sorted(tally.seconds[CANCELLATION])
+    cancelled = sorted(received.seconds[CANCELLATION])
     fact(
         console,
         "speed",
@@ -397,7 +399,7 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
         f"{cancelled[len(cancelled) // 2]:.2f} s, while the sweep was queued",
     )
     fact(console, "dead", f"{dead} dead letters, each with its reason: the commands that are unresolved or invalid")
-    retried = next((o for o in tally.outcomes.values() if o["attempts"] > 1 and o["status"] == "expired"), None)
+    retried = next((o for o in received.outcomes.values() if o["attempts"] > 1 and o["status"] == "expired"), None)
     if retried is not None:
         console.print("an outcome, as a consumer receives it:")
         fact(console, "", json.dumps(retried))
@@ -405,7 +407,7 @@ def _report(console: Console, tally: Tally, simulator: Simulator, took: float, m
     for line in metrics.splitlines():
         if line.startswith(("qris_expire_outcomes_total", "qris_expire_retries_total")) and not line.endswith(" 0.0"):
             console.print(f"  {line}", highlight=False, markup=False)
-    console.print(f"the worker drained and ended with 0: {tally.expected} commands, {counts.total()} outcomes.")
+    console.print(f"the worker drained and ended with 0: {received.expected} commands, {counts.total()} outcomes.")
 
 
 def fact(console: Console, name: str, text: str) -> None:

@@ -93,7 +93,7 @@ class _Child:
                 self._command, env=self._environment, stdin=subprocess.DEVNULL, process_group=0
             )
         except OSError as error:  # no memory, no process left: may pass, and the others go on
-            self._again(now, why=str(error))
+            self.restart_later(now, why=str(error))
         else:
             log.info("process_started", child=self.name, pid=self.process.pid, start=self.starts)
 
@@ -106,10 +106,7 @@ class _Child:
                 self._tally.died()
         return code
 
-    def restart_later(self, code: int, now: float) -> None:
-        self._again(now, why=_why(code))
-
-    def _again(self, now: float, *, why: str) -> None:
+    def restart_later(self, now: float, *, why: str) -> None:
         self._backoff = backoff(self._backoff, now - self._started)
         self.start_at = now + self._backoff
         log.error("process_died", child=self.name, why=why, restart_in_seconds=self._backoff)
@@ -195,11 +192,8 @@ class _Family:
         # One scrape at a time: an older answer must not overwrite a newer one and take counters back.
         with self._scraping:
             scrapes = list(self._pool.map(_Child.scrape, self._children))
-        return merge([*scrapes, self._own_metrics()]).encode()
-
-    def _own_metrics(self) -> str:
-        running = sum(child.process is not None for child in self._children)
-        return of_family(zip(FAMILY, (running, self._restarts), strict=True))
+        own = of_family(zip(FAMILY, (len(self._running), self._restarts), strict=True))
+        return merge([*scrapes, own]).encode()
 
     def live(self) -> Health:
         """Whether every child is; one that has drained already is not missed."""
@@ -231,7 +225,9 @@ class _Family:
             self._reap(now)
             if self._told:
                 if not self._running:
-                    return self._exit_code()
+                    if self._refusal is not None:
+                        return self._refusal
+                    return FORCED if self._forced else DRAINED
                 self._kill_overdue(now)
             else:
                 self._start_due(now)
@@ -271,7 +267,7 @@ class _Family:
             elif self._told:
                 self._stopped(child, code)
             else:
-                child.restart_later(code, now)
+                child.restart_later(now, why=_why(code))
 
     def _stopped(self, child: _Child, code: int) -> None:
         # One SIGTERM kills only a child that has no handlers yet, so it held nothing.
@@ -310,11 +306,6 @@ class _Family:
         elif self._told == 0:
             times += [child.start_at for child in self._children if child.start_at is not None]
         return max(min(times) - now, 0.0)
-
-    def _exit_code(self) -> int:
-        if self._refusal is not None:
-            return self._refusal
-        return FORCED if self._forced else DRAINED
 
 
 def private_directory(places: Iterable[str | None] = PLACES) -> Path:

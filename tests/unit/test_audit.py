@@ -8,7 +8,7 @@ import pwd
 
 import pytest
 
-from worker.cli.audit import audit
+from worker.cli.letters import audit
 from worker.core.dead_letter import Filter
 
 

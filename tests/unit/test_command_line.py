@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 
 from worker import cli
-from worker.cli.command_line import Argument, Call, Documents, Group, Option, Shown, UsageError, read
+from worker.cli.command_line import Argument, Documents, Group, Option, Shown, UsageError, read
 
 COLOURS = ("red", "dark-blue")
 
@@ -47,7 +47,7 @@ def list_(limit: Annotated[int, Option(help="At most so many.", min=0)] = 20) ->
 
 
 def parsed(*words: str) -> dict[str, Any]:
-    return dict(read("paint", paint, words, lambda: Documents("Settings: A_B.", "A_B  What it is.")).values)
+    return dict(read("paint", paint, words, lambda: Documents("Settings: A_B.", "A_B  What it is.")).keywords)
 
 
 def said(command: Any, *words: str) -> str:
@@ -120,7 +120,7 @@ def test_commands_of_a_group() -> None:
     """The word after a group's name is its command; a wrong one is reported with the nearest."""
     call = read("tools", tools, ["list", "--limit", "3"], Documents)
 
-    assert (call.function, dict(call.values)) == (list_, {"limit": 3})
+    assert (call.func, call.keywords) == (list_, {"limit": 3})
     assert said(tools, "lits") == "no such command: lits; did you mean list?"
     assert said(tools) == "a command is missing: list"
 
@@ -129,8 +129,8 @@ def test_a_group_can_do_something_alone() -> None:
     """Without a command of its own, a group does what it does alone, with options."""
     group = Group("Does.", alone=list_, commands={"paint": paint})
 
-    assert read("g", group, [], Documents) == Call(list_, {"limit": 20})
-    assert read("g", group, ["--limit", "1"], Documents) == Call(list_, {"limit": 1})
+    assert read("g", group, [], Documents).keywords == {"limit": 20}
+    assert read("g", group, ["--limit", "1"], Documents).keywords == {"limit": 1}
 
 
 def test_help_explains_every_word() -> None:

@@ -6,13 +6,13 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 from worker import __version__
 from worker.cli import command_line
 from worker.cli.command_line import (
-    Call,
     Documents,
     Function,
     Group,
@@ -77,7 +77,7 @@ def command(name: str) -> Function | Group:
     return found
 
 
-def read(words: Sequence[str]) -> Call:
+def read(words: Sequence[str]) -> partial[Any]:
     """What a command line asks for, without the options of all commands. Raises `UsageError` and `Shown`."""
     name = words[0] if words else ""
     if name in ("", "-h", "--help"):

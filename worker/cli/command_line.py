@@ -16,6 +16,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -88,17 +89,6 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A function and what to call it with."""
-
-    function: Function
-    values: Mapping[str, Any]
-
-    def __call__(self) -> Any:
-        return self.function(**self.values)
-
-
-@dataclass(frozen=True, slots=True)
 class Documents:
     """The texts of a command's settings: ``brief`` ends its help, ``whole`` is what ``--help-settings`` prints."""
 
@@ -106,7 +96,9 @@ class Documents:
     whole: str = ""
 
 
-def read(path: str, command: Function | Group, words: Sequence[str], documents: Callable[[], Documents]) -> Call:
+def read(
+    path: str, command: Function | Group, words: Sequence[str], documents: Callable[[], Documents]
+) -> partial[Any]:
     """The call that ``words`` ask for. Raises `UsageError`, and `Shown` where help is asked for."""
     while isinstance(command, Group):
         word = words[0] if words else ""
@@ -234,7 +226,7 @@ _PLAINER: Final = (
 """What argparse says → what we say."""
 
 
-def _read(path: str, function: Function, words: Sequence[str], documents: Callable[[], Documents]) -> Call:
+def _read(path: str, function: Function, words: Sequence[str], documents: Callable[[], Documents]) -> partial[Any]:
     parameters = list(_parameters(function))
     end = words.index("--") if "--" in words else len(words)
     before, after = words[:end], words[end + 1 :]
@@ -254,7 +246,7 @@ def _read(path: str, function: Function, words: Sequence[str], documents: Callab
     if unknown_options:
         parser.error(f"not known here: {' '.join(unknown_options)}")
     given = vars(options) | _arguments(parser, parameters, [*rest, *after])
-    return Call(function, _values(function, {each.name: each.default for each in parameters} | given))
+    return partial(function, **_values(function, {each.name: each.default for each in parameters} | given))
 
 
 def _arguments(parser: _Parser, parameters: Sequence[_Parameter], words: Sequence[str]) -> dict[str, Any]:

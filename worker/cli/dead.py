@@ -15,15 +15,16 @@ from typing import IO, TYPE_CHECKING, Annotated, Final, Self
 
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble
-from worker.cli.audit import audit, redrive_facts
 from worker.cli.command_line import Argument, Group, Option
 from worker.cli.letters import (
+    audit,
     check_reasons,
     hint,
     listing,
     print_letter,
     print_list,
     print_rehearsal,
+    redrive_facts,
     tell_redrive,
 )
 from worker.cli.screen import DRAW_EVERY, Display, bars, note

@@ -16,7 +16,6 @@ from worker.settings import Settings
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended
-    from worker.core.sweep import Standing
     from worker.shells.fibers import Fibers
     from worker.shells.journal import Journal
     from worker.wiring import Client
@@ -36,11 +35,11 @@ def send(journal: Journal, settings: Settings) -> Ended:
     from worker.wiring import Client
 
     client = Client(settings, share=1.0)
-    with _turning(client.fibers) as loop, _in_the_fleet(client, settings) as fleet:
+    with _turning(client.fibers) as loop, _in_the_fleet(client, settings) as remark:
         _check_credentials(client)
         journal.direct(journal.facts.published + WINDOW)
         signals.install()
-        with Meter(f"sweep {journal.facts.batch.id}", publish=False) as meter:
+        with Meter(f"sweep {journal.facts.batch.id}", publish=False, remark=remark) as meter:
             direct = Direct(
                 journal,
                 client.dispatcher,
@@ -49,7 +48,7 @@ def send(journal: Journal, settings: Settings) -> Ended:
                 drain_seconds=settings.worker.drain_seconds,
                 stop=signals.received,
                 chores=_chores(client, loop),
-                screen=_Screen(meter, fleet),
+                screen=meter,
                 clock=client.clock,
             )
             client.pool(direct.finish).start()
@@ -71,25 +70,12 @@ def _turning(fibers: Fibers) -> Iterator[threading.Thread]:
         over.set()
 
 
-class _Screen:
-    """The meter, which also says why this sweep is not in the fleet; ``fleet`` is empty while it is."""
-
-    def __init__(self, meter: Meter, fleet: Callable[[], str]) -> None:
-        self._meter = meter
-        self._fleet = fleet
-
-    def show(self, standing: Standing, trouble: str) -> None:
-        """See `Screen`."""
-        outside = self._fleet()
-        self._meter.show(standing, trouble or (f"not in the fleet of the workers: {outside}" if outside else ""))
-
-
 @contextmanager
 def _in_the_fleet(client: Client, settings: Settings) -> Iterator[Callable[[], str]]:
     """Wherever the broker is there, this sweep is a member of its workers' fleet: their rate, holds, breaker and token
-    are its own. Without a broker it has the gateway for itself, and says so. Yields what says why it is not in the
-    fleet, empty while it is. Raises `Trouble` where a broker refuses us, and a rate limit that counts for all could
-    not be kept."""
+    are its own. Without a broker it has the gateway for itself, and says so. Yields what says, in a sentence, why it is
+    not in the fleet; empty while it is. Raises `Trouble` where a broker refuses us, and a rate limit that counts for
+    all could not be kept."""
     from worker.shells.amqp.session import BrokerError, BrokerUnreachable, connect
 
     limit = settings.gateway.max_requests_per_second
@@ -102,12 +88,12 @@ def _in_the_fleet(client: Client, settings: Settings) -> Iterator[Callable[[], s
             ) from None
         own = f"; it keeps the limit of {limit:g} calls/s for itself" if limit else ""
         note(f"{error}; without the broker this sweep shares no rate limit and no token with workers{own}")
-        yield lambda: ""
+        yield str
         return
     link = client.join(settings.amqp)
     link.start()
     try:
-        yield lambda: link.trouble
+        yield lambda: link.trouble and f"not in the fleet of the workers: {link.trouble}"
     finally:
         client.fibers.ask(link.close).result()
 

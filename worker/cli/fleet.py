@@ -7,8 +7,9 @@ import re
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Argument, Group, Option
@@ -23,8 +24,6 @@ from worker.shells import operator
 if TYPE_CHECKING:
     from worker.shells.amqp.fleet_tool import FleetTool
 
-T = TypeVar("T")
-
 ACTS_WITHIN: Final = 2.0  # seconds in which every member obeys
 UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 LONGEST: Final = 366 * 86_400.0
@@ -38,7 +37,8 @@ def show(
 
     Changes nothing. Exit code 0: members answered. 1: nobody answered.
     """
-    cards = _with(lambda tool: tool.cards())
+    with _tool() as tool:
+        cards = tool.cards()
     if as_json:
         for card in cards:
             print(json.dumps(asdict(card)))
@@ -126,7 +126,8 @@ def probe() -> int:
 
         qris-expire fleet probe
     """
-    _with(lambda tool: tool.probe())
+    with _tool() as tool:
+        tool.probe()
     tell("the fleet probes the gateway; `qris-expire fleet` shows what the breakers say then")
     return 0
 
@@ -134,17 +135,16 @@ def probe() -> int:
 # -- carrying it out --------------------------------------------------------------------------------------------------
 
 
-def _with(talk: Callable[[FleetTool], T]) -> T:
+def _tool() -> AbstractContextManager[FleetTool]:
     from worker.shells.amqp.fleet_tool import fleet_tool
 
-    with fleet_tool(load(AmqpSettings)) as tool:
-        return talk(tool)
+    return fleet_tool(load(AmqpSettings))
 
 
 def _order(change: Callable[[Orders], Orders]) -> int:
     """Changes what operators want, and waits until all that answer obey."""
 
-    def carry_out(tool: FleetTool) -> tuple[Orders, list[Card]]:
+    with _tool() as tool:
         cards = tool.cards()
         # What rests at the broker counts; a member may know of something later that could not be laid down.
         before = max([tool.orders(), *(card.orders for card in cards)], key=lambda orders: orders.revision)
@@ -156,11 +156,8 @@ def _order(change: Callable[[Orders], Orders]) -> int:
         deadline = time.monotonic() + ACTS_WITHIN
         while any(card.orders.revision < orders.revision for card in cards) and time.monotonic() < deadline:
             cards = tool.cards()
-        return orders, cards
-
-    orders, cards = _with(carry_out)
-    late = [f"{card.host} process {card.process}" for card in cards if card.orders.revision < orders.revision]
-    for line in _wishes(orders) or ["nothing is paused, and the workers' own limit holds"]:
+    late = [_name(card) for card in cards if card.orders.revision < orders.revision]
+    for line in _in_words(orders) or ["nothing is paused, and the workers' own limit holds"]:
         tell(line, indent=2)
     if not cards:
         tell("no worker answered; those that start later obey")
@@ -210,7 +207,7 @@ def _show_one(cards: Sequence[Card]) -> None:
         print(f"breaker of {lane}: {state}{more}")
     if best.hold:
         print(f"throttled: no call for {duration(best.hold)} more")
-    for line in _wishes(best.orders):
+    for line in _in_words(best.orders):
         tell(line, indent=2)
     table = plain_table()
     for name in ("member", "version", "role", "state", "own limit", "calls", "waiting for a permit"):
@@ -234,7 +231,7 @@ def _name(card: Card) -> str:
     return f"{card.host} process {card.process}"
 
 
-def _wishes(orders: Orders) -> list[str]:
+def _in_words(orders: Orders) -> list[str]:
     """What operators want: who, when and why."""
     now, lines = time.time(), []
     for lane, each in sorted(orders.pauses.items()):

@@ -55,6 +55,10 @@ class Intake(NamedTuple):
     digest: str
     form: Form
 
+    def keep(self, path: Path, name: str) -> None:
+        """Makes it the journal of the batch of this name."""
+        self.load.keep(path, batch=name, source=self.source, digest=self.digest, form=self.form, now=time.time())
+
 
 @contextmanager
 def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Iterator[Journal]:
@@ -72,14 +76,7 @@ def batch(given: Input, directory: Path, find_home: Callable[[], Home]) -> Itera
             if find(directory, name, home) != (path if path.exists() else None):
                 raise Trouble(f"batch {name} was begun by another process at this moment; call this again")
             if not _known(path, intake.digest):
-                intake.load.keep(
-                    path,
-                    batch=name,
-                    source=intake.source,
-                    digest=intake.digest,
-                    form=intake.form,
-                    now=time.time(),
-                )
+                intake.keep(path, name)
             with closing(Journal(path)) as journal:
                 yield journal
     finally:
@@ -188,9 +185,8 @@ def _known(path: Path, digest: str) -> bool:
     """Whether this batch was begun with this very input. Raises `Trouble` if it was begun with another."""
     if not path.exists():
         return False
-    journal = Journal(path, read_only=True)
-    facts = journal.facts
-    journal.close()
+    with closing(Journal(path, read_only=True)) as journal:
+        facts = journal.facts
     if facts.digest != digest:
         raise Trouble(
             f"batch {facts.batch.id} was begun with other input ({facts.source}, or another --merchant-id); "

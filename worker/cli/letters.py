@@ -1,9 +1,13 @@
-"""Dead letters as people read them, and the result of a redrive."""
+"""Dead letters as people read them, the result of a redrive, and the line that says who moved or deleted them."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.cli import INTERRUPTED, INVALID, Trouble
@@ -25,6 +29,7 @@ from worker.core.dead_letter import (
 from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.core.words import plural
 from worker.settings import AmqpSettings
+from worker.shells import operator
 
 if TYPE_CHECKING:
     from worker.app.dead_letters import Held, Order, Report
@@ -232,3 +237,53 @@ def print_letter(letter: DeadLetter, held: Held, which: str) -> None:
     print(f"body         {len(parcel.body):,} bytes")
     print(pretty(parcel.body))
     print()
+
+
+@contextmanager
+def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """One line on standard error when it ends, however it ends: who, what, how much, from when to when."""
+    import socket
+
+    from worker.shells.logs import json_line
+
+    began = time.time()
+    failure = ""
+    try:
+        yield
+    except BaseException as error:
+        failure = " ".join(str(error).split()) or type(error).__name__
+        raise
+    finally:
+        line: dict[str, Any] = {
+            "event": event,
+            "user": operator.user(),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "began": jakarta.iso(began),
+            "ended": jakarta.iso(time.time()),
+            "filters": chosen.as_json(),
+            **facts(),
+        }
+        if failure:
+            line |= {"result": "failed", "error": failure}
+        print(json_line("error" if failure else "info", line), file=sys.stderr, flush=True)
+
+
+def redrive_facts(report: Report, order: Order) -> dict[str, Any]:
+    """What was asked for and what came of it."""
+    settings = {
+        "limit": order.limit,
+        "rate": order.rate or None,
+        "canary": order.canary or None,
+        "stopAtFailures": order.stop_at_failures,
+    }
+    return {
+        **{name: value for name, value in settings.items() if value is not None},
+        "there": report.there,
+        "seen": report.seen,
+        "matching": report.matching,
+        "redriven": report.redriven,
+        "noWayBack": report.without_lane,
+        "outcomes": {f"{status}/{reason}": count for (status, reason), count in sorted(report.outcomes.items())},
+        "result": report.ended.value,
+    }

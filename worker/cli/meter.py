@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from worker.cli.screen import DRAW_EVERY, Display, bars
@@ -11,11 +12,15 @@ from worker.core.sweep import Standing
 
 
 class Meter(Display):
-    """The `Screen` of the use cases. ``follow``: outcomes count too; ``publish``: and before them, publishing."""
+    """The `Screen` of the use cases. ``follow``: outcomes count too; ``publish``: and before them, publishing.
+    ``remark``: what is shown while there is no other trouble, empty for nothing."""
 
-    def __init__(self, name: str, *, publish: bool = True, follow: bool = True) -> None:
+    def __init__(
+        self, name: str, *, publish: bool = True, follow: bool = True, remark: Callable[[], str] = str
+    ) -> None:
         super().__init__()
         self._name = name
+        self._remark = remark
         self._speeds = {what: Speed() for what, wanted in (("published", publish), ("outcomes", follow)) if wanted}
         self._marked_at = 0.0
 
@@ -27,7 +32,7 @@ class Meter(Display):
 
     def show(self, standing: Standing, trouble: str) -> None:
         """See `Screen`."""
-        now = time.monotonic()
+        now, trouble = time.monotonic(), trouble or self._remark()
         if now - self._marked_at >= DRAW_EVERY:
             self._marked_at = now
             for what, speed in self._speeds.items():

@@ -40,10 +40,8 @@ def run() -> int:
     logs.configure(settings.log.format, settings.log.level, sys.stdout, process=name)
     if signals.received():
         return 0  # told to drain before anything was taken
-    return _supervise(settings) if several else _serve(settings)
-
-
-def _serve(settings: Settings) -> int:
+    if several:
+        return _supervise(settings)
     from worker.service import serve
 
     return serve(settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final
 
 from worker.cli import INVALID, Trouble
@@ -54,29 +53,11 @@ def sign(
     used = _fetched(gateway) if fetch_token else token or PLACEHOLDER
     if gateway.signature == NO_TOKEN and token is None:
         used = ""
-    recorder = _Recorder(credentials)
-    request = _signed(command, gateway, recorder, used, _moment(timestamp))
+    request, signed = _signed(command, gateway, credentials, used, _moment(timestamp))
     hidden = [request.headers["X-SIGNATURE"], *([used] if used not in ("", PLACEHOLDER) else [])]
     secrets = () if show_secrets else tuple(hidden)
-    _print(gateway, request, recorder.text, lambda text: _redacted(text, secrets))
+    _print(gateway, request, signed, lambda text: _redacted(text, secrets))
     return 0
-
-
-@dataclass
-class _Recorder:
-    """Signs as ``credentials`` do, and keeps the string that was signed."""
-
-    credentials: Credentials
-    text: str = ""
-
-    def signer(self, gateway: GatewaySettings) -> Callable[[str, str, str, bytes, str], str]:
-        from worker.core.signing import string_to_sign
-
-        def sign(method: str, path: str, token: str, body: bytes, timestamp: str) -> str:
-            self.text = string_to_sign(gateway.signature, method, path, token, body, timestamp)
-            return self.credentials.sign(method, path, token, body, timestamp)
-
-        return sign
 
 
 def _settings() -> tuple[GatewaySettings, Credentials]:
@@ -107,12 +88,22 @@ def _fetched(gateway: GatewaySettings) -> str:
         return "" if grant is None else grant.value
 
 
-def _signed(command: Command, gateway: GatewaySettings, recorder: _Recorder, token: str, epoch: float) -> SignedRequest:
+def _signed(
+    command: Command, gateway: GatewaySettings, credentials: Credentials, token: str, epoch: float
+) -> tuple[SignedRequest, str]:
+    """The request, and the string that was signed."""
     from worker.core import request
+    from worker.core.signing import string_to_sign
     from worker.wiring import external_ids, partner
 
-    external_id = external_ids(SystemClock())()
-    return request.sign(command, partner(gateway), recorder.signer(gateway), token, epoch, external_id)
+    signed: list[str] = []
+
+    def sign(method: str, path: str, token: str, body: bytes, timestamp: str) -> str:
+        signed.append(string_to_sign(gateway.signature, method, path, token, body, timestamp))
+        return credentials.sign(method, path, token, body, timestamp)
+
+    made = request.sign(command, partner(gateway), sign, token, epoch, external_ids(SystemClock())())
+    return made, signed[0]
 
 
 def _redacted(text: str, secrets: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from worker import signals
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
 from worker.cli.screen import output
@@ -89,7 +90,10 @@ def simulator(
             signature=signature,
             sign_path=sign_path,
         )
-        _serve(gateway, private_key_file)
+        signals.install()
+        with gateway:
+            _print_settings(gateway, private_key_file)
+            signals.wait()
     except OSError as error:
         if error.filename:
             raise Trouble(f"{error.filename}: {error.strerror}; give another file", code=INVALID) from None
@@ -134,15 +138,6 @@ def _key(path: Path | None) -> tuple[RSAPublicKey, Path | None]:
     if isinstance(key, RSAPublicKey):
         return key, path if private else None
     raise ValueError(f"{path} is no RSA key; the gateway knows RSA only")
-
-
-def _serve(gateway: Simulator, private_key_file: Path | None) -> None:
-    from worker import signals
-
-    signals.install()
-    with gateway:
-        _print_settings(gateway, private_key_file)
-        signals.wait()
 
 
 def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:

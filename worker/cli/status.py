@@ -119,23 +119,18 @@ def _show_one(path: Path) -> None:
         print_needs(journal, tally, f"qris-expire sweep --follow {batch}{way} --retry-unresolved")
     _fact("input", f"{facts.source}, begun {jakarta.iso(facts.created_at, milliseconds=False)}")
     _fact("sent to", f"{'; '.join(filter(None, (facts.place, facts.gateway))) or 'nowhere yet'}")
+    again = f"`qris-expire sweep --follow {batch}"
     if tally.answered == tally.bills:
-        print("state    every bill has its outcome")
+        state = "every bill has its outcome"
     elif tally.unsent and facts.stopped:
-        _fact(
-            "state",
-            f"stopped by {facts.stopped}; {tally.unsent:,} bills are not sent; to send them: "
-            f"`qris-expire sweep --follow {batch} --resume`",
-        )
+        state = f"stopped by {facts.stopped}; {tally.unsent:,} bills are not sent; to send them: {again} --resume`"
     elif tally.unsent:
-        _fact("state", f"{tally.unsent:,} bills are not sent; to send them: `qris-expire sweep --follow {batch}{way}`")
+        state = f"{tally.unsent:,} bills are not sent; to send them: {again}{way}`"
     elif facts.inbox or facts.direct:
-        _fact(
-            "state",
-            f"{tally.waiting:,} bills wait for an outcome; to continue: `qris-expire sweep --follow {batch}{way}`",
-        )
+        state = f"{tally.waiting:,} bills wait for an outcome; to continue: {again}{way}`"
     else:
-        _fact("state", "published; nobody follows its outcomes")
+        state = "published; nobody follows its outcomes"
+    _fact("state", state)
 
 
 def _fact(name: str, text: str) -> None:

@@ -127,7 +127,7 @@ def sweep(options: Options) -> int:
         qris-expire sweep --follow 20261122-0a1b2c3d4e5f --wait
     """
     _check(options)
-    settings = _settings(options)
+    settings: Any = load() if options.direct else load(AmqpSettings)
     amqp = settings.amqp if options.direct else settings
     _silence()
     if options.stop is not None:
@@ -165,11 +165,6 @@ def _check(options: Options) -> None:
         report.check_place(options.report, options.file)
 
 
-def _settings(options: Options) -> Any:
-    """`Settings` for the gateway, or only the broker's."""
-    return load() if options.direct else load(AmqpSettings)
-
-
 def _silence() -> None:
     """What the parts log for operators of a worker is shown here beside the bars, or not at all."""
     import structlog
@@ -198,7 +193,8 @@ def _journal(options: Options, directory: Path, settings: Any) -> Iterator[Journ
 
 def _input(options: Options, settings: Any) -> Input:
     assert options.file is not None
-    merchant = options.merchant_id or (settings.gateway.merchant_id if options.direct else _default_merchant())
+    # Through the broker, GATEWAY_MERCHANT_ID of our own environment: the worker's cannot be seen from here.
+    merchant = options.merchant_id or (settings.gateway.merchant_id if options.direct else load(DefaultMerchant).id)
     return Input(
         options.file,
         merchant or "",
@@ -207,11 +203,6 @@ def _input(options: Options, settings: Any) -> Input:
         options.accept_as_is,
         may_be_empty=options.allow_empty,
     )
-
-
-def _default_merchant() -> str | None:
-    """GATEWAY_MERCHANT_ID of our own environment; the worker's cannot be seen from here."""
-    return load(DefaultMerchant).id
 
 
 def _dry_run(options: Options, prefix: str, settings: Any) -> int:
@@ -223,9 +214,7 @@ def _dry_run(options: Options, prefix: str, settings: Any) -> int:
         batch = options.batch_id or batch_id(intake.digest, time.time())
         check_batch_id(batch)
         path = Path(scratch) / "dry-run.db"
-        intake.load.keep(
-            path, batch=batch, source=intake.source, digest=intake.digest, form=intake.form, now=time.time()
-        )
+        intake.keep(path, batch)
         if options.report is not None:
             with closing(Journal(path)) as journal:
                 report.check_existing(options.report, journal, force=options.force)

@@ -26,7 +26,7 @@ def binaries() -> None:
 ORPHAN_MAKER = """
 import sys, threading, time
 from pathlib import Path
-from worker.sandbox.broker import PrivateBroker
+from tests.brokers import PrivateBroker
 
 broker = PrivateBroker(Path(sys.argv[1]))
 starter = threading.Thread(target=broker.launch)

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Self
 
 import pika
-import pika.exceptions
 
+from worker.settings import AmqpSettings, Secret
+from worker.shells.amqp.session import BrokerError, BrokerRefused, connect_by
 from worker.surroundings import ends_with_us
 
 LOOPBACK = "127.0.0.1"
@@ -60,24 +61,19 @@ class Answer(Enum):
 
 def answers(url: str, timeout: float) -> Answer:
     """Ask whether a broker at `url` accepts our login. `timeout` in seconds, for the whole handshake."""
-    parameters = pika.URLParameters(url)
-    parameters.connection_attempts = 1
-    parameters.socket_timeout = parameters.stack_timeout = timeout
-    # pika logs an absent broker as several errors; a plain look first keeps the usual case silent.
-    if parameters.ssl_options is None and not _speaks_amqp(parameters.host, parameters.port, timeout):
-        return Answer.NOT_THERE
+
+    def dial(parameters: pika.URLParameters) -> pika.BlockingConnection:
+        parameters.socket_timeout = parameters.stack_timeout = timeout
+        # pika logs an absent broker as several errors; a plain look first keeps the usual case silent.
+        if parameters.ssl_options is None and not _speaks_amqp(parameters.host, parameters.port, timeout):
+            raise ConnectionRefusedError
+        return pika.BlockingConnection(parameters)
+
     try:
-        pika.BlockingConnection(parameters).close()
-    except (
-        pika.exceptions.AuthenticationError,
-        pika.exceptions.ProbableAuthenticationError,
-        pika.exceptions.ProbableAccessDeniedError,
-    ):
+        connect_by(dial, AmqpSettings(url=Secret(url)), "demo").close()
+    except BrokerRefused:
         return Answer.REFUSED_LOGIN
-    except pika.exceptions.ConnectionClosedByBroker as closed:
-        # 403 access refused; 530 not allowed, also for a virtual host that does not exist.
-        return Answer.REFUSED_LOGIN if closed.reply_code in (403, 530) else Answer.NOT_THERE
-    except (pika.exceptions.AMQPError, OSError):
+    except BrokerError:
         return Answer.NOT_THERE
     return Answer.READY
 

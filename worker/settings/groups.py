@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from worker.core.scheme import WITH_SECRET, Scheme, oddity_of
@@ -28,7 +28,7 @@ class AmqpSettings(Group, variables="AMQP_"):
     )
     url_file: Path | None = mounted("AMQP_URL", default=None)
     prefix: str = setting(rules.amqp_prefix, "Prefix of every exchange and queue.", default="qris.expire")
-    queue_type: QueueType = setting(rules.one_of("quorum", "classic"), "`quorum`, or `classic`.", default="quorum")
+    queue_type: QueueType = setting(rules.one_of(*get_args(QueueType)), "`quorum`, or `classic`.", default="quorum")
     declare: bool = setting(
         rules.flag,
         "`false`: somebody else declares the topology; the worker only verifies it and says what is missing.",
@@ -248,13 +248,13 @@ class LogSettings(Group, variables="LOG_"):
     """What is logged, and how."""
 
     format: LogFormat | None = setting(
-        rules.one_of("json", "console"),
+        rules.one_of(*get_args(LogFormat)),
         "`json` or `console`.",
         default=None,
         shown="`json`, `console` on a terminal",
     )
     level: LogLevel = setting(
-        rules.one_of("debug", "info", "warning", "error"), "`debug`, `info`, `warning` or `error`.", default="info"
+        rules.one_of(*get_args(LogLevel)), "`debug`, `info`, `warning` or `error`.", default="info"
     )
 
 
@@ -307,15 +307,8 @@ class Settings:
                 yield f"{self.gateway.variable(name)}: {oddity}"
 
 
-GROUPS: Final[tuple[type[Group], ...]] = (
-    AmqpSettings,
-    GatewaySettings,
-    RetrySettings,
-    BreakerSettings,
-    WorkerSettings,
-    MetricsSettings,
-    LogSettings,
-)
+GROUPS: Final[tuple[type[Group], ...]] = tuple(get_type_hints(Settings).values())
+"""Those of `Settings`, in its order."""
 
 
 def reference() -> list[tuple[str, str, str]]:

@@ -31,17 +31,17 @@ class _FromJson:
         """Raises `ScriptError`, also for unknown keys and for a missing one that has no default. ``where`` in the
         script it is: by default the name of its kind."""
         where = where or cls.__name__.lower()
-        if not isinstance(raw, dict):
-            raise _wrong(raw, "an object", where)
+        given = _object(raw, where)
         known = {each.name: each for each in fields(cls)}  # type: ignore[arg-type]  # each heir is a dataclass
-        if unknown := [key for key in raw if key not in known]:
+        if unknown := [key for key in given if key not in known]:
             raise ScriptError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
         needed = (key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING)
-        if missing := [key for key in needed if key not in raw]:
+        if missing := [key for key in needed if key not in given]:
             raise ScriptError(f"{where}: {missing[0]} is missing")
-        given = {key: _READERS[str(known[key].type)](value, f"{where}.{key}") for key, value in raw.items()}
+        kinds = {key: str(each.type).removesuffix(" | None") for key, each in known.items()}
+        values = {key: _READERS[kinds[key]](value, f"{where}.{key}") for key, value in given.items()}
         try:
-            return cls(**given)
+            return cls(**values)
         except ScriptError as error:
             raise ScriptError(f"{where}: {error}") from None
 
@@ -238,16 +238,17 @@ def _wrong(value: object, wanted: str, where: str) -> ScriptError:
     return ScriptError(f"{where}: wanted {wanted}, found {_TYPE_NAMES.get(type(value), 'number')}")
 
 
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise _wrong(value, "text", where)
-    return value
+def _kind(kind: type, wanted: str) -> Callable[[object, str], Any]:
+    def read(value: object, where: str) -> Any:
+        if not isinstance(value, kind):
+            raise _wrong(value, wanted, where)
+        return value
+
+    return read
 
 
-def _flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(value, "true or false", where)
-    return value
+_object: Final = _kind(dict, "an object")
+_list: Final = _kind(list, "a list")
 
 
 def _signed(value: object, where: str) -> float:
@@ -273,36 +274,28 @@ def _integer(value: object, where: str) -> int:
 
 def _list_of(kind: type[_FromJson]) -> Callable[[object, str], Any]:
     def read(value: object, where: str) -> tuple[_FromJson, ...]:
-        if not isinstance(value, list):
-            raise _wrong(value, "a list", where)
-        return tuple(kind.parse(item, f"{where}[{at}]") for at, item in enumerate(value))
+        return tuple(kind.parse(item, f"{where}[{at}]") for at, item in enumerate(_list(value, where)))
 
     return read
 
 
 def _bills(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _wrong(value, "an object", where)
-    return {bill: _list_of(Fault)(faults, f"{where}.{bill}") for bill, faults in value.items()}
+    return {bill: _list_of(Fault)(faults, f"{where}.{bill}") for bill, faults in _object(value, where).items()}
 
 
 _READERS: Final[Mapping[str, Callable[[object, str], Any]]] = {
-    "str": _text,
-    "str | None": _text,
+    "str": _kind(str, "text"),
     "int": _integer,
-    "int | None": _integer,
     "float": _number,
     "Signed": _signed,
-    "bool": _flag,
-    "bool | None": _flag,
+    "bool": _kind(bool, "true or false"),
     "Fault": Fault.parse,
-    "Fault | None": Fault.parse,
     "tuple[Fault, ...]": _list_of(Fault),
     "tuple[Pattern, ...]": _list_of(Pattern),
     "tuple[Rate, ...]": _list_of(Rate),
     "Mapping[str, tuple[Fault, ...]]": _bills,
 }
-"""What reads a field, by its type as it is written above."""
+"""What reads a field, by its type as it is written above, without None."""
 
 
 def _check_sequence(faults: Sequence[Fault]) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from tests.benchmark import machine, packages, scenarios
+from tests.benchmark import machine, pace, packages, profile, scenarios
 from tests.benchmark.contenders import CONTENDERS, BenchmarkError, Contender, here
 from tests.benchmark.scenarios import Plan
 from tests.benchmark.tables import Table
@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     group("--start", action="store_true", help="run to first outcome; --help")
     group("--growth", action="store_true", help="cost of a command with 1,000 and 50,000 queued behind it")
     group("--full", action="store_true", help="--growth with 500,000, too")
+    group("--pace", type=_list_of(float), metavar="N,…", help="a steady load of so many commands a second, as 100,800")
+    group("--profile", action="store_true", help="where a command's CPU time goes, by component")
     return parser
 
 
@@ -95,6 +97,8 @@ def _scenarios(asked: argparse.Namespace, plan: Plan) -> Iterator[Callable[[], T
         "memory": asked.memory and partial(scenarios.memory, plan),
         "start": asked.start and partial(scenarios.start, plan),
         "growth": (asked.growth or asked.full) and partial(scenarios.growth, plan, full=asked.full),
+        "pace": asked.pace and partial(pace.pace, plan, asked.pace),
+        "profile": asked.profile and partial(profile.profile, plan),
     }
     if asked.comparison or not any(wanted.values()):
         yield partial(scenarios.comparison, plan)

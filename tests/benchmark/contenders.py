@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -105,11 +106,19 @@ class Process:
         assert self._process is not None
         return self._process.pid
 
-    def check(self) -> None:
-        """BenchmarkError with its last line when it has ended by itself."""
+    def check(self, *, may_end: bool = False) -> None:
+        """BenchmarkError with its last line when it has ended by itself; `may_end`: when it has failed."""
         assert self._process is not None
-        if (code := self._process.poll()) is not None:
+        if (code := self._process.poll()) is not None and not (may_end and code == 0):
             raise BenchmarkError(f"{self._name} ended with {code}: {self.last_words()}")
+
+    def finish(self, seconds: float) -> str:
+        """Its output, once it has ended by itself; BenchmarkError if it does not, or not well."""
+        assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            if self._process.wait(seconds) == 0:
+                return self.output()
+        raise BenchmarkError(f"{self._name} did not end well within {seconds:g} s: {self.last_words()}")
 
     def output(self) -> str:
         """What it has written so far."""

@@ -23,14 +23,22 @@ def family(pid: int) -> Iterator[int]:
                 yield from family(int(child))
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, of all below it, and of those that it has outlived. 10 ms is its grain."""
-    ticks = 0
+class Cpu(NamedTuple):
+    """Seconds: the whole, user and system, and what of it was in the system."""
+
+    whole: float
+    system: float
+
+
+def cpu_seconds(pid: int) -> Cpu:
+    """Of a process, of all below it, and of those that it has outlived. 10 ms is its grain."""
+    whole = system = 0
     for member in family(pid):
         with suppress(OSError):
             fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(int(field) for field in fields[11:15])
-    return ticks / TICKS
+            whole += sum(int(field) for field in fields[11:15])
+            system += int(fields[12]) + int(fields[14])
+    return Cpu(whole / TICKS, system / TICKS)
 
 
 def resident(pid: int, *, peak: bool = False) -> float:

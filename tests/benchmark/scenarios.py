@@ -108,11 +108,11 @@ def comparison(plan: Plan) -> Table:
             some[0].setup.contender.title,
             str(some[0].setup.senders),
             f"{median(one.rate for one in some):,.0f}",
-            f"{_ratio(some, reference, lambda one: one.rate):.2f}",
+            f"{ratio(some, reference, lambda one: one.rate):.2f}",
             f"{median(one.cpu for one in some):.2f}",
-            f"{_ratio(some, reference, lambda one: one.cpu):.2f}",
+            f"{ratio(some, reference, lambda one: one.cpu):.2f}",
             f"{_spread(one.cpu for one in some):.0%}",
-            *_latencies([one.latency for one in some if one.latency]),
+            *latencies([one.latency for one in some if one.latency]),
             f"{median(one.peak for one in some):.0f}",
             f"{sum(one.missing for one in some)}, {sum(one.duplicates for one in some)}",
         ]
@@ -138,7 +138,7 @@ def comparison(plan: Plan) -> Table:
             f"Ratios are to “{reference[0].setup.contender.title}” in the same round.",
             "CPU is the worker's, user and system, for each command; spread is between its rounds.",
             f"p50 and p95 from publish to outcome, at {PER_SECOND:g} commands per second; MiB at the highest.",
-            _circumstances([one for some in runs for one in some]),
+            circumstances([one for some in runs for one in some]),
             *plan.missing,
         ),
     )
@@ -166,7 +166,7 @@ def latency(plan: Plan, milliseconds: Sequence[float]) -> Table:
                 f"{limit:,.0f}",
                 f"{rate / limit:.2f}",
                 f"{median(one.cpu for one in some):.2f}",
-                f"{_ratio(some, fast, lambda one: one.cpu):.2f}",
+                f"{ratio(some, fast, lambda one: one.cpu):.2f}",
                 f"{median(one.peak for one in some):.0f}",
                 f"{sum(one.missing for one in some)}, {sum(one.duplicates for one in some)}",
             ]
@@ -177,7 +177,7 @@ def latency(plan: Plan, milliseconds: Sequence[float]) -> Table:
         rows,
         (
             "The limit is what is in flight divided by the gateway's time, and at most the rate at 0 ms.",
-            _circumstances([one for some in runs for one in some]),
+            circumstances([one for some in runs for one in some]),
         ),
     )
 
@@ -199,7 +199,7 @@ def processes(plan: Plan, numbers: Sequence[int]) -> Table:
             str(some[0].setup.senders),
             str(some[0].setup.processes),
             f"{median(one.rate for one in some):,.0f}",
-            f"{_ratio(some, runs[place // len(numbers) * len(numbers)], lambda one: one.rate):.2f}",
+            f"{ratio(some, runs[place // len(numbers) * len(numbers)], lambda one: one.rate):.2f}",
             f"{median(one.cpu for one in some):.2f}",
             f"{median(one.cores for one in some):.2f}",
             f"{median(one.busy for one in some):.0%}",
@@ -224,7 +224,7 @@ def processes(plan: Plan, numbers: Sequence[int]) -> Table:
         rows,
         (
             "Broker and gateway share the cores: with the machine busy, more processes cannot give more.",
-            _circumstances([one for some in runs for one in some]),
+            circumstances([one for some in runs for one in some]),
         ),
     )
 
@@ -245,16 +245,16 @@ def cancellations(plan: Plan) -> Table:
             site.load(sweep)
             with contending(setup, site, gateway, plan.directory) as process:
                 # The sweep has begun: what follows is published behind it.
-                _reach(watch(site, process, min(200, sweep)))
+                _reach(watch(site.outcomes, process, min(200, sweep)))
                 site.pace(CANCELLATION, WARM, per_second, process.check)
                 behind.append(Latency.of(site.pace(CANCELLATION, max(2, samples), per_second, process.check)))
                 left.append(site.queued())
         plan.say(f"round {turn}: idle {_ms(idle[-1])}, behind the sweep {_ms(behind[-1])}, {left[-1]:,} still queued")
     rows = [
-        ["an idle worker", *_latencies(idle), "1.00", "1.00"],
+        ["an idle worker", *latencies(idle), "1.00", "1.00"],
         [
             f"behind a sweep of {sweep:,}",
-            *_latencies(behind),
+            *latencies(behind),
             f"{median(b.p50 / a.p50 for a, b in zip(idle, behind, strict=True)):.2f}",
             f"{median(b.p95 / a.p95 for a, b in zip(idle, behind, strict=True)):.2f}",
         ],
@@ -266,7 +266,7 @@ def cancellations(plan: Plan) -> Table:
         rows,
         (
             f"When the last one was answered, {min(left):,} or more sweep commands were still queued.",
-            _circumstances(),
+            circumstances(),
         ),
     )
 
@@ -280,7 +280,7 @@ def memory(plan: Plan) -> Table:
         with contending(setup, site, gateway, plan.directory) as process:
             sizes = []
             for commands in steps:
-                _reach(watch(site, process, commands))
+                _reach(watch(site.outcomes, process, commands))
                 sizes.append(machine.resident(process.pid))
                 plan.say(f"{commands:,} commands: {sizes[-1]:.1f} MiB")
             peak = machine.resident(process.pid, peak=True)
@@ -320,7 +320,7 @@ def start(plan: Plan) -> Table:
     ]
     notes = (
         "The first ack leaves with the outcome's confirm, a millisecond before or after it is seen.",
-        _circumstances(),
+        circumstances(),
     )
     return Table(f"Start, {times} times", ("what", "median s", "least", "most"), rows, notes)
 
@@ -337,7 +337,7 @@ def growth(plan: Plan, *, full: bool) -> Table:
                 site.load(measured + backlog)
                 plan.patience.wait()
                 with contending(setup, site, gateway, plan.directory) as process:
-                    marks[place].append(middle(list(watch(site, process, measured)), measured))
+                    marks[place].append(middle(list(watch(site.outcomes, process, measured)), measured))
             plan.say(f"round {turn}: {backlog:,} behind: {_cost(*marks[place][-1]):.3f} ms CPU")
     costs = [[_cost(*pair) for pair in some] for some in marks]
     rows = [
@@ -353,7 +353,7 @@ def growth(plan: Plan, *, full: bool) -> Table:
         f"Cost of a command with so many behind it; {measured:,} commands measured, medians of {plan.rounds}",
         ("backlog", "per s", "CPU ms", "ratio"),
         rows,
-        (_circumstances(),),
+        (circumstances(),),
     )
 
 
@@ -370,7 +370,7 @@ def _cost(first: Mark, last: Mark) -> float:
     return (last.cpu - first.cpu) * 1000 / (last.done - first.done)
 
 
-def _ratio(some: Sequence[Run], others: Sequence[Run], what: Callable[[Run], float]) -> float:
+def ratio(some: Sequence[Run], others: Sequence[Run], what: Callable[[Run], float]) -> float:
     """The median of the ratios within each round: what slowed a round slowed both."""
     return median(what(one) / what(other) for one, other in zip(some, others, strict=True))
 
@@ -381,7 +381,8 @@ def _spread(values: Iterable[float]) -> float:
     return (max(whole) - min(whole)) / median(whole)
 
 
-def _latencies(some: Sequence[Latency]) -> tuple[str, str]:
+def latencies(some: Sequence[Latency]) -> tuple[str, str]:
+    """The medians of p50 and p95 in milliseconds, as texts; empty ones where nothing was measured."""
     if not some:
         return "", ""
     return f"{median(one.p50 for one in some) * 1000:.1f}", f"{median(one.p95 for one in some) * 1000:.1f}"
@@ -391,7 +392,7 @@ def _ms(latency: Latency) -> str:
     return f"p50 {latency.p50 * 1000:.0f} ms, p95 {latency.p95 * 1000:.0f} ms"
 
 
-def _circumstances(runs: Sequence[Run] = ()) -> str:
+def circumstances(runs: Sequence[Run] = ()) -> str:
     """What a reader must know to believe the figures."""
     said = [
         f"{machine.CORES} cores",

@@ -7,10 +7,11 @@ measured: how many outcomes there are is asked for, which takes next to nothing 
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import pika
 
@@ -25,6 +26,17 @@ BATCH: Final = 2_000  # commands that are published before their confirms are wa
 SILENCE: Final = 60.0  # seconds without an outcome after which a run is given up
 
 
+class Answers(NamedTuple):
+    """When the outcome of each command came, by its id; `wait` takes more of them, for so many seconds."""
+
+    came: dict[str, float]
+    wait: Callable[[float], None]
+
+    def number(self) -> int:
+        """How many commands have one."""
+        return len(self.came)
+
+
 class Site:
     """A context manager; everything on the broker is gone when it is left. For one thread."""
 
@@ -32,6 +44,7 @@ class Site:
         self.url = url
         self.prefix = f"benchmark.{new_prefix()}"
         self._names = Names(self.prefix)
+        self.exchange = self._names.commands
         self._numbers = count(1)
         self._published: set[str] = set()
         self._seen: Counter[str] = Counter()
@@ -58,10 +71,15 @@ class Site:
     def load(self, number: int) -> None:
         """Queue so many sweep commands, persistent and confirmed."""
         for done in range(0, number, BATCH):
-            commands = [self._command() for _ in range(min(BATCH, number - done))]
-            self._published.update(id for id, _ in commands)
+            commands = self.commands(min(BATCH, number - done))
             messages = ((SWEEP, body, {"message_id": id}) for id, body in commands)
-            self._rabbit.publish_many(self._names.commands, messages)
+            self._rabbit.publish_many(self.exchange, messages)
+
+    def commands(self, number: int) -> list[tuple[str, bytes]]:
+        """Id and body of so many new ones; whoever asks for them publishes them, and `books` expects their outcomes."""
+        made = [self._command() for _ in range(number)]
+        self._published.update(id for id, _ in made)
+        return made
 
     def queued(self) -> int:
         """Sweep commands that nobody has taken yet."""
@@ -84,11 +102,10 @@ class Site:
         for turn in range(number):
             while (left := start + turn / per_second - time.monotonic()) > 0:
                 channel.connection.process_data_events(left)
-            id, body = self._command()
-            self._published.add(id)
+            ((id, body),) = self.commands(1)
             made = pika.BasicProperties(message_id=id, delivery_mode=2)
             began[id] = time.monotonic()
-            channel.basic_publish(self._names.commands, lane, body, made)
+            channel.basic_publish(self.exchange, lane, body, made)
         deadline = time.monotonic() + SILENCE
         while len(seconds) < number:
             watch()
@@ -103,6 +120,14 @@ class Site:
     def outcomes(self, lane: str = SWEEP) -> int:
         """How many of this lane are in its inbox."""
         return self._rabbit.depth(self._inbox(lane))
+
+    @contextmanager
+    def answers(self, lane: str) -> Iterator["Answers"]:
+        """Takes the outcomes of this lane as they come."""
+        came: dict[str, float] = {}
+        channel = self._consume(lane, lambda command: came.setdefault(command, time.monotonic()))
+        yield Answers(came, channel.connection.sleep)
+        channel.close()
 
     def drain(self) -> None:
         """Take what is in the inboxes, for `books`."""
@@ -132,7 +157,7 @@ class Site:
         body = json.dumps({"billnumber": bill, "additionalInfo": {"merchantId": "121000001"}})
         return f"{self.prefix}-{bill}", body.encode()
 
-    def _consume(self, lane: str, took: Callable[[str], None] = lambda _: None) -> Any:
+    def _consume(self, lane: str, took: Callable[[str], object] = lambda _: None) -> Any:
         """A channel that counts this inbox's outcomes as they come; `took` sees each before it is counted."""
 
         def on_message(_channel: Any, _method: Any, properties: Any, _body: bytes) -> None:

@@ -12,6 +12,8 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    also: Sequence["Table"] = ()
+    """Others, made of the same runs."""
 
     def text(self) -> str:
         """For a terminal: the first column to the left, the others to the right."""
@@ -20,13 +22,15 @@ class Table:
             "  ".join(_fit(cell, widths, place) for place, cell in enumerate(row)) for row in (self.head, *self.rows)
         ]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.title, "", lines[0], rule, *lines[1:], *(f"  {note}" for note in self.notes)])
+        said = [self.title, "", lines[0], rule, *lines[1:], *(f"  {note}" for note in self.notes)]
+        return "\n".join([*said, *(f"\n{other.text()}" for other in self.also)])
 
     def markdown(self) -> str:
         """As it stands in the README."""
         rule = ["---", *["---:"] * (len(self.head) - 1)]
         lines = ["| " + " | ".join(row) + " |" for row in (self.head, rule, *self.rows)]
-        return "\n".join([*lines, "", " ".join([f"{self.title}.", *self.notes])])
+        said = [*lines, "", " ".join([f"{self.title}.", *self.notes])]
+        return "\n".join([*said, *(f"\n{other.markdown()}" for other in self.also)])
 
 
 def _fit(cell: str, widths: Sequence[int], place: int) -> str:

@@ -12,7 +12,6 @@ from worker.app.fleet import Fleet
 from worker.core.breaker import Breakers
 from worker.core.fleet.member import Member
 from worker.core.fleet.own import MemberSettings
-from worker.core.lanes import LANES
 from worker.core.ports import Attempt, Draining, Held, Token, TokenUnavailable
 from worker.core.request import SignedRequest
 from worker.core.verdict import Kind, NoReply, Reply, Verdict
@@ -87,7 +86,7 @@ def lone_fleet(clock: FakeClock, rate: float = 0.0) -> Fleet:
         "me",
         "client",
         MemberSettings(rate, 3, 15.0, 30.0),
-        Breakers(3, 15.0, 60.0, LANES),
+        Breakers(3, 15.0, 60.0),
         random.Random(1),
         alone=True,
     )

@@ -60,7 +60,7 @@ class Node:
             self.name,
             "client",
             self.rules,
-            Breakers(THRESHOLD, COOLDOWN, 4 * COOLDOWN, LANES),
+            Breakers(THRESHOLD, COOLDOWN, 4 * COOLDOWN),
             self.world.rng,
             alone=False,
         )

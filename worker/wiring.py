@@ -29,7 +29,7 @@ from worker.core.breaker import Breakers, Throttle
 from worker.core.fleet.member import Member
 from worker.core.fleet.own import MemberSettings
 from worker.core.grant import Grant
-from worker.core.lanes import CANCELLATION, LANES, SWEEP, Lanes, sweep_cap
+from worker.core.lanes import CANCELLATION, SWEEP, Lanes, sweep_cap
 from worker.core.request import NODE_DIGITS, Partner
 from worker.core.retry import RetryPolicy
 from worker.core.scheme import NO_TOKEN
@@ -185,7 +185,7 @@ def _fleet(settings: Settings, clock: SystemClock, rng: random.Random, fibers: F
             min(breaker.cooldown_seconds, breaker.max_cooldown_seconds),
             3 * call_seconds(gateway),
         ),
-        Breakers(breaker.failures, breaker.cooldown_seconds, breaker.max_cooldown_seconds, LANES),
+        Breakers(breaker.failures, breaker.cooldown_seconds, breaker.max_cooldown_seconds),
         rng,
         alone=True,
     )

@@ -24,7 +24,7 @@ A, B = LANES
 
 def breakers() -> Breakers:
     """Breakers of three failures; the cooldown is 15 s, at most 100."""
-    return Breakers(3, 15.0, 100.0, LANES)
+    return Breakers(3, 15.0, 100.0)
 
 
 def opened(now: float = 100.0) -> Breakers:
@@ -226,7 +226,7 @@ def test_probe_at_once() -> None:
 def test_first_cooldown_is_bounded() -> None:
     """A first cooldown above the maximum is the maximum."""
 
-    made = Breakers(1, 50.0, 20.0, LANES)
+    made = Breakers(1, 50.0, 20.0)
     made.record(A, Kind.SYSTEMIC, 0.0)
 
     assert made.probe_at(A) == 20.0

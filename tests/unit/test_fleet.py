@@ -409,7 +409,7 @@ def member(name: str = "a", *, limit: float = 0.0, alone: bool = False) -> Membe
         name,
         "client",
         MemberSettings(limit, 3, 5.0, 10.0),
-        Breakers(3, 5.0, 20.0, LANES),
+        Breakers(3, 5.0, 20.0),
         random.Random(1),
         alone=alone,
     )

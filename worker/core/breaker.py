@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from worker.core.lanes import LANES
 from worker.core.verdict import Kind
 
 PROBES: Final = 3
@@ -65,11 +65,11 @@ class Breakers:
     to ``max_cooldown``) up to `PROBES` commands of the lane test the gateway. Source: the README's *Breaker*.
     """
 
-    def __init__(self, threshold: int, initial_cooldown: float, max_cooldown: float, lanes: Iterable[str]) -> None:
+    def __init__(self, threshold: int, initial_cooldown: float, max_cooldown: float) -> None:
         self._threshold = threshold
         self._initial = min(initial_cooldown, max_cooldown)
         self._max = max_cooldown
-        self._lanes = {lane: Breaker() for lane in lanes}
+        self._lanes = {lane: Breaker() for lane in LANES}
         self._clean = True  # no failure is counted and none is open: what a good answer finds nearly always
 
     def record(self, lane: str | None, kind: Kind, now: float, *, probe: bool = False) -> None:

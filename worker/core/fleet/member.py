@@ -222,9 +222,7 @@ class Member:
 
     def rested(self, now: float, orders: Orders | None, left: Mapping[str, float]) -> None:
         """What operators want, as it rested at the broker; ``left``: seconds left of pauses that end by themselves."""
-        if orders is not None and orders.revision >= self.own.standing.orders.revision:
-            self._obey(orders, left, now)
-        self._sure()
+        self._know(orders, left, now)
         if self._leads:
             self.leader.beat(now)
 
@@ -342,9 +340,7 @@ class Member:
             self.own.probes.drop()
         self.follower.heard(beat, now)
         if beat.sure:
-            if beat.orders.revision >= self.own.standing.orders.revision:
-                self._obey(beat.orders, beat.pauses, now)
-            self._sure()
+            self._know(beat.orders, beat.pauses, now)
         listed = self.me in beat.sick
         if listed and self.own.health.believes(now):
             self._fall_sick(now)
@@ -352,7 +348,10 @@ class Member:
         elif not listed and self.own.health.sick:
             self._recover()
 
-    def _sure(self) -> None:
+    def _know(self, orders: Orders | None, left: Mapping[str, float], now: float) -> None:
+        """What operators want, by the broker or a leader that is sure of it."""
+        if orders is not None and orders.revision >= self.own.standing.orders.revision:
+            self._obey(orders, left, now)
         if not self.own.standing.sure:
             self.own.standing.sure = True
             self.own.changed()

@@ -21,8 +21,6 @@ from worker.core.verdict import (
     CURE_THEIRS,
     CURE_THROTTLED,
     MAX_MESSAGE,
-    RULES,
-    SUCCESS,
     Kind,
     NoReply,
     Reply,
@@ -274,10 +272,3 @@ def _kind(reply: Reply) -> str:
         title = re.search(r"<title>([^<]{1,60})", text, re.IGNORECASE)
         return f"an HTML page {title[1].strip()!r}" if title else "an HTML page"
     return f"no SNAP code: {text[:80]}"
-
-
-def texts() -> Iterator[str]:
-    """Every text of every table."""
-    for table in (_OF_TOKENS, _OF_EXPIRES, _OF_PAGES, _NOT_SENT, _SENT):
-        yield from table.values()
-    yield from (rule.cure for rule in (SUCCESS, *RULES))

@@ -241,12 +241,10 @@ class Bulk:
             if properties.reply_to:
                 channel.basic_publish("", properties.reply_to, self._route.who.encode())
 
-        def declared(channel: Any) -> None:
-            channel.basic_consume(queue, self._guard(asked), auto_ack=True, callback=self._guard(lambda _: then()))
-
         def opened(channel: Any) -> None:
             channel.add_on_close_callback(self._guard(ended))
-            channel.queue_declare(queue, exclusive=True, callback=self._guard(lambda _: declared(channel)))
+            channel.queue_declare(queue, exclusive=True)  # without an answer: what is refused closes the channel
+            channel.basic_consume(queue, self._guard(asked), auto_ack=True, callback=self._guard(lambda _: then()))
 
         connection.channel(on_open_callback=self._guard(opened))
 
@@ -256,17 +254,10 @@ class Bulk:
         def heard(_channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
             self._sweep.fleet(body)
 
-        def made(channel: Any, queue: str) -> None:
-            channel.queue_bind(queue, self._route.fleet, callback=lambda _: None)
-            channel.basic_consume(queue, self._guard(heard), auto_ack=True)
-
         def opened(channel: Any) -> None:
-            channel.queue_declare(
-                "",
-                exclusive=True,
-                arguments={"x-max-length": 10},
-                callback=self._guard(lambda answer: made(channel, answer.method.queue)),
-            )
+            channel.queue_declare("", exclusive=True, arguments={"x-max-length": 10})
+            channel.queue_bind("", self._route.fleet)  # "": the queue that the channel has declared last
+            channel.basic_consume("", self._guard(heard), auto_ack=True)
 
         if self._route.fleet:
             connection.channel(on_open_callback=self._guard(opened))
@@ -278,9 +269,7 @@ class Bulk:
             channel.add_on_cancel_callback(
                 self._guard(lambda _: link.reconnect(f"the broker cancelled the consumer of {queue}"))
             )
-            channel.basic_qos(prefetch_count=PREFETCH, callback=self._guard(lambda _: limited(channel)))
-
-        def limited(channel: Any) -> None:
+            channel.basic_qos(prefetch_count=PREFETCH)
             channel.basic_consume(queue, self._guard(self._delivered), callback=self._guard(lambda _: link.works()))
 
         def closed(channel: Any, reason: Any) -> None:

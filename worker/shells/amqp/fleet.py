@@ -152,7 +152,7 @@ class FleetLink:
     def read_orders(self) -> None:
         """Of all messages there, the newest goes back to the queue, and those that it replaced go; whoever
         comes meanwhile finds none, and looks again."""
-        connection, looks = self._connection, iter(range(LOOKS))
+        connection, looks = self._connection, iter(range(LOOKS - 1))
         held: list[tuple[int, bytes]] = []
 
         def told(orders: Orders | None) -> None:
@@ -164,33 +164,29 @@ class FleetLink:
                 told(None)
 
         def opened(channel: Any) -> None:
-            def found(_: Any, method: Any, _properties: Any, body: bytes) -> None:
-                held.append((method.delivery_tag, body))
+            def get() -> None:
                 channel.basic_get(self._names.orders, callback=self._guard(found, channel))
 
-            def all_found() -> None:
-                index, orders = newest([body for _, body in held])
-                channel.basic_nack(held.pop(index)[0], requeue=True)
-                for tag, _ in held:
-                    channel.basic_ack(tag)
-                channel.close()
-                told(orders)
-
-            def look(_: Any = None) -> None:
-                if next(looks, None) is None:
-                    channel.close()  # `closed` follows
-                else:
-                    channel.basic_get(self._names.orders, callback=self._guard(found, channel))
+            def found(_: Any, method: Any, _properties: Any, body: bytes) -> None:
+                held.append((method.delivery_tag, body))
+                get()
 
             def empty(_: Any) -> None:
                 if held:
-                    all_found()
+                    index, orders = newest([body for _, body in held])
+                    channel.basic_nack(held.pop(index)[0], requeue=True)
+                    for tag, _ in held:
+                        channel.basic_ack(tag)
+                    channel.close()
+                    told(orders)
+                elif next(looks, None) is None:
+                    channel.close()  # `closed` follows
                 else:
-                    self._fibers.loop.call_later(LOOK_AGAIN, self._guard(look, channel))
+                    self._fibers.loop.call_later(LOOK_AGAIN, self._guard(get, channel))
 
             channel.add_callback(self._guard(empty, channel), [pika.spec.Basic.GetEmpty], one_shot=False)
             channel.add_on_close_callback(self._guard(closed))
-            look()
+            get()
 
         self._errand(opened)
 
@@ -261,24 +257,16 @@ class FleetLink:
         channel.add_on_close_callback(self._guard(self._closed))
         channel.add_on_return_callback(self._guard(self._returned))
 
-        def declared(_: Any) -> None:
-            channel.queue_bind(inbox, self._names.fleet, callback=self._guard(bound, channel))
-
-        def bound(_: Any) -> None:
-            came, on = self._guard(self._came), self._guard(consumes, channel)
-            channel.basic_consume(inbox, came, auto_ack=True, exclusive=True, callback=on)
-
         def consumes(_: Any) -> None:
             self._channel, self._joined = channel, True
             self._link.works()
             self._fleet.joined()
 
-        channel.queue_declare(
-            inbox,
-            exclusive=True,
-            arguments={"x-max-length": INBOX, "x-queue-type": "classic"},
-            callback=self._guard(declared, channel),
-        )
+        # Without an answer to each: what the broker refuses closes the channel.
+        channel.queue_declare(inbox, exclusive=True, arguments={"x-max-length": INBOX, "x-queue-type": "classic"})
+        channel.queue_bind(inbox, self._names.fleet)
+        came, on = self._guard(self._came), self._guard(consumes, channel)
+        channel.basic_consume(inbox, came, auto_ack=True, exclusive=True, callback=on)
 
     def _down(self, _reason: str) -> None:
         self._connection = self._channel = None

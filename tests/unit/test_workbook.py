@@ -12,8 +12,7 @@ import openpyxl
 import pytest
 
 from worker.core.rows import BadRow, InputError, Row, Rules
-from worker.shells.source import opened
-from worker.shells.workbook import Workbook, write
+from worker.shells.workbook import Workbook, opened, write
 
 HEADER = ("No", "Bill Number", "Merchant Id")
 

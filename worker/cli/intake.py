@@ -17,11 +17,11 @@ from worker.core.rows import BadRow, Form, InputError, Row, Rules
 from worker.core.sweep import Home, batch_id, belongs, unfinished
 from worker.core.words import plural
 from worker.shells.journal import Journal, Load, clean, find, journals, lock, path_for
-from worker.shells.source import Source, opened
+from worker.shells.source import Source
+from worker.shells.workbook import opened
 
 if TYPE_CHECKING:
     from worker.cli.meter import Meter
-    from worker.shells.workbook import Workbook
 
 BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
 RESUMED_SECONDS: Final = 86_400.0
@@ -133,7 +133,7 @@ def take_in(given: Input, directory: Path) -> Intake:
 class _Reading:
     """All rows go on; bad ones are reported."""
 
-    def __init__(self, given: Input, source: Source | Workbook, meter: Meter) -> None:
+    def __init__(self, given: Input, source: Source, meter: Meter) -> None:
         self._source = source
         self._meter = meter
         self.count = 0

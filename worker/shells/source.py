@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Final, Self, cast
 
 from worker.core.rows import InputError, Reading, Rules, read
-from worker.shells import workbook
-from worker.shells.workbook import Workbook
 
 STDIN: Final = "-"
 MAX_LINE_BYTES: Final = 1 << 20  # what is no text at all (a disk image, an archive) has no line ends
@@ -37,15 +35,6 @@ _OTHER: Final = (
     (b"<", f"HTML or XML, whatever its name says; open it in a spreadsheet and save it as CSV ({SAVE_AS})"),
 )
 _JSON_SUFFIXES: Final = frozenset({".jsonl", ".ndjson"})
-
-
-def opened(name: str) -> Source | Workbook:
-    """The input of that name: a text or a workbook, by its first bytes. Raises `InputError`."""
-    source = Source(name)
-    if not source.starts_with(workbook.MAGIC):
-        return source
-    source.close()
-    return workbook.Workbook(name)
 
 
 class Source:

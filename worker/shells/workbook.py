@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any, Final, Self
+from io import BufferedReader
+from typing import IO, Any, Final, cast
 
 from worker.core.mangled import LONGEST_NUMBER
 from worker.core.rows import InputError, Reading, Rules, is_header, read_table
+from worker.shells.source import STDIN, Source
 
 SUFFIX: Final = ".xlsx"
 MAGIC: Final = b"PK\x03\x04"
@@ -29,30 +28,35 @@ MOST_BYTES: Final = 1 << 30
 _ZEROS: Final = re.compile(r"0+\Z")
 
 
-class Workbook:
-    """A sweep's input. ``name`` is a path, or ``-`` for standard input. Raises `InputError` when it cannot be read."""
+def opened(name: str) -> Source:
+    """The input of that name: a text or a workbook, by its first bytes. Raises `InputError`."""
+    source = Source(name)
+    if not source.starts_with(MAGIC):
+        return source
+    source.close()
+    return Workbook(name)
+
+
+class Workbook(Source):
+    """Rows of a sheet instead of lines. Raises `InputError` when it cannot be read."""
 
     def __init__(self, name: str) -> None:
-        self.name = "stdin" if name == "-" else name
-        self.bytes_read = 0
-        self.size: int | None = None
-        self._file = _seekable(name)
+        super().__init__(name)
+        self.size = None  # how far it is read is not known
         try:
-            self._digest = hashlib.sha256()
+            if name == STDIN:
+                self._file = _seekable(self._file)
             while chunk := self._file.read(1 << 16):
                 self._digest.update(chunk)
             self._file.seek(0)
             self._book = _opened(self._file)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._book.close()
-        self._file.close()
+        self.close()
 
     def reading(self, rules: Rules) -> Reading:
         """The rows of the first sheet that has a column billnumber. Raises `InputError`."""
@@ -63,13 +67,6 @@ class Workbook:
                 return read_table(_rows(sheet), rules)
         names = ", ".join(self._book.sheetnames)[:120]
         raise InputError(f"has no sheet whose first row has a column billnumber (or billNumber): {names}")
-
-    def digest(self, *more: str) -> str:
-        """Hexadecimal, of the file and of what else decides what is sent."""
-        whole = self._digest.copy()
-        for each in more:
-            whole.update(b"\0" + each.encode())
-        return whole.hexdigest()
 
 
 def write(file: IO[bytes], rows: Iterable[Sequence[object]]) -> None:
@@ -105,13 +102,11 @@ def available() -> bool:
     return True
 
 
-def _seekable(name: str) -> IO[bytes]:
-    if name != "-":
-        return Path(name).open("rb")
+def _seekable(stream: IO[bytes]) -> BufferedReader:
     file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by the workbook
-    shutil.copyfileobj(sys.stdin.buffer, file)
+    shutil.copyfileobj(stream, file)
     file.seek(0)
-    return file
+    return cast("BufferedReader", file)
 
 
 def _opened(file: IO[bytes]) -> Any:

@@ -35,7 +35,7 @@ class Credentials:
 
     def __init__(self, settings: GatewaySettings, reread: Callable[[], GatewaySettings]) -> None:
         self._reread = reread
-        self._files = _files(settings)
+        self._files = [value for value in vars(settings).values() if isinstance(value, Path)]
         self._stamp = _stamp(self._files)
         self._problem = ""
         self._load(settings)
@@ -91,21 +91,6 @@ class Credentials:
         """What must not be in any text, even if the gateway sends it to us."""
         self.shared = shared
         """What all processes with our credentials have and nobody else: the client secret, without one the key."""
-
-
-def _files(settings: GatewaySettings) -> Sequence[Path]:
-    return [
-        path
-        for path in (
-            settings.client_secret_file,
-            settings.private_key_file,
-            settings.private_key_passphrase_file,
-            settings.ca_file,
-            settings.cert_file,
-            settings.key_file,
-        )
-        if path is not None
-    ]
 
 
 def _stamp(files: Sequence[Path]) -> _Stamp:

@@ -67,18 +67,14 @@ class Conversation:
 
     def channel(self, on_end: Callable[[Any, BaseException], None] = lambda *_: None) -> Any:
         """A new one; ``on_end`` hears that it ended, and why."""
-        opened: list[Any] = []
-
-        def on_open(channel: Any) -> None:
-            opened.append(channel)
-            self.wake()
+        opened, note = self._notes()
 
         def ended(channel: Any, reason: BaseException) -> None:
             self._ends[channel.channel_number] = reason
             on_end(channel, reason)
             self.wake()
 
-        self._connection.channel(on_open_callback=on_open)
+        self._connection.channel(on_open_callback=note)
         self.until(lambda: bool(opened), "open a channel")
         channel = opened[0]
         self._ends.pop(channel.channel_number, None)
@@ -87,14 +83,9 @@ class Conversation:
 
     def ask(self, channel: Any, method: str, **arguments: Any) -> Any:
         """One method and its answer. Raises pika's `ChannelClosed` for what somebody else has locked, else ours."""
-        answers: list[Any] = []
+        answers, note = self._notes()
         number = channel.channel_number
-
-        def answered(frame: Any) -> None:
-            answers.append(frame)
-            self.wake()
-
-        getattr(channel, method)(callback=answered, **arguments)
+        getattr(channel, method)(callback=note, **arguments)
         self.until(lambda: bool(answers) or number in self._ends, f"answer ({method.replace('_', '.')})")
         if answers:
             return answers[0]
@@ -167,22 +158,18 @@ class Conversation:
         self._loop.close()
 
     def _dial(self, params: Any) -> Connection:
-        answers: list[Any] = []
+        answers, note = self._notes()
 
         def ended(_connection: Any, reason: BaseException) -> None:
             self._lost = reason
-            self.wake()
-
-        def told(answer: Any) -> None:
-            answers.append(answer)
             self.wake()
 
         self._lost = None
         connection = Connection(
             params,
             custom_ioloop=self._loop,
-            on_open_callback=told,
-            on_open_error_callback=lambda _, error: told(error),
+            on_open_callback=note,
+            on_open_error_callback=lambda _, error: note(error),
             on_close_callback=ended,
         )
         while not answers:
@@ -192,6 +179,16 @@ class Conversation:
         if isinstance(answers[0], BaseException):
             raise answers[0]
         return connection
+
+    def _notes(self) -> tuple[list[Any], Callable[[Any], None]]:
+        """A list, and the callback that puts an answer into it, and wakes whoever waits for one."""
+        answers: list[Any] = []
+
+        def note(answer: Any) -> None:
+            answers.append(answer)
+            self.wake()
+
+        return answers, note
 
     def _check(self) -> None:
         failure = self._failure or self._lost

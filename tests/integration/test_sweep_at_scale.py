@@ -151,7 +151,7 @@ def _ours(directory: Path, url: str, names: Names, bills: list[Bill], turn: int)
     journal, parameters = Journal(path), [pika.URLParameters(url)]
     with Meter("sweep", follow=False) as meter:
         errand = Sweep(journal, names, follow=False, stop=lambda: 0, screen=meter, clock=SystemClock())
-        route = Route(topology(names.prefix, "quorum", ()), declare=True)
+        route = Route(names, topology(names.prefix, "quorum", ()), declare=True)
         began = time.monotonic()
         Bulk(route, lambda: parameters, errand, publishing=True, rng=random.Random(1)).run()
         took = time.monotonic() - began

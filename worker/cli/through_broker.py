@@ -16,7 +16,6 @@ from worker.cli.batches import check_batch_id, home_at
 from worker.cli.meter import Meter
 from worker.cli.screen import note, tell
 from worker.core import jakarta
-from worker.core.lanes import SWEEP
 from worker.core.sweep import Home, Tally, belongs, follower_name, inbox, inbox_name, read_outcome
 from worker.core.topology import Topology, topology
 from worker.settings import AmqpSettings
@@ -47,16 +46,7 @@ def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> 
         errand = Sweep(
             journal, names, follow=follow, stop=signals.received, screen=meter, clock=SystemClock(), window=window
         )
-        route = Route(
-            wanted,
-            amqp.declare,
-            own,
-            batch,
-            follower=follower_name(names, batch),
-            who=_who(),
-            lane=names.queue(SWEEP),
-            fleet=names.fleet,
-        )
+        route = Route(names, wanted, amqp.declare, own, batch, _who())
         Bulk(route, lambda: hosts, errand, publishing=bool(before.unsent), rng=random.Random()).run()
     assert errand.ended is not None
     return errand.ended

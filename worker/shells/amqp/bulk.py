@@ -20,7 +20,8 @@ from pika.spec import BasicProperties
 
 from worker.app.sweep import Sweep
 from worker.core.delivery import BATCH_ID, text
-from worker.core.sweep import STOP
+from worker.core.lanes import SWEEP
+from worker.core.sweep import STOP, follower_name
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.declaring import Declaring
@@ -53,18 +54,14 @@ class Followed(BrokerError):
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where to publish and what to follow. ``declare``: as AMQP_DECLARE. ``inbox``: the queue to follow, which is ours
-    to declare in any case, and its batch; None to follow nothing. ``follower``: the exclusive queue that keeps others
-    from following, where those who ask are told ``who`` we are. ``lane``: the queue that the commands go to.
-    ``fleet``: the exchange by which its workers speak to each other, which may not exist."""
+    to declare in any case, and its batch; None to follow nothing. Those who ask who follows are told ``who``."""
 
+    names: Names
     topology: Topology
     declare: bool
     inbox: Topology | None = None
     batch: str = ""
-    follower: str = ""
     who: str = ""
-    lane: str = ""
-    fleet: str = ""
 
 
 class Bulk:
@@ -197,7 +194,7 @@ class Bulk:
             self._sweep.lane(answer.method.message_count, answer.method.consumer_count)
             self._feed()
 
-        channel.queue_declare(self._route.lane, passive=True, callback=self._guard(looked))
+        channel.queue_declare(self._route.names.queue(SWEEP), passive=True, callback=self._guard(looked))
 
     def _publish_down(self) -> None:
         self._looking = None
@@ -227,7 +224,7 @@ class Bulk:
 
     def _hold(self, connection: Any, link: Link, then: Callable[[], None]) -> None:
         """Two that follow one batch would get a part of the outcomes each, and both wait for ever for the rest."""
-        queue = self._route.follower
+        queue = follower_name(self._route.names, self._route.batch)
 
         def ended(_channel: Any, why: BaseException) -> None:
             if not (isinstance(why, ChannelClosed) and why.reply_code == LOCKED):
@@ -256,11 +253,10 @@ class Bulk:
 
         def opened(channel: Any) -> None:
             channel.queue_declare("", exclusive=True, arguments={"x-max-length": 10})
-            channel.queue_bind("", self._route.fleet)  # "": the queue that the channel has declared last
+            channel.queue_bind("", self._route.names.fleet)  # "": the queue that the channel has declared last
             channel.basic_consume("", self._guard(heard), auto_ack=True)
 
-        if self._route.fleet:
-            connection.channel(on_open_callback=self._guard(opened))
+        connection.channel(on_open_callback=self._guard(opened))
 
     def _consume(self, connection: Any, link: Link, queue: str) -> None:
         def opened(channel: Any) -> None:

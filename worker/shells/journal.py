@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from worker.core.delivery import Progress
 from worker.core.needs import RETRIED
@@ -170,8 +170,7 @@ class Journal:
 
     def unsent(self, after: int, limit: int) -> list[Bill]:
         """The next bills behind number ``after`` that have no outcome."""
-        with _translated(self.path):
-            return [Bill(*row) for row in self._db.execute(_UNSENT, (after, limit))]
+        return [Bill(*row) for row in self._query(_UNSENT, (after, limit))]
 
     def published(self, through: int) -> None:
         """Every bill up to this number is with the broker."""
@@ -234,9 +233,8 @@ class Journal:
 
     def examples(self, reasons: Iterable[Reason], limit: int) -> list[tuple[int, str, str, str]]:
         """The first bills (-1: all) with one of these reasons: line, bill, merchant, and what the gateway said."""
-        with _translated(self.path):
-            found = self._db.execute(_EXAMPLES, (json.dumps(sorted(reasons)), limit))
-            return [(row["line"], row["bill"], row["merchant"], row["said"]) for row in found]
+        found = self._query(_EXAMPLES, (json.dumps(sorted(reasons)), limit))
+        return [(row["line"], row["bill"], row["merchant"], row["said"]) for row in found]
 
     def dead_lettered(self) -> Iterator[tuple[str, tuple[int, str, str, str]]]:
         """Bills whose commands the worker parked: command id, then line, bill, merchant, and what the gateway said."""
@@ -251,14 +249,13 @@ class Journal:
             SELECT status, reason, number <= ? OR begun OR due IS NOT NULL, count(*) FROM bills GROUP BY 1, 2, 3
         """
         tally = Tally(invalid=facts.invalid, duplicates=facts.duplicates)
-        with _translated(self.path):
-            for status, reason, sent, count in self._db.execute(query, (facts.published,)):
-                if status is not None:
-                    tally.told[status, reason] = tally.told.get((status, reason), 0) + count
-                elif sent:
-                    tally.waiting += count
-                else:
-                    tally.unsent += count
+        for status, reason, sent, count in self._query(query, (facts.published,)):
+            if status is not None:
+                tally.told[status, reason] = tally.told.get((status, reason), 0) + count
+            elif sent:
+                tally.waiting += count
+            else:
+                tally.unsent += count
         return tally
 
     def files(self) -> list[Path]:
@@ -272,9 +269,8 @@ class Journal:
 
     def wrote(self, report: Path) -> bool:
         """Whether it is the report that this batch wrote last, unchanged."""
-        with _translated(self.path):
-            found = self._db.execute("SELECT value FROM facts WHERE name = 'report'").fetchone()
-        return found is not None and found[0] == _mark(report)
+        found = self._query("SELECT value FROM facts WHERE name = 'report'")
+        return bool(found) and found[0]["value"] == _mark(report)
 
     def rows(self) -> Iterator[sqlite3.Row]:
         """Every row of the input with all that is known of its bill, in the order of the input."""
@@ -302,9 +298,8 @@ class Journal:
 
     def next_due(self) -> float | None:
         """When the next delayed round begins."""
-        with _translated(self.path):
-            found = self._db.execute("SELECT min(due) FROM bills WHERE due IS NOT NULL").fetchone()[0]
-        return None if found is None else float(found)
+        found: float | None = self._query("SELECT min(due) FROM bills WHERE due IS NOT NULL")[0][0]
+        return found
 
     def put_back(self, jobs: Iterable[tuple[int, Progress, float | None]]) -> None:
         """Bills (number, progress, due) that were not finished: what is known of their calls, and when to go on."""
@@ -341,8 +336,7 @@ class Journal:
         self.facts = self._facts()
 
     def _facts(self) -> Facts:
-        with _translated(self.path):
-            values = dict(self._db.execute("SELECT name, value FROM facts").fetchall())
+        values: dict[str, Any] = dict(map(tuple, self._query("SELECT name, value FROM facts")))
         if values.get("format") != _FORMAT:
             raise JournalError(
                 f"{self.path}: the journal of another version, which cannot be read; finish the batch with the version "
@@ -352,6 +346,10 @@ class Journal:
         values["batch"] = Batch(values["batch"], values["size"])
         values["form"] = Form(*json.loads(values["form"]))
         return Facts(**{name: values[name] for name in Facts._fields if name in values})
+
+    def _query(self, query: str, arguments: Sequence[object] = ()) -> list[sqlite3.Row]:
+        with _translated(self.path):
+            return self._db.execute(query, arguments).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

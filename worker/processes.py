@@ -186,7 +186,7 @@ class _Family:
         self._refusal: int | None = None
         self._forced = False
 
-    # Source of the endpoint, in its threads.
+    # HealthSource of the endpoint, in its threads.
 
     def metrics(self) -> bytes:
         # One scrape at a time: an older answer must not overwrite a newer one and take counters back.

@@ -80,7 +80,7 @@ class Worker:
 
 
 class _Endpoint:
-    """The `Source` of the health server."""
+    """The `HealthSource` of the server."""
 
     def __init__(self, worker: Worker) -> None:
         self.metrics = worker.scrape

@@ -27,7 +27,7 @@ from tests.rabbit import Rabbit
 from tests.waiting import wait_until
 from tests.worker_process import working
 from worker import signals
-from worker.app.dead_letters import Ended, Held, Order, Redrive, look
+from worker.app.dead_letters import HeldLetter, Redrive, RedriveEnd, RedrivePlan, look
 from worker.cli import main
 from worker.core import jakarta
 from worker.core.dead_letter import Filter
@@ -164,7 +164,7 @@ def audit(errors: str, event: str = "dead.redrive") -> dict[str, Any]:
 
 def redrive(desk: Desk, parked: ParkedLetters, stop: Callable[[], int] = lambda: 0, **order: Any) -> Redrive:
     run = Redrive(
-        parked, desk.names, Order(**order), clock=_Clock(), copy_id=lambda: "h", stop=stop, show=lambda *_: None
+        parked, desk.names, RedrivePlan(**order), clock=_Clock(), copy_id=lambda: "h", stop=stop, show=lambda *_: None
     )
     run.run()
     return run
@@ -194,7 +194,7 @@ def test_looking_while_more_are_parked(either: Desk) -> None:
     either.park(names(500))
     seen: list[str] = []
 
-    def each(held: Held) -> None:
+    def each(held: HeldLetter) -> None:
         if not seen:
             either.park(names(50, start=500))
         seen.append(str(held.parcel.properties.message_id))
@@ -216,7 +216,7 @@ def test_a_look_that_is_killed_keeps_the_order(desk: Desk, looked_at_before: boo
     if not pid:
         seen = 0
 
-        def each(_: Held) -> None:
+        def each(_: HeldLetter) -> None:
             nonlocal seen
             seen += 1
             if seen == 700:
@@ -234,9 +234,9 @@ def test_a_look_that_is_interrupted_keeps_the_order(either: Desk) -> None:
     """Ctrl-C in the middle of the deliveries hangs up, and all stay in order."""
     either.park(names(3000))
     either.ids()
-    seen: list[Held] = []
+    seen: list[HeldLetter] = []
 
-    def each(held: Held) -> None:
+    def each(held: HeldLetter) -> None:
         seen.append(held)
         if len(seen) == 700:
             raise Interrupted
@@ -548,7 +548,7 @@ def test_stop_at_failures(desk: Desk) -> None:
     with desk.hold() as parked, _answering(desk, "unresolved"):
         run = redrive(desk, parked, stop_at_failures=50, patience=20.0, filter=Filter(lanes=frozenset({"sweep"})))
 
-    assert run.report.ended is Ended.FAILURES
+    assert run.report.ended is RedriveEnd.FAILURES
     assert run.report.redriven < 400
     assert desk.ids() == names(400)[run.report.redriven :]
 

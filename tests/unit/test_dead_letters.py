@@ -10,7 +10,19 @@ import pytest
 
 from tests.builders import NOON, Properties, body
 from worker.app import dead_letters
-from worker.app.dead_letters import MOST_HELD, Ended, Held, Order, Redrive, Report, Told, TooMany, look, purge, rehearse
+from worker.app.dead_letters import (
+    MOST_HELD,
+    HeldLetter,
+    OutcomeSummary,
+    Redrive,
+    RedriveEnd,
+    RedrivePlan,
+    RedriveReport,
+    TooMany,
+    look,
+    purge,
+    rehearse,
+)
 from worker.core.dead_letter import DeadLetter, Filter, Parcel
 from worker.core.delivery import Message
 from worker.core.topology import Names
@@ -46,19 +58,19 @@ class FakeParked:
         self.answer = answer
         self.following: list[str] | None = None
         self.passes = 0
-        self._outcomes: deque[Told] = deque()
+        self._outcomes: deque[OutcomeSummary] = deque()
 
     def count(self) -> int:
         return len(self.queue)
 
-    def hold(self, count: int, each: Callable[[Held], None]) -> None:
+    def hold(self, count: int, each: Callable[[HeldLetter], None]) -> None:
         assert not self.held, "held twice"
         self.passes += 1
         self.held = dict(enumerate(self.queue[:count]))
         del self.queue[:count]
         for number, (name, reason) in list(self.held.items()):
             headers = {"dead-reason": reason, "dead-lane": "sweep", "attempts": 4}
-            each(Held(number, Parcel("sweep", Properties(message_id=name, headers=headers), body())))
+            each(HeldLetter(number, Parcel("sweep", Properties(message_id=name, headers=headers), body())))
 
     def remove(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -76,7 +88,7 @@ class FakeParked:
         del self.held[number]
         self.moved += 1
         if self.following is not None and self.answer is not None:
-            self._outcomes.append(Told(name, self.answer, "success" if self.answer == "expired" else "paid"))
+            self._outcomes.append(OutcomeSummary(name, self.answer, "success" if self.answer == "expired" else "paid"))
         return True
 
     def settle(self, most: int) -> None:
@@ -89,7 +101,7 @@ class FakeParked:
     def follow(self, lanes: Iterable[str]) -> None:
         self.following = list(lanes)
 
-    def outcomes(self) -> list[Told]:
+    def outcomes(self) -> list[OutcomeSummary]:
         told = list(self._outcomes)
         self._outcomes.clear()
         return told
@@ -102,10 +114,10 @@ class FakeParked:
         return [name for name, _ in self.queue]
 
 
-def redrive(parked: FakeParked, stop: Callable[[], int] = lambda: 0, **order: Any) -> Report:
+def redrive(parked: FakeParked, stop: Callable[[], int] = lambda: 0, **order: Any) -> RedriveReport:
     """A whole redrive."""
     run = Redrive(
-        parked, NAMES, Order(**order), clock=parked.clock, copy_id=lambda: "h", stop=stop, show=lambda *_: None
+        parked, NAMES, RedrivePlan(**order), clock=parked.clock, copy_id=lambda: "h", stop=stop, show=lambda *_: None
     )
     return run.run()
 
@@ -120,7 +132,13 @@ def test_all() -> None:
     report = redrive(parked)
 
     assert (parked.lane, parked.names) == (ids(10), [])
-    assert (report.there, report.seen, report.matching, report.redriven, report.ended) == (10, 10, 10, 10, Ended.DONE)
+    assert (report.there, report.seen, report.matching, report.redriven, report.ended) == (
+        10,
+        10,
+        10,
+        10,
+        RedriveEnd.DONE,
+    )
 
 
 def test_the_rest_stays() -> None:
@@ -182,7 +200,7 @@ def test_canary_good() -> None:
     parked = FakeParked(*ids(10), answer="expired")
     report = redrive(parked, canary=2)
 
-    assert (parked.lane, report.redriven, report.ended) == (ids(10), 10, Ended.DONE)
+    assert (parked.lane, report.redriven, report.ended) == (ids(10), 10, RedriveEnd.DONE)
     assert report.outcomes == {("expired", "success"): 2}
 
 
@@ -192,7 +210,7 @@ def test_canary_bad() -> None:
     report = redrive(parked, canary=2)
 
     assert (parked.lane, parked.names) == (ids(2), ids(10)[2:])
-    assert report.ended is Ended.CANARY
+    assert report.ended is RedriveEnd.CANARY
 
 
 def test_canary_silent() -> None:
@@ -200,7 +218,7 @@ def test_canary_silent() -> None:
     parked = FakeParked(*ids(10))
     report = redrive(parked, canary=2, patience=30.0)
 
-    assert (len(parked.lane), report.ended, report.unanswered) == (2, Ended.SILENT, 2)
+    assert (len(parked.lane), report.ended, report.unanswered) == (2, RedriveEnd.SILENT, 2)
     assert parked.clock.now == pytest.approx(30, abs=1)
 
 
@@ -209,7 +227,7 @@ def test_stop_at_failures() -> None:
     parked = FakeParked(*ids(1000), answer="unresolved")
     report = redrive(parked, stop_at_failures=10)
 
-    assert report.ended is Ended.FAILURES
+    assert report.ended is RedriveEnd.FAILURES
     assert dead_letters.SAMPLE <= len(parked.lane) <= dead_letters.SAMPLE + 1
     assert parked.names == ids(1000)[len(parked.lane) :]
 
@@ -218,7 +236,7 @@ def test_failures_within_the_bounds() -> None:
     """No failure, no stop."""
     parked = FakeParked(*ids(1000), answer="expired")
 
-    assert redrive(parked, stop_at_failures=0).ended is Ended.DONE
+    assert redrive(parked, stop_at_failures=0).ended is RedriveEnd.DONE
 
 
 def test_not_too_far_ahead_of_the_outcomes() -> None:
@@ -226,7 +244,7 @@ def test_not_too_far_ahead_of_the_outcomes() -> None:
     parked = FakeParked(*ids(1000))
     report = redrive(parked, stop_at_failures=10, patience=30.0)
 
-    assert (len(parked.lane), report.ended) == (dead_letters.AHEAD, Ended.SILENT)
+    assert (len(parked.lane), report.ended) == (dead_letters.AHEAD, RedriveEnd.SILENT)
 
 
 def test_refused() -> None:
@@ -236,7 +254,7 @@ def test_refused() -> None:
     report = redrive(parked)
 
     assert (parked.lane, parked.names) == (ids(3), ids(10)[3:])
-    assert (report.ended, report.why, report.redriven) == (Ended.REFUSED, "no queue is bound", 3)
+    assert (report.ended, report.why, report.redriven) == (RedriveEnd.REFUSED, "no queue is bound", 3)
 
 
 def test_cannot_be_published() -> None:
@@ -246,7 +264,7 @@ def test_cannot_be_published() -> None:
     report = redrive(parked)
 
     assert (parked.lane, parked.names) == (["m0001", "m0003", "m0004"], ["m0000", "m0002"])
-    assert (report.without_lane, report.ended) == (2, Ended.DONE)
+    assert (report.without_lane, report.ended) == (2, RedriveEnd.DONE)
 
 
 @pytest.mark.parametrize("after", range(6))
@@ -257,14 +275,14 @@ def test_stopped(after: int) -> None:
 
     assert parked.lane + parked.names == ids(5)
     assert report.redriven == after
-    assert (report.ended is Ended.DONE) is (after == 5)
+    assert (report.ended is RedriveEnd.DONE) is (after == 5)
 
 
 def test_rehearsal() -> None:
     """It says what would go, and sends nothing."""
     parked = FakeParked(*ids(5))
     seen: list[DeadLetter] = []
-    report = rehearse(parked, NAMES, Order(limit=2), show=lambda *_: None, each=seen.append)
+    report = rehearse(parked, NAMES, RedrivePlan(limit=2), show=lambda *_: None, each=seen.append)
 
     assert ([letter.command_id for letter in seen], report.matching) == (ids(2), 5)
     assert (parked.lane, parked.names) == ([], ids(5))
@@ -288,7 +306,7 @@ def test_too_many_are_not_held_unasked() -> None:
         lambda: look(parked, show, show=show),
         lambda: purge(parked, lambda _: True, lambda _: True, stop=lambda: 0, show=show),
         lambda: redrive(parked),
-        lambda: rehearse(parked, NAMES, Order(), show=show, each=show),
+        lambda: rehearse(parked, NAMES, RedrivePlan(), show=show, each=show),
     ):
         with pytest.raises(TooMany):
             attempt()
@@ -323,7 +341,7 @@ def test_purge(sure: bool) -> None:
         asked.append(count)
         return sure
 
-    def wanted(held: Held) -> bool:
+    def wanted(held: HeldLetter) -> bool:
         return str(held.parcel.properties.message_id) != "m0002"
 
     assert purge(parked, wanted, ask, stop=lambda: 0, show=lambda *_: None) == (5, 4, 4 if sure else 0)

@@ -40,7 +40,7 @@ SLICE: Final = 0.2  # seconds between two looks at the clock and at the signals
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldLetter:
     """A message in our hands: acked by its number, or given back."""
 
     number: int
@@ -48,7 +48,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class OutcomeSummary:
     """What an outcome says."""
 
     command_id: str
@@ -62,7 +62,7 @@ class Parked(Protocol):
     def count(self) -> int:
         """How many lie there and are not held."""
 
-    def hold(self, count: int, each: Callable[[Held], None]) -> None:
+    def hold(self, count: int, each: Callable[[HeldLetter], None]) -> None:
         """Takes the first ``count``, which are there, in hand, in order. Once, then they are to be given back."""
 
     def remove(self, numbers: Iterable[int]) -> None:
@@ -88,7 +88,7 @@ class Parked(Protocol):
     def follow(self, lanes: Iterable[str]) -> None:
         """From now on, `outcomes` has the outcomes of these lanes."""
 
-    def outcomes(self) -> list[Told]:
+    def outcomes(self) -> list[OutcomeSummary]:
         """Those that came since the last call."""
 
     def turn(self, seconds: float) -> None:
@@ -113,7 +113,9 @@ class TooMany(Exception):
 # -- looking --------------------------------------------------------------------------------------------------------
 
 
-def look(parked: Parked, each: Callable[[Held], None], *, show: Show, limit: int | None = None) -> tuple[int, int]:
+def look(
+    parked: Parked, each: Callable[[HeldLetter], None], *, show: Show, limit: int | None = None
+) -> tuple[int, int]:
     """Shows every dead letter to ``each``, in their order; they stay. How many there are, and were looked at.
 
     Beyond `MOST_HELD`, only the first ``limit``. Raises `TooMany` where there is no limit then.
@@ -129,12 +131,12 @@ def _check_limit(there: int, limit: int | None) -> None:
         raise TooMany(there)
 
 
-def _hold(parked: Parked, there: int, limit: int | None, each: Callable[[Held], None], show: Show) -> int:
+def _hold(parked: Parked, there: int, limit: int | None, each: Callable[[HeldLetter], None], show: Show) -> int:
     _check_limit(there, limit)
     count = there if limit is None or there <= MOST_HELD else min(there, limit)
     seen = 0
 
-    def one(held: Held) -> None:
+    def one(held: HeldLetter) -> None:
         nonlocal seen
         each(held)
         seen += 1
@@ -148,7 +150,7 @@ def _hold(parked: Parked, there: int, limit: int | None, each: Callable[[Held], 
 
 def purge(
     parked: Parked,
-    wanted: Callable[[Held], bool],
+    wanted: Callable[[HeldLetter], bool],
     sure: Callable[[int], bool],
     *,
     stop: Stop,
@@ -161,7 +163,7 @@ def purge(
     """
     numbers: list[int] = []
 
-    def each(held: Held) -> None:
+    def each(held: HeldLetter) -> None:
         if wanted(held):
             numbers.append(held.number)
 
@@ -178,7 +180,7 @@ def purge(
 # -- bringing back --------------------------------------------------------------------------------------------------
 
 
-class Ended(Enum):
+class RedriveEnd(Enum):
     """How a redrive ended."""
 
     DONE = "done"
@@ -190,7 +192,7 @@ class Ended(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RedrivePlan:
     """What is to be brought back, and how carefully. ``rate`` is per second, 0 for no limit; ``stop_at_failures`` is a
     percentage; ``patience`` is seconds without an outcome."""
 
@@ -203,7 +205,7 @@ class Order:
 
 
 @dataclass(slots=True)
-class Report:
+class RedriveReport:
     """What a redrive did. ``without_lane``: they match, but no lane is known or they cannot be published; they stay."""
 
     there: int = 0
@@ -213,7 +215,7 @@ class Report:
     redriven: int = 0
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     unanswered: int = 0
-    ended: Ended = Ended.DONE
+    ended: RedriveEnd = RedriveEnd.DONE
     why: str = ""
 
     @property
@@ -234,7 +236,7 @@ class Redrive:
         self,
         parked: Parked,
         names: Names,
-        order: Order,
+        plan: RedrivePlan,
         *,
         clock: Clock,
         copy_id: Callable[[], str],
@@ -244,42 +246,42 @@ class Redrive:
     ) -> None:
         self._parked = parked
         self._names = names
-        self._order = order
+        self._plan = plan
         self._clock = clock
         self._copy_id = copy_id
         self._stop = stop
         self._show = show
         self._each = each
-        self._watching = order.canary > 0 or order.stop_at_failures is not None
+        self._watching = plan.canary > 0 or plan.stop_at_failures is not None
         self._first_pass = True
         self._sent = 0
         self._left_out = False  # a match stays behind that is to be taken in another pass
         self._waiting: Counter[str] = Counter()  # commands without an outcome
         self._free_at = 0.0
-        self.report = Report()
+        self.report = RedriveReport()
 
-    def run(self) -> Report:
+    def run(self) -> RedriveReport:
         """Raises the broker's errors; `report` then says how far it came."""
-        order, report = self._order, self.report
+        plan, report = self._plan, self.report
         report.there = self._parked.count()
-        _check_limit(report.there, order.limit)
-        goal = report.there if order.limit is None else min(order.limit, report.there)
+        _check_limit(report.there, plan.limit)
+        goal = report.there if plan.limit is None else min(plan.limit, report.there)
         if self._watching:
-            self._parked.follow(sorted(order.filter.lanes))
-        if order.canary:
-            self._bring_back(min(order.canary, goal))
+            self._parked.follow(sorted(plan.filter.lanes))
+        if plan.canary:
+            self._bring_back(min(plan.canary, goal))
             self._await_canary()
-            self._watching = order.stop_at_failures is not None
+            self._watching = plan.stop_at_failures is not None
         complete = self._bring_back(goal)
         self._listen()
         report.unanswered = self._waiting.total()
-        if not complete and report.ended is Ended.DONE:
-            report.ended = Ended.STOPPED
+        if not complete and report.ended is RedriveEnd.DONE:
+            report.ended = RedriveEnd.STOPPED
         return report
 
     @property
     def _going(self) -> bool:
-        return self.report.ended is Ended.DONE and not self._stop()
+        return self.report.ended is RedriveEnd.DONE and not self._stop()
 
     def _bring_back(self, goal: int) -> bool:
         """Passes over the queue until so many are sent, or all that match. False: it was stopped before."""
@@ -290,11 +292,11 @@ class Redrive:
 
     def _pass(self, goal: int) -> bool:
         """Takes all in hand, sends what it keeps of it, gives the rest back. Whether all was dealt with."""
-        chosen: list[tuple[Held, DeadLetter]] = []
+        chosen: list[tuple[HeldLetter, DeadLetter]] = []
         size = 0
         self._left_out = False
 
-        def sort(held: Held) -> None:
+        def sort(held: HeldLetter) -> None:
             nonlocal size
             letter = self._sort(held)
             if letter is None or len(chosen) >= goal - self._sent:
@@ -306,7 +308,7 @@ class Redrive:
                 self._left_out = True
 
         # Beyond MOST_HELD only the first are taken in hand: of those, as many as the limit says are sent.
-        sent, left = self._sent, min(self.report.there - self._parked.moved, max(MOST_HELD, self._order.limit or 0))
+        sent, left = self._sent, min(self.report.there - self._parked.moved, max(MOST_HELD, self._plan.limit or 0))
         if left:
             self._parked.hold(left, sort)
             self._first_pass = False
@@ -317,10 +319,10 @@ class Redrive:
             self._parked.give_back()
         return not self._left_out or self._sent == sent  # what cannot be sent now cannot be sent in the next pass
 
-    def _sort(self, held: Held) -> DeadLetter | None:
+    def _sort(self, held: HeldLetter) -> DeadLetter | None:
         """The letter if it is to be brought back. Each is counted once, however many passes see it."""
         letter = read(self._names, held.parcel)
-        matches = self._order.filter.matches(letter)
+        matches = self._plan.filter.matches(letter)
         if self._first_pass:
             self.report.seen += 1
             if self.report.seen % SHOW_EVERY == 0:
@@ -331,7 +333,7 @@ class Redrive:
                 self._each(letter)
         return letter if matches and letter.lane is not None else None
 
-    def _send(self, chosen: list[tuple[Held, DeadLetter]]) -> None:
+    def _send(self, chosen: list[tuple[HeldLetter, DeadLetter]]) -> None:
         """When it returns, what was sent is at its lane and nowhere else."""
         give_back_at = self._clock.monotonic() + HOLD_SECONDS
         for held, letter in chosen:
@@ -352,9 +354,9 @@ class Redrive:
     def _may_go(self) -> bool:
         """Waits for the rate, and for outcomes if they are watched. False: no more."""
         self._settle(WINDOW)
-        if self._order.rate:
+        if self._plan.rate:
             self._pace()
-        if self._order.stop_at_failures is not None and self._watching:
+        if self._plan.stop_at_failures is not None and self._watching:
             self._watch()
         return self._going
 
@@ -363,34 +365,34 @@ class Redrive:
             self._parked.turn(min(SLICE, wait))
             self._show_progress()
         # A turn of the loop may come a little late; what that costs is made up for, and no more.
-        self._free_at = max(self._free_at, self._clock.monotonic() - LATENESS) + 1 / self._order.rate
+        self._free_at = max(self._free_at, self._clock.monotonic() - LATENESS) + 1 / self._plan.rate
 
     def _watch(self) -> None:
         self._listen()
         if len(self._waiting) >= AHEAD:
             self._await(AHEAD - 1)
-        report, most = self.report, self._order.stop_at_failures
+        report, most = self.report, self._plan.stop_at_failures
         if most is not None and report.answered >= SAMPLE and 0 < report.failures >= report.answered * most / 100:
-            report.ended = Ended.FAILURES
+            report.ended = RedriveEnd.FAILURES
 
     def _await_canary(self) -> None:
         """Good means expired. A percentage of failures that is allowed to all is allowed to the canary."""
         self._await(0)
         report = self.report
-        allowed = report.answered * (self._order.stop_at_failures or 0) / 100
-        if report.failures > allowed and report.ended in (Ended.DONE, Ended.SILENT):
-            report.ended = Ended.CANARY
+        allowed = report.answered * (self._plan.stop_at_failures or 0) / 100
+        if report.failures > allowed and report.ended in (RedriveEnd.DONE, RedriveEnd.SILENT):
+            report.ended = RedriveEnd.CANARY
 
     def _await(self, most: int) -> None:
         """Until no more than ``most`` commands are without an outcome."""
-        deadline = self._clock.monotonic() + self._order.patience
+        deadline = self._clock.monotonic() + self._plan.patience
         while self._going and len(self._waiting) > most:
             self._parked.turn(SLICE)
             self._show_progress()
             if self._listen():
-                deadline = self._clock.monotonic() + self._order.patience
+                deadline = self._clock.monotonic() + self._plan.patience
             elif self._clock.monotonic() > deadline:
-                self.report.ended = Ended.SILENT
+                self.report.ended = RedriveEnd.SILENT
 
     def _listen(self) -> bool:
         """Counts the outcomes of our commands that have come."""
@@ -407,27 +409,29 @@ class Redrive:
     def _show_progress(self) -> None:
         report = self.report
         wanted = report.matching - report.without_lane
-        self._show(report.seen, self._parked.moved, min(wanted, self._order.limit or wanted))
+        self._show(report.seen, self._parked.moved, min(wanted, self._plan.limit or wanted))
 
     def _settle(self, most: int) -> None:
         self._parked.settle(most)
-        if self._parked.refused and self.report.ended is Ended.DONE:
-            self.report.ended, self.report.why = Ended.REFUSED, self._parked.refused
+        if self._parked.refused and self.report.ended is RedriveEnd.DONE:
+            self.report.ended, self.report.why = RedriveEnd.REFUSED, self._parked.refused
         self._show_progress()
 
 
-def rehearse(parked: Parked, names: Names, order: Order, *, show: Show, each: Callable[[DeadLetter], None]) -> Report:
+def rehearse(
+    parked: Parked, names: Names, plan: RedrivePlan, *, show: Show, each: Callable[[DeadLetter], None]
+) -> RedriveReport:
     """What a redrive would do; nothing is sent. ``each`` sees what would be brought back."""
-    report = Report()
+    report = RedriveReport()
 
-    def sort(held: Held) -> None:
+    def sort(held: HeldLetter) -> None:
         letter = read(names, held.parcel)
-        if order.filter.matches(letter):
+        if plan.filter.matches(letter):
             report.matching += 1
             if letter.lane is None:
                 report.without_lane += 1
-            elif order.limit is None or report.matching - report.without_lane <= order.limit:
+            elif plan.limit is None or report.matching - report.without_lane <= plan.limit:
                 each(letter)
 
-    report.there, report.seen = look(parked, sort, show=show, limit=order.limit and max(order.limit, MOST_HELD))
+    report.there, report.seen = look(parked, sort, show=show, limit=plan.limit and max(plan.limit, MOST_HELD))
     return report

@@ -26,7 +26,7 @@ AHEAD: Final = 4
 T = TypeVar("T")
 
 
-class Journal(Protocol):
+class DirectJournal(Protocol):
     """What must survive (see `worker.shells.journal`). Each method returns when its change is on disk."""
 
     facts: Facts
@@ -54,7 +54,7 @@ class Direct:
 
     def __init__(
         self,
-        journal: Journal,
+        journal: DirectJournal,
         dispatcher: Dispatcher,
         on_loop: OnLoop,
         *,

@@ -61,7 +61,7 @@ class Screen(Protocol):
         """``trouble`` is what keeps it from going on, empty for nothing."""
 
 
-class Journal(Protocol):
+class SweepJournal(Protocol):
     """What must survive (see `worker.shells.journal`). Each method returns when its change is on disk."""
 
     facts: Facts
@@ -82,7 +82,7 @@ class Sweep:
 
     def __init__(
         self,
-        journal: Journal,
+        journal: SweepJournal,
         names: Names,
         *,
         follow: bool,

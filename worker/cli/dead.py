@@ -42,7 +42,7 @@ from worker.settings import AmqpSettings, load
 from worker.shells.clock import SystemClock
 
 if TYPE_CHECKING:
-    from worker.app.dead_letters import Held
+    from worker.app.dead_letters import HeldLetter
     from worker.shells.amqp.parked import ParkedLetters
 
 MAX_SHOWN_BODIES: Final = 64 * 1024 * 1024
@@ -109,7 +109,7 @@ def list_(
     census, there = Census(time.time()), Census(time.time())
     rows: list[DeadLetter] = []
 
-    def each(held: Held) -> None:
+    def each(held: HeldLetter) -> None:
         letter = read(amqp.names, held.parcel)
         there.add(letter)
         if chosen.matches(letter):
@@ -142,10 +142,10 @@ def show(
         qris-expire dead show cancel-ORD-77-10092081
     """
     amqp, _ = _begin()
-    found: list[tuple[DeadLetter, Held]] = []
+    found: list[tuple[DeadLetter, HeldLetter]] = []
     size = left_out = 0
 
-    def each(held: Held) -> None:
+    def each(held: HeldLetter) -> None:
         nonlocal size, left_out
         letter = read(amqp.names, held.parcel)
         if letter.command_id == message_id:
@@ -205,16 +205,16 @@ def redrive(
         qris-expire dead redrive --dry-run --reason credentials
         qris-expire dead redrive --reason credentials --canary 5 --rate 20 --stop-at-failures 10
     """
-    from worker.app.dead_letters import Order, Redrive, rehearse
+    from worker.app.dead_letters import Redrive, RedrivePlan, rehearse
 
     amqp, chosen = _begin(options)
     if 0 < rate < SLOWEST:
         raise Trouble(f"--rate: at least {SLOWEST:g} per second, or 0 for no limit", code=INVALID)
-    order = Order(chosen, limit, rate, canary, stop_at_failures, timeout)
+    plan = RedrivePlan(chosen, limit, rate, canary, stop_at_failures, timeout)
     census = Census(time.time())
     if dry_run:
         with _parked(amqp, "redrive --dry-run") as parked, _Progress(parked, "looking") as progress:
-            report = rehearse(parked, amqp.names, order, show=progress.show, each=census.add)
+            report = rehearse(parked, amqp.names, plan, show=progress.show, each=census.add)
         print_rehearsal(report, census)
         check_reasons(chosen, report.matching)
         return 0
@@ -223,7 +223,7 @@ def redrive(
         run = Redrive(
             parked,
             amqp.names,
-            order,
+            plan,
             clock=SystemClock(),
             copy_id=lambda: uuid.uuid4().hex,
             stop=signals.received,
@@ -231,9 +231,9 @@ def redrive(
             each=census.add,
         )
         # The line of the audit comes when the picture has gone, which would break it.
-        with audit("dead.redrive", chosen, lambda: redrive_facts(run.report, order)), progress:
+        with audit("dead.redrive", chosen, lambda: redrive_facts(run.report, plan)), progress:
             run.run()
-    code = tell_redrive(run.report, order)
+    code = tell_redrive(run.report, plan)
     check_reasons(chosen, run.report.matching)
     return code
 
@@ -258,7 +258,7 @@ def export(
     written = 0
     with _sink(output) as sink:
 
-        def each(held: Held) -> None:
+        def each(held: HeldLetter) -> None:
             nonlocal written
             letter = read(amqp.names, held.parcel)
             if chosen.matches(letter):
@@ -344,7 +344,7 @@ def _parked(amqp: AmqpSettings, what: str, *, alone: bool = False) -> Iterator[P
         ) from None
 
 
-def _look(amqp: AmqpSettings, what: str, each: Callable[[Held], None], limit: int | None) -> int:
+def _look(amqp: AmqpSettings, what: str, each: Callable[[HeldLetter], None], limit: int | None) -> int:
     """Shows every dead letter to ``each``; how many there are."""
     from worker.app.dead_letters import look
 

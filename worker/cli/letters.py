@@ -32,7 +32,7 @@ from worker.settings import AmqpSettings
 from worker.shells import operator
 
 if TYPE_CHECKING:
-    from worker.app.dead_letters import Held, Order, Report
+    from worker.app.dead_letters import HeldLetter, RedrivePlan, RedriveReport
 
 KNOWN_REASONS: Final = frozenset(
     {str(reason) for status in DEAD_LETTERED for reason in REASONS[status]} | {*BROKER_REASONS, UNKNOWN}
@@ -45,9 +45,9 @@ REASON: Final = max(map(len, KNOWN_REASONS))
 WIDE: Final = 130  # columns of a terminal from which on rows are shown whole
 
 
-def tell_redrive(report: Report, order: Order) -> int:
+def tell_redrive(report: RedriveReport, plan: RedrivePlan) -> int:
     """The result of a redrive; the exit code, or `Trouble` if the rest stays."""
-    from worker.app.dead_letters import Ended
+    from worker.app.dead_letters import RedriveEnd
 
     print(f"redrove {report.redriven:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     outcomes = ", ".join(f"{count:,} {status} ({reason})" for (status, reason), count in report.outcomes.most_common())
@@ -59,29 +59,29 @@ def tell_redrive(report: Report, order: Order) -> int:
             f"{report.without_lane:,} match and stay: their lane is not known, or they cannot be published as they are"
         )
     match report.ended:
-        case Ended.DONE:
+        case RedriveEnd.DONE:
             return 0
-        case Ended.STOPPED:
+        case RedriveEnd.STOPPED:
             raise Trouble("stopped; nothing is lost, the same command continues with the rest", code=INTERRUPTED)
-        case Ended.CANARY:
+        case RedriveEnd.CANARY:
             raise Trouble(
                 f"the canary was bad ({outcomes}); the rest stays, see `dead list` and the gateway, then try again"
             )
-        case Ended.FAILURES:
+        case RedriveEnd.FAILURES:
             raise Trouble(
                 f"stopped: {report.failures:,} of {report.answered:,} outcomes are not `expired`, "
-                f"{order.stop_at_failures:g} % are allowed; the rest stays, see what they say, then try again"
+                f"{plan.stop_at_failures:g} % are allowed; the rest stays, see what they say, then try again"
             )
-        case Ended.SILENT:
+        case RedriveEnd.SILENT:
             raise Trouble(
-                f"no outcome within {order.patience:g} s, {report.unanswered:,} redriven commands wait for theirs; "
+                f"no outcome within {plan.patience:g} s, {report.unanswered:,} redriven commands wait for theirs; "
                 "the rest stays, see whether a worker runs and the gateway answers, or give a longer --timeout"
             )
-        case Ended.REFUSED:
+        case RedriveEnd.REFUSED:
             raise Trouble(f"{report.why}; the rest stays")
 
 
-def print_rehearsal(report: Report, census: Census) -> None:
+def print_rehearsal(report: RedriveReport, census: Census) -> None:
     """What a redrive would send."""
     print(f"would redrive {census.total.count:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     for reason, lane, kind in census.lines():
@@ -206,7 +206,7 @@ def _age(moment: float | None, now: float) -> str:
     return "now"
 
 
-def print_letter(letter: DeadLetter, held: Held, which: str) -> None:
+def print_letter(letter: DeadLetter, held: HeldLetter, which: str) -> None:
     """All that is known of one, and its body."""
     parcel = held.parcel
     facts: list[tuple[str, object]] = [
@@ -269,13 +269,13 @@ def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> It
         print(json_line("error" if failure else "info", line), file=sys.stderr, flush=True)
 
 
-def redrive_facts(report: Report, order: Order) -> dict[str, Any]:
+def redrive_facts(report: RedriveReport, plan: RedrivePlan) -> dict[str, Any]:
     """What was asked for and what came of it."""
     settings = {
-        "limit": order.limit,
-        "rate": order.rate or None,
-        "canary": order.canary or None,
-        "stopAtFailures": order.stop_at_failures,
+        "limit": plan.limit,
+        "rate": plan.rate or None,
+        "canary": plan.canary or None,
+        "stopAtFailures": plan.stop_at_failures,
     }
     return {
         **{name: value for name, value in settings.items() if value is not None},

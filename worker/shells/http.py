@@ -59,7 +59,7 @@ class Health:
     components: Mapping[str, object]
 
 
-class Source(Protocol):
+class HealthSource(Protocol):
     """Where the answers come from. Called in handler threads, several at a time; may raise (then: 500)."""
 
     def metrics(self) -> bytes:
@@ -86,7 +86,7 @@ class HealthServer:
         self,
         host: str,
         port: int,
-        source: Source,
+        source: HealthSource,
         *,
         clock: Callable[[], float] = time.time,
         fresh: float = FRESH_SECONDS,
@@ -100,7 +100,7 @@ class HealthServer:
         self._server: _Server | None = None
 
     @classmethod
-    def unix(cls, path: Path | str, source: Source) -> "HealthServer":
+    def unix(cls, path: Path | str, source: HealthSource) -> "HealthServer":
         """The same over a Unix socket, for a parent on this host, which renders no oftener than its own server does; a
         socket left at `path` is replaced."""
         server = cls("", 0, source, fresh=0.0)
@@ -175,7 +175,7 @@ def _listen_unix(path: Path) -> socket.socket:
 class _Recent:
     """A source whose metrics are rendered once in ``fresh`` seconds."""
 
-    def __init__(self, source: Source, clock: Callable[[], float], fresh: float) -> None:
+    def __init__(self, source: HealthSource, clock: Callable[[], float], fresh: float) -> None:
         self.live = source.live
         self.ready = source.ready
         self.metrics = Recent(source.metrics, clock, fresh)
@@ -187,7 +187,7 @@ class _Server(socketserver.BaseServer):
     Giving way rather than refusing: a probe must get its answer even while slow clients hold every thread.
     """
 
-    def __init__(self, listener: socket.socket, source: Source, clock: Callable[[], float]) -> None:
+    def __init__(self, listener: socket.socket, source: HealthSource, clock: Callable[[], float]) -> None:
         super().__init__(listener.getsockname(), _Handler)
         self.socket = listener
         self._slots = threading.BoundedSemaphore(HANDLERS)

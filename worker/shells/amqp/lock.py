@@ -27,7 +27,7 @@ class Busy(BrokerError):
     """Somebody else holds the dead letters."""
 
 
-class Lock:
+class BrokerLock:
     """An exclusive queue, which the broker gives to one connection; its holder answers there who it is.
 
     ``alone``: those who find it taken do not wait, since it may take hours.

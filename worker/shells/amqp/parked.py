@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import pika
 
-from worker.app.dead_letters import Held, Stop, Told
+from worker.app.dead_letters import HeldLetter, OutcomeSummary, Stop
 from worker.core.dead_letter import Parcel
 from worker.core.delivery import Message
 from worker.core.lanes import LANES
 from worker.core.settlement import Acks, Confirms
 from worker.shells.amqp.conversation import SLICE, Conversation, Interrupted
-from worker.shells.amqp.lock import Busy, Lock
+from worker.shells.amqp.lock import BrokerLock, Busy
 from worker.shells.amqp.publisher import Publication
 from worker.shells.amqp.session import BrokerError, BrokerUnreachable
 
@@ -61,16 +61,16 @@ class ParkedLetters:
         self._stop = stop
         self._patience = patience
         self._talk = Conversation(amqp, f"dead {what}", stop=stop, each_turn=self._flush_acks)
-        self._lock = Lock(self._talk, f"{amqp.names.dead}.lock", what, stop=stop, alone=alone)
+        self._lock = BrokerLock(self._talk, f"{amqp.names.dead}.lock", what, stop=stop, alone=alone)
         self._desk: Any = None  # for questions
         self._reading: Any = None
         self._publishing: Any = None
         self._acks = Acks()
         self._confirms: Confirms[Publication[int]] = Confirms()  # each settles the dead letter of that number
-        self._each: Callable[[Held], None] = lambda _: None
+        self._each: Callable[[HeldLetter], None] = lambda _: None
         self._coming = 0
         self._held = 0
-        self._told: deque[Told] = deque()
+        self._told: deque[OutcomeSummary] = deque()
         self.moved = 0
         self.refused = ""
 
@@ -97,7 +97,7 @@ class ParkedLetters:
     def count(self) -> int:
         return int(self._state().message_count)
 
-    def hold(self, count: int, each: Callable[[Held], None]) -> None:
+    def hold(self, count: int, each: Callable[[HeldLetter], None]) -> None:
         channel = self._reading = self._talk.channel(on_end=self._ended)
         channel.add_on_cancel_callback(self._talk.guard(self._cancelled))
         self._each, self._coming = each, count
@@ -162,7 +162,7 @@ class ParkedLetters:
         heard = self._talk.guard(self._heard)
         self._talk.ask(channel, "basic_consume", queue=inbox, on_message_callback=heard, auto_ack=True)
 
-    def outcomes(self) -> list[Told]:
+    def outcomes(self) -> list[OutcomeSummary]:
         told = list(self._told)
         self._told.clear()
         return told
@@ -217,12 +217,12 @@ class ParkedLetters:
         self._held += 1
         if not self._coming:
             self._talk.wake()
-        self._each(Held(method.delivery_tag, Parcel(method.routing_key, properties, body)))
+        self._each(HeldLetter(method.delivery_tag, Parcel(method.routing_key, properties, body)))
 
     def _heard(self, _channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
         try:
             outcome = json.loads(body)
-            self._told.append(Told(str(outcome["commandId"]), str(outcome["status"]), str(outcome["reason"])))
+            self._told.append(OutcomeSummary(str(outcome["commandId"]), str(outcome["status"]), str(outcome["reason"])))
         except (ValueError, LookupError, TypeError):
             return  # no outcome: anybody may publish to the exchange
 

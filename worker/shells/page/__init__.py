@@ -21,7 +21,7 @@ from worker.shells.metrics import samples
 from worker.shells.page.sections import main, page_title
 
 if TYPE_CHECKING:
-    from worker.shells.http import Source
+    from worker.shells.http import HealthSource
 
 HTML_TYPE: Final = "text/html; charset=utf-8"
 
@@ -57,7 +57,7 @@ class Recent:
 class StatusPage:
     """The page over a source. Thread-safe."""
 
-    def __init__(self, source: Source, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, source: HealthSource, clock: Callable[[], float] = time.time) -> None:
         self._source = source
         self._clock = clock
         self._scrape: tuple[float, bytes] | None = None

@@ -106,7 +106,7 @@ def _inbox(channel: Any, names: Names, lane: str) -> str:
 
 
 def _publish(channel: Any, names: Names, lane: str, command_id: str, body: bytes) -> None:
-    from worker.shells.amqp.session import NotTaken, Unroutable, publish
+    from worker.shells.amqp.session import NotPublished, publish
 
     properties = {
         "content_type": "application/json",
@@ -115,11 +115,9 @@ def _publish(channel: Any, names: Names, lane: str, command_id: str, body: bytes
         "timestamp": int(time.time()),
     }
     try:
-        publish(channel, Message(names.commands, lane, body, properties))
-    except Unroutable:
-        raise Trouble(f"no queue is bound to {names.commands} for {lane}; run `qris-expire topology --apply`") from None
-    except NotTaken:
-        raise Trouble(f"{names.queue(lane)} does not take the command now; try again later") from None
+        publish(channel, names, Message(names.commands, lane, body, properties))
+    except NotPublished as error:
+        raise Trouble(str(error)) from None
 
 
 def _await(channel: Any, inbox: str, command_id: str, timeout: float) -> dict[str, Any] | None:

@@ -274,7 +274,7 @@ def _watch(
         published[command.properties["message_id"]] = time.monotonic()
         dated = command._replace(properties={**command.properties, "timestamp": int(time.time())})
         received.seen.append(Seen("command", dated.routing_key, dict(dated.properties), dated.body))
-        publish(channel, dated)
+        publish(channel, names, dated)
 
     for command in commands:
         if command.routing_key == SWEEP:

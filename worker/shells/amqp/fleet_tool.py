@@ -45,12 +45,12 @@ class FleetTool:
         self._channel = channel
         self._names = names
 
-    def cards(self, seconds: float = ANSWERS) -> list[Card]:
-        """What the members say about themselves, in ``seconds`` at most; the names of their leaders in ``leader``."""
+    def cards(self) -> list[Card]:
+        """What the members say about themselves; the names of their leaders in ``leader``."""
         inbox = self._channel.queue_declare("", exclusive=True).method.queue
-        self._say(Who(), pika.BasicProperties(reply_to=inbox, delivery_mode=1))
+        self._say(Who(), reply_to=inbox)
         cards: list[Card] = []
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + ANSWERS
         while time.monotonic() < deadline:
             method, _, body = self._channel.basic_get(inbox, auto_ack=True)
             if method is None:
@@ -86,13 +86,14 @@ class FleetTool:
         end by themselves."""
         resting = pika.BasicProperties(content_type="application/json", delivery_mode=2)
         self._channel.basic_publish("", self._names.orders, encode_orders(orders), resting, mandatory=True)
-        self._say(Ordered(orders, dict(left)), pika.BasicProperties(delivery_mode=1))
+        self._say(Ordered(orders, dict(left)))
 
     def probe(self) -> None:
         """Tells the fleet to test the gateway now."""
-        self._say(Ordered(probe=True), pika.BasicProperties(delivery_mode=1))
+        self._say(Ordered(probe=True))
 
-    def _say(self, message: Message, properties: pika.BasicProperties) -> None:
+    def _say(self, message: Message, reply_to: str | None = None) -> None:
+        properties = pika.BasicProperties(delivery_mode=1, reply_to=reply_to)
         self._channel.basic_publish(self._names.fleet, "", encode(Letter(TOOL, "", message)), properties)
 
 

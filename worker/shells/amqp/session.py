@@ -28,7 +28,7 @@ from pika.exceptions import (
 
 from worker import __version__
 from worker.core.delivery import Message
-from worker.core.topology import Topology
+from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.errors import MISMATCH, MISSING, NO_PLAIN, limit, reason, refusal, remedy
 from worker.shells.amqp.steps import Step, declarations, lookups
@@ -139,24 +139,20 @@ def session(amqp: AmqpSettings, role: str = "tool") -> Iterator[pika.BlockingCon
             connection.close()
 
 
-class Unroutable(Exception):
-    """No queue is bound for a message."""
+class NotPublished(Exception):
+    """The broker did not take a message. The text is one line: why, what to do."""
 
 
-class NotTaken(Exception):
-    """A queue does not take a message now."""
-
-
-def publish(channel: Any, message: Message) -> None:
-    """Publishes on a channel with confirms, and returns when the broker has the message. Raises `Unroutable` or
-    `NotTaken`."""
-    properties = pika.BasicProperties(**message.properties)
+def publish(channel: Any, names: Names, command: Message) -> None:
+    """Publishes a command on a channel with confirms, and returns when the broker has it. Raises `NotPublished`."""
+    lane, properties = command.routing_key, pika.BasicProperties(**command.properties)
     try:
-        channel.basic_publish(message.exchange, message.routing_key, message.body, properties, mandatory=True)
+        channel.basic_publish(command.exchange, lane, command.body, properties, mandatory=True)
     except UnroutableError:
-        raise Unroutable from None
+        why = f"no queue is bound to {names.commands} for {lane}; run `qris-expire topology --apply`"
+        raise NotPublished(why) from None
     except NackError:
-        raise NotTaken from None
+        raise NotPublished(f"{names.queue(lane)} does not take the command now; try again later") from None
 
 
 def depth(connection: pika.BlockingConnection, queue: str) -> int | None:

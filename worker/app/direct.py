@@ -94,8 +94,9 @@ class Direct:
         while not self._stop():
             wishes = self._on_loop(lambda: self._dispatcher.look(ready=True))
             self._give_back(wishes.give_back)
-            if SWEEP not in wishes.paused:
-                self._refill()
+            room = self._ahead - len(self._numbers)
+            if SWEEP not in wishes.paused and room >= self._ahead // 2:
+                self._offer(self._next(room))
             self._fetch(wishes)
             self._collect(TICK)
             self._chores()
@@ -105,11 +106,6 @@ class Direct:
         return self._drain()
 
     # -- out --------------------------------------------------------------------------------------------------------
-
-    def _refill(self) -> None:
-        room = self._ahead - len(self._numbers)
-        if room >= self._ahead // 2:
-            self._offer(self._next(room))
 
     def _fetch(self, wishes: Wishes) -> None:
         """Single bills to probe with."""

@@ -192,7 +192,9 @@ def verify(connection: pika.BlockingConnection, topology: Topology) -> list[str]
         except ChannelClosed as closed:
             if closed.reply_code != MISSING:
                 raise broker_error(closed, step.subject) from closed
-            missing.append(_missing(step.subject, closed.reply_text))
+            said = closed.reply_text
+            why = f": {said}" if "home node" in said else ""
+            missing.append(f"{step.subject} is missing{why}{remedy(MISSING, said)}")
     return missing
 
 
@@ -318,11 +320,6 @@ def _mismatch(subject: str, said: str) -> str:
         f"{subject} exists with {argument} {_value(current)} instead of {_value(wanted)}; "
         "match AMQP_QUEUE_TYPE to it, or delete it once it is empty and declare again"
     )
-
-
-def _missing(subject: str, said: str) -> str:
-    why = f": {said}" if "home node" in said else ""
-    return f"{subject} is missing{why}{remedy(MISSING, said)}"
 
 
 def _value(text: str) -> str:

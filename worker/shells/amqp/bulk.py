@@ -392,7 +392,6 @@ def identity(connection: Any, names: Names, place: str) -> str:
 
 def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:
     """What a batch's inbox holds now, in pieces; each is acked when the next is asked for. Raises pika's errors."""
-    codec.tolerate()
     channel = connection.channel()
     left = int(channel.queue_declare(queue, passive=True).method.message_count)
     channel.basic_qos(prefetch_count=PREFETCH)

@@ -14,7 +14,6 @@ from pika.adapters.select_connection import IOLoop
 from pika.exceptions import AMQPError, ChannelClosed
 
 from worker.app.dead_letters import Stop
-from worker.shells.amqp import codec
 from worker.shells.amqp.connection import Connection
 from worker.shells.amqp.errors import LOCKED
 from worker.shells.amqp.session import BrokerUnreachable, broker_error, connect_by
@@ -51,7 +50,6 @@ class Conversation:
 
     def connect(self) -> None:
         """To the first URL that answers."""
-        codec.tolerate()
         self._connection = connect_by(self._dial, self._amqp, self._role)
 
     @contextmanager

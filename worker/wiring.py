@@ -11,7 +11,6 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import structlog
@@ -34,7 +33,7 @@ from worker.core.request import NODE_DIGITS, Partner
 from worker.core.retry import RetryPolicy
 from worker.core.scheme import NO_TOKEN
 from worker.core.settlement import Task
-from worker.core.topology import Names, topology
+from worker.core.topology import Names, fleet_topology, topology
 from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
 from worker.shells import tracing
 from worker.shells.amqp.connection import new_loop
@@ -126,19 +125,15 @@ class Client:
     def join(self, amqp: AmqpSettings) -> FleetLink:
         """The connection to the other processes of the fleet; not started yet. Raises `BrokerError` for settings that
         can never work."""
-        member = self.fleet.member
-        member.alone = False
+        self.fleet.member.alone = False
         return FleetLink(
             self.fleet,
             Names(amqp.prefix),
+            fleet_topology(amqp.prefix, amqp.queue_type),
             _broker_parameters(amqp, "fleet"),
             declare=amqp.declare,
-            queue_type=amqp.queue_type,
             fibers=self.fibers,
             rng=self.rng,
-            describe=lambda card: replace(
-                card, host=socket.gethostname(), process=os.getpid(), version=__version__, client=member.client
-            ),
             metrics=self.metrics,
         )
 

@@ -6,10 +6,13 @@ is transient; an exclusive queue for each member ends with its connection.
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -17,10 +20,11 @@ import pika
 import structlog
 from pika.exceptions import ChannelClosed
 
+from worker import __version__
 from worker.app.fleet import Fleet
 from worker.core import jakarta
 from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, encode, newest
-from worker.core.topology import Names, QueueType, fleet_topology
+from worker.core.topology import Names, Topology
 from worker.shells.amqp.declaring import Declaring
 from worker.shells.amqp.errors import LOCKED
 from worker.shells.amqp.link import Link, Parameters
@@ -45,21 +49,19 @@ class FleetLink:
         self,
         fleet: Fleet,
         names: Names,
+        topology: Topology,
         parameters: Parameters,
         *,
         declare: bool,
-        queue_type: QueueType,
         fibers: Fibers,
         rng: random.Random,
-        describe: Callable[[Card], Card],
         metrics: Metrics,
     ) -> None:
         self._fleet = fleet
         self._names = names
+        self._topology = topology
         self._declare = declare
-        self._queue_type = queue_type
         self._fibers = fibers
-        self._describe = describe
         self._metrics = metrics
         self._connection: Any = None
         self._channel: Any = None
@@ -219,13 +221,7 @@ class FleetLink:
             else:
                 self._link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
 
-        Declaring(
-            connection,
-            fleet_topology(self._names.prefix, self._queue_type),
-            declare=self._declare,
-            on_done=declared,
-            guard=self._guard,
-        )
+        Declaring(connection, self._topology, declare=self._declare, on_done=declared, guard=self._guard)
 
     def _open(self, then: Callable[[Any], None]) -> None:
         """Opens a channel, if there is a connection."""
@@ -290,8 +286,10 @@ class FleetLink:
         if isinstance(letter.message, Who):
             if properties.reply_to and self._channel is not None and self._channel.is_open:
                 member = self._fleet.member
-                card = Letter(member.me, member.client, self._describe(self._fleet.card()))
-                self._publish("", str(properties.reply_to), card, mandatory=False)
+                host, process = socket.gethostname(), os.getpid()
+                card = replace(self._fleet.card(), host=host, process=process, version=__version__)
+                answer = Letter(member.me, member.client, card)
+                self._publish("", str(properties.reply_to), answer, mandatory=False)
             return
         self._fleet.received(letter)
 

@@ -81,16 +81,14 @@ def command_schema() -> Schema:
                 "pattern": _whole(RFC3339),
             },
         },
-        "anyOf": [_given("billnumber"), _given("billNumber")],
+        "anyOf": [
+            {"required": [name], "properties": {name: {"type": "string"}}} for name in ("billnumber", "billNumber")
+        ],
     }
 
 
 def _identifier(description: str) -> Schema:
     return {"description": description, "type": ["string", "null"], "pattern": _whole(IDENTIFIER)}
-
-
-def _given(name: str) -> Schema:
-    return {"required": [name], "properties": {name: {"type": "string"}}}
 
 
 def _whole(pattern: str) -> str:

@@ -89,9 +89,9 @@ class Leader:
         """Calls per second of all members."""
         return sum(peer.used for peer in self.peers.values())
 
-    def listed(self, member: str) -> bool:
-        """Whether the member is to give back what it holds."""
-        return member in self.sick or member in self._suspects.values()
+    def listed(self) -> set[str]:
+        """The members that are to give back what they hold."""
+        return self.sick | set(self._suspects.values())
 
     def breakers(self, now: float) -> dict[str, BreakerState]:
         """Those of the lanes, as they are told."""
@@ -153,7 +153,7 @@ class Leader:
         """It is gone."""
         if self.peers.pop(member, None) is None:
             return
-        self.shares.forget(member)
+        self.shares.needs.pop(member, None)
         self.sick.discard(member)
         self._suspects = {lane: suspect for lane, suspect in self._suspects.items() if suspect != member}
         self._lose(now, [number for number, probe in self._probes.items() if probe.member == member])
@@ -185,7 +185,7 @@ class Leader:
             members=len(self.peers),
             used=round(self.used(), 2),
             breakers=self.breakers(now),
-            sick=tuple(sorted(self.sick | set(self._suspects.values()))),
+            sick=tuple(sorted(self.listed())),
             orders=standing.orders,
             pauses=standing.pauses(now),
         )
@@ -243,7 +243,7 @@ class Leader:
         for name, peer in self.peers.items():
             if name not in self.sick and self._fails_alone(name, peer):
                 self.sick.add(name)
-                self.shares.forget(name)
+                self.shares.needs.pop(name, None)
                 self.beat_soon(now)
 
     def _fails_alone(self, name: str, peer: Peer) -> bool:

@@ -79,10 +79,7 @@ class Member:
     def next(self, now: float) -> float:
         """When `tick` has something to do, at the latest."""
         idle = self.terms.role is Role.APART
-        moments = [now + (REST if idle else BEAT / 2), *self.own.standing.ends()]
-        slot = self.own.permits.next()
-        if slot is not None:
-            moments.append(slot)
+        moments = [now + (REST if idle else BEAT / 2), *self.own.standing.ends.values(), self.own.permits.next()]
         if self._follows:
             moments.append(self.follower.report_at)
         elif self._leads:
@@ -204,7 +201,7 @@ class Member:
         if before is Role.FOLLOWS and self.terms.role is Role.CLAIMS:
             self._no_leader(now)
             self.leader = Leader(self.own, now, self.follower.beat)
-            self.leader.shares.slots.pause(float("inf"))  # until our first beat has come back
+            self.leader.shares.slots.free = float("inf")  # until our first beat has come back
             if self.own.health.sick:
                 self._cure(now)
             self.leader.beat(now)
@@ -412,7 +409,7 @@ class Member:
         """What we, as leader, have found out about ourselves. Who is sick leads no more; who is only suspected does."""
         if not self._leads:
             return
-        listed = self.leader.listed(self.me)
+        listed = self.me in self.leader.listed()
         if listed and not self.own.health.sick:
             self._fall_sick(now)
             self.terms.reluctant = False

@@ -156,7 +156,8 @@ class Standing:
     sure: bool = False
     """Whether we know what operators want."""
     held_until: float = 0.0
-    _ends: dict[str, float] = field(default_factory=dict)  # when pauses end by themselves
+    ends: dict[str, float] = field(default_factory=dict)
+    """When pauses end by themselves."""
 
     def hold(self, seconds: float, now: float) -> None:
         """No call for so many seconds."""
@@ -168,15 +169,11 @@ class Standing:
 
     def paused(self, lane: str, now: float) -> bool:
         """Whether an operator has paused the lane."""
-        return lane in self.orders.pauses and now < self._ends.get(lane, float("inf"))
+        return lane in self.orders.pauses and now < self.ends.get(lane, float("inf"))
 
     def pauses(self, now: float) -> dict[str, float]:
         """Seconds left of the pauses that end by themselves."""
-        return {lane: max(0.0, end - now) for lane, end in self._ends.items()}
-
-    def ends(self) -> Iterable[float]:
-        """When they end."""
-        return self._ends.values()
+        return {lane: max(0.0, end - now) for lane, end in self.ends.items()}
 
     def obey(self, orders: Orders, left: Mapping[str, float], now: float) -> bool:
         """What operators want now; ``left``: seconds left of pauses. Whether it is something else than before."""
@@ -185,16 +182,16 @@ class Standing:
         for lane in LANES:
             pause = orders.pauses.get(lane)
             if pause is None or pause.seconds is None:
-                self._ends.pop(lane, None)
-            elif changed or lane not in self._ends:
-                self._ends[lane] = now + max(0.0, left.get(lane, pause.seconds))
+                self.ends.pop(lane, None)
+            elif changed or lane not in self.ends:
+                self.ends[lane] = now + max(0.0, left.get(lane, pause.seconds))
         return changed
 
     def tick(self, now: float) -> bool:
         """Ends pauses whose time is over; whether there was one."""
-        over = {lane for lane, end in self._ends.items() if now >= end}
+        over = {lane for lane, end in self.ends.items() if now >= end}
         if over:
-            self._ends = {lane: end for lane, end in self._ends.items() if lane not in over}
+            self.ends = {lane: end for lane, end in self.ends.items() if lane not in over}
             left = {lane: pause for lane, pause in self.orders.pauses.items() if lane not in over}
             self.orders = replace(self.orders, pauses=left)
         return bool(over)

@@ -54,10 +54,6 @@ class Slots:
         self.free = slot + 1.0 / (whole(self.limit) * PACE)
         return slot
 
-    def pause(self, until: float) -> None:
-        """No slot before ``until``."""
-        self.free = max(self.free, until)
-
 
 @dataclass(slots=True)
 class Need:
@@ -92,10 +88,6 @@ class Shares:
     def need(self, member: str) -> Need:
         """What the member wants."""
         return self.needs.setdefault(member, Need())
-
-    def forget(self, member: str) -> None:
-        """The member is gone."""
-        self.needs.pop(member, None)
 
     def waits(self) -> bool:
         """Whether anybody wants a slot."""
@@ -209,9 +201,9 @@ class Permits:
             if now <= until:
                 yield lane, until
 
-    def next(self) -> float | None:
-        """When the next one is due."""
-        return self.slots[0][0] if self.slots else None
+    def next(self) -> float:
+        """When the next one is due; infinite without any."""
+        return self.slots[0][0] if self.slots else math.inf
 
     def open(self, lane: str) -> int:
         """Calls of the lane that wait and have no slot."""

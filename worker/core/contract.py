@@ -148,7 +148,7 @@ _JSON_TYPES: Final[Mapping[Any, str]] = {
 def outcome_schema() -> Schema:
     """What `worker.core.outcome.encode` writes. Raises KeyError for a field of `Outcome` that nothing is said about."""
     own = {
-        _camel(name): {"type": _types(annotation), **_MEANING[name]}
+        re.sub(r"_(.)", lambda found: found[1].upper(), name): {"type": _types(annotation), **_MEANING[name]}
         for name, annotation in get_type_hints(Outcome).items()
     }
     derived = {"description": "The end of the command.", "type": "string", "enum": list(map(str, Status))}
@@ -167,10 +167,6 @@ def outcome_schema() -> Schema:
             for status, reasons in REASONS.items()
         ],
     }
-
-
-def _camel(name: str) -> str:
-    return re.sub(r"_(.)", lambda found: found[1].upper(), name)
 
 
 def _types(annotation: Any) -> str | list[str]:

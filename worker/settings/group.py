@@ -56,16 +56,11 @@ class Declared:
     default: Any
     shown: str | None
 
-    @property
-    def required(self) -> bool:
-        """Whether the setting has no default."""
-        return self.default is MISSING
-
     def documented(self) -> str:
         """The default in Markdown, as one would write it in the environment; empty where there is none."""
         if self.shown is not None:
             return self.shown
-        if self.required:
+        if self.default is MISSING:
             return "required"
         match self.default:
             case None:
@@ -188,7 +183,7 @@ def build(group: type[G], texts: Mapping[str, str], wrong: Mapping[str, str], *,
                 problems[name] = f"{variable(name)}: {error}"
         elif others is not None:
             values[name] = getattr(others, name)
-        elif declared.required:
+        elif declared.default is MISSING:
             either = f" (or {group.variable(file_forms[name])})" if name in file_forms else ""
             meaning = declared.meaning.replace("`", "").rstrip(".")
             problems[name] = f"{variable(name)}: is not set; set it{either}. {meaning}"

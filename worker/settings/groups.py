@@ -96,10 +96,7 @@ class GatewaySettings(Group, variables="GATEWAY_"):
     )
     client_id: str = setting(rules.header_value, "The id given at onboarding.")
     client_secret: Secret | None = setting(
-        Secret,
-        "The secret given at onboarding.",
-        default=None,
-        shown="required for `hmac-sha512`",
+        Secret, "The secret given at onboarding.", default=None, shown="required for `hmac-sha512`"
     )
     client_secret_file: Path | None = mounted("GATEWAY_CLIENT_SECRET", default=None)
     private_key: Secret | None = setting(
@@ -227,9 +224,7 @@ class WorkerSettings(Group, variables="WORKER_"):
 
     concurrency: int = setting(rules.whole(least=1, most=1024), "Requests in flight per process.", default=32)
     sweep_share: float = setting(
-        rules.number(above=0, most=1),
-        "The most of them that the sweep lane may hold, rounded down.",
-        default=0.75,
+        rules.number(above=0, most=1), "The most of them that the sweep lane may hold, rounded down.", default=0.75
     )
     drain_seconds: float = setting(rules.seconds(most=3_600), "From SIGTERM to a forced stop.", default=25)
     processes: int = setting(rules.whole(least=1, most=64), "Processes under one parent.", default=1)

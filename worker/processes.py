@@ -3,8 +3,7 @@
 Children are fresh programs, never forks of a running loop. Each serves its health on a Unix socket, whose
 path it finds in QRIS_EXPIRE_METRICS_SOCKET; the one TCP port belongs to the parent. The parent itself touches
 neither broker nor gateway.
-
-Order of this file: one child, then the family. What their scrapes add up to is `core.scrapes`.
+What the scrapes add up to is `core.scrapes`.
 """
 
 import contextlib
@@ -331,10 +330,9 @@ def supervise(
 ) -> int:
     """Runs `processes` children of `command` until they are told to stop; returns the exit code.
 
-    `environment` is the children's whole environment; WORKER_PROCESSES=1, QRIS_EXPIRE_METRICS_SOCKET and
-    QRIS_EXPIRE_PROCESS are added. The first signal that asks to stop drains all, each further one is passed on as well,
-    and so is SIGHUP.
-    A child that ends unexpectedly is logged and started again with backoff, while the others go on.
+    `environment` is the children's whole environment, but for what each gets beside it. The first signal that asks to
+    stop drains all, each further one is passed on as well, and so is SIGHUP. A child that ends unexpectedly is logged
+    and started again with backoff, while the others go on.
 
     0: all drained. 1: some child was forced, or hung beyond `drain_seconds` and `MARGIN_SECONDS` and was
     killed. 2 or 3: a child said so at its first start, and the others were stopped.

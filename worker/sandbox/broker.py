@@ -319,7 +319,7 @@ class Home:
             cookie.write_text(secrets.token_hex(20))
             cookie.chmod(0o400)
         for _ in range(5):
-            if self._mapper_runs():
+            if self._mapper is not None and self._mapper.poll() is None:
                 return
             self._mapper_port = free_port()
             self._mapper = _spawn([_port_mapper(server)], self.environment(), self.directory)
@@ -348,9 +348,6 @@ class Home:
             "ERL_FLAGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
             "ERL_CRASH_DUMP_SECONDS": "0",
         }
-
-    def _mapper_runs(self) -> bool:
-        return self._mapper is not None and self._mapper.poll() is None
 
     def _wait_for_mapper(self, mapper: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + 10.0

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from worker.core.delivery import Message
 from worker.core.lanes import CANCELLATION, SWEEP
-from worker.core.topology import Names, Topology, topology
+from worker.core.topology import Names, topology
 from worker.core.words import folded, plural
 from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port
 from worker.sandbox.simulator import Script, Simulator
@@ -225,18 +225,14 @@ def _prepared(amqp: AmqpSettings) -> Iterator[tuple[Any, str]]:
         channel.queue_bind(inbox, amqp.names.outcomes, "#")
         yield channel, inbox
     finally:
-        _delete(connection, made)
+        with suppress(Exception):
+            channel = connection.channel()
+            for queue in made.queues:
+                channel.queue_delete(queue.name)
+            for exchange in made.exchanges:
+                channel.exchange_delete(exchange.name)
         with suppress(Exception):
             connection.close()
-
-
-def _delete(connection: Any, made: Topology) -> None:
-    with suppress(Exception):
-        channel = connection.channel()
-        for queue in made.queues:
-            channel.queue_delete(queue.name)
-        for exchange in made.exchanges:
-            channel.exchange_delete(exchange.name)
 
 
 @contextmanager

@@ -73,8 +73,8 @@ def write_private(path: Path, pem: bytes) -> None:
 class Simulator:
     """The gateway on a port of its own; a context manager. Safe to use from several threads.
 
-    `port` 0 takes a free one, which a later `start` keeps: stopped, it refuses connections, started again it
-    remembers everything. Without `public_key`, a key pair is made (`private_key_pem`). `keep_calls` bounds
+    `port` 0 takes a free one at the first `start`, which later ones keep: stopped, it refuses connections, started
+    again it remembers everything. Without `public_key`, a key pair is made (`private_key_pem`). `keep_calls` bounds
     `Report.calls`. Raises ValueError for an unknown `signature`, `start` OSError when it cannot listen.
     """
 
@@ -106,7 +106,8 @@ class Simulator:
         )
         self.token_path = base_path + TOKEN_PATH
         self.expire_path = base_path + EXPIRE_PATH
-        self._host, self._port, self._base_path = host, port, base_path
+        self.port = port
+        self._host, self._base_path = host, base_path
         self._has_private_key = public_key is None
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
@@ -115,8 +116,8 @@ class Simulator:
         """Listen, and serve in a thread of its own. Does nothing when it already does."""
         if self._server is not None:
             return self
-        server = Server((self._host, self._port), self)
-        self._port = server.server_address[1]
+        server = Server((self._host, self.port), self)
+        self.port = server.server_address[1]
         self._thread = threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.02}, name="simulator", daemon=True
         )
@@ -141,15 +142,10 @@ class Simulator:
         self.stop()
 
     @property
-    def port(self) -> int:
-        """The port; 0 before the first `start` of a simulator that takes a free one."""
-        return self._port
-
-    @property
     def base_url(self) -> str:
         """The GATEWAY_BASE_URL of a worker on this machine."""
         host = "127.0.0.1" if self._host in ("", "0.0.0.0") else self._host
-        return f"http://{host}:{self._port}{self._base_path}"
+        return f"http://{host}:{self.port}{self._base_path}"
 
     @property
     def private_key_pem(self) -> bytes:

@@ -86,17 +86,9 @@ class Fault(_FromJson):
     repeat: bool = False
 
     def __post_init__(self) -> None:
-        kinds = [
-            name
-            for name, given in (
-                ("code", self.code is not None),
-                ("html", self.html is not None),
-                ("body", self.body is not None),
-                ("hang", self.hang > 0),
-                ("reset", self.reset is not None),
-            )
-            if given
-        ]
+        hang = self.hang if self.hang > 0 else None
+        given = {"code": self.code, "html": self.html, "body": self.body, "hang": hang, "reset": self.reset}
+        kinds = [name for name, value in given.items() if value is not None]
         if len(kinds) > 1:
             raise ScriptError(f"a fault has one kind of answer, not {' and '.join(kinds)}")
         if min(self.latency, self.hang, self.trickle) < 0:

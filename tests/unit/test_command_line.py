@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 
 from worker import cli
-from worker.cli.command_line import Argument, Documents, Group, Option, Shown, UsageError, read
+from worker.cli.command_line import Argument, CommandGroup, Documents, Option, Shown, UsageError, read
 
 COLOURS = ("red", "dark-blue")
 
@@ -38,7 +38,7 @@ def paint(
     """
 
 
-tools = Group("Looks after the tools. Finds them, too.")
+tools = CommandGroup("Looks after the tools. Finds them, too.")
 
 
 @tools.command("list")
@@ -127,7 +127,7 @@ def test_commands_of_a_group() -> None:
 
 def test_a_group_can_do_something_alone() -> None:
     """Without a command of its own, a group does what it does alone, with options."""
-    group = Group("Does.", alone=list_, commands={"paint": paint})
+    group = CommandGroup("Does.", alone=list_, commands={"paint": paint})
 
     assert read("g", group, [], Documents).keywords == {"limit": 20}
     assert read("g", group, ["--limit", "1"], Documents).keywords == {"limit": 1}
@@ -154,7 +154,7 @@ def paths() -> list[str]:
     found = []
     for name in cli.COMMANDS:
         command = cli.command(name)
-        found += [f"{name} {each}" for each in command.commands] if isinstance(command, Group) else [name]
+        found += [f"{name} {each}" for each in command.commands] if isinstance(command, CommandGroup) else [name]
     return found
 
 

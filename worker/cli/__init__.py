@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ from typing import Any, Final
 from worker import __version__
 from worker.cli import command_line
 from worker.cli.command_line import (
+    CommandGroup,
     Documents,
     Function,
-    Group,
     Shown,
     UsageError,
     paragraphs,
@@ -23,6 +24,7 @@ from worker.cli.command_line import (
     summary,
     unknown,
 )
+from worker.cli.screen import note
 
 PROGRAM: Final = "qris-expire"
 
@@ -71,9 +73,9 @@ class Trouble(Exception):
         super().__init__("\n".join(lines))
 
 
-def command(name: str) -> Function | Group:
+def command(name: str) -> Function | CommandGroup:
     """What the command does; its module is imported now."""
-    found: Function | Group = getattr(import_module(f"worker.cli.{name}"), name)
+    found: Function | CommandGroup = getattr(import_module(f"worker.cli.{name}"), name)
     return found
 
 
@@ -164,16 +166,12 @@ def _nobody_reads() -> int:
 
 
 def _tell(*lines: str) -> None:
-    from worker.cli.screen import note
-
     for line in lines:
         note(line)
 
 
 def _failed(error: Exception, *, debug: bool) -> int:
     """Tells what went wrong; the exit code."""
-    import os
-
     from worker.shells.logs import redact
 
     trouble = expected(error)

@@ -68,23 +68,23 @@ def check(
         qris-expire check --probe 10092081 --merchant-id 121000001
     """
     check_identifiers({"--probe": probe, "--merchant-id": merchant_id})
-    report = _Report()
-    report.line("settings", lambda: _settings(report.say))
+    lines = _Lines()
+    lines.line("settings", lambda: _settings(lines.say))
     # Each as far as it is valid: a wrong gateway must not hide what is wrong with the broker.
     amqp, retry, gateway = _valid(AmqpSettings), _valid(RetrySettings), _valid(GatewaySettings)
-    report.line("key", lambda: _key(gateway))
-    report.line("broker", lambda: _broker(amqp))
-    report.line("topology", lambda: _topology(amqp, retry))
-    report.line("policies", lambda: _policies(amqp, retry))
+    lines.line("key", lambda: _key(gateway))
+    lines.line("broker", lambda: _broker(amqp))
+    lines.line("topology", lambda: _topology(amqp, retry))
+    lines.line("policies", lambda: _policies(amqp, retry))
     with closing(Calling(gateway)) if gateway else nullcontext() as calling:
-        report.line("token", lambda: _token(calling))
-        report.line("clock", lambda: _clock(calling))
+        lines.line("token", lambda: _token(calling))
+        lines.line("clock", lambda: _clock(calling))
         if probe is not None:
-            report.line("probe", lambda: _probe(calling, probe, merchant_id, report.say))
-    return 1 if report.failed else 0
+            lines.line("probe", lambda: _probe(calling, probe, merchant_id, lines.say))
+    return 1 if lines.failed else 0
 
 
-class _Report:
+class _Lines:
     """The lines, and whether one of them was bad."""
 
     def __init__(self) -> None:

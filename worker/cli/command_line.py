@@ -1,7 +1,7 @@
 """Command lines: declared by the signatures of functions, read by argparse, explained by the functions' docstrings.
 
 A command is a function. Each parameter is `Annotated` with an `Option` or an `Argument`, and what has a default may be
-left out. Options that belong together are the fields of a dataclass, which is one parameter then. A `Group` is a
+left out. Options that belong together are the fields of a dataclass, which is one parameter then. A `CommandGroup` is a
 command that has commands of its own.
 """
 
@@ -71,7 +71,7 @@ class Argument(Option):
 
 
 @dataclass(slots=True)
-class Group:
+class CommandGroup:
     """A command with commands of its own; ``alone`` is what it does without one of them."""
 
     help: str
@@ -97,10 +97,10 @@ class Documents:
 
 
 def read(
-    path: str, command: Function | Group, words: Sequence[str], documents: Callable[[], Documents]
+    path: str, command: Function | CommandGroup, words: Sequence[str], documents: Callable[[], Documents]
 ) -> partial[Any]:
     """The call that ``words`` ask for. Raises `UsageError`, and `Shown` where help is asked for."""
-    while isinstance(command, Group):
+    while isinstance(command, CommandGroup):
         word = words[0] if words else ""
         if word in command.commands:
             path, command, words = f"{path} {word}", command.commands[word], words[1:]
@@ -284,7 +284,7 @@ def _help(path: str, function: Function, parameters: Sequence[_Parameter], docum
     return "\n\n".join([*parts, *filter(None, [documents.brief])])
 
 
-def _group_help(path: str, group: Group, documents: Documents) -> str:
+def _group_help(path: str, group: CommandGroup, documents: Documents) -> str:
     usage = f"Usage: {path} {'COMMAND' if group.alone is None else '[COMMAND]'} …"
     listed = [(name, summary(function)) for name, function in group.commands.items()]
     parts = [usage, paragraphs(group.help), "Commands (each has its own --help):\n" + rows(listed)]
@@ -305,9 +305,9 @@ def _explained(parameter: _Parameter) -> str:
     return f"{parameter.declared.help} [{'; '.join(notes)}]" if notes else parameter.declared.help
 
 
-def summary(command: Function | Group) -> str:
+def summary(command: Function | CommandGroup) -> str:
     """The first sentence of a command's help."""
-    text = command.help if isinstance(command, Group) else command.__doc__ or ""
+    text = command.help if isinstance(command, CommandGroup) else command.__doc__ or ""
     first = " ".join(text.strip().split("\n\n")[0].split())
     return re.split(r"(?<=[.:;])\s", first)[0].rstrip(".:;")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import select
+import shutil
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Final, Self
 
 from worker import signals
 from worker.cli import INTERRUPTED, INVALID, Trouble
-from worker.cli.command_line import Argument, Group, Option
+from worker.cli.command_line import Argument, CommandGroup, Option
 from worker.cli.letters import (
     audit,
     check_reasons,
@@ -50,7 +52,9 @@ ROWS: Final = 20
 SLOWEST: Final = 0.01  # per second: what is held must be given back now and then
 
 
-dead = Group("Lists, shows, redrives, exports and deletes dead letters. Looking removes nothing and keeps their order.")
+dead = CommandGroup(
+    "Lists, shows, redrives, exports and deletes dead letters. Looking removes nothing and keeps their order."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,9 +378,6 @@ def _ask(question: str, parked: ParkedLetters) -> bool:
 @contextmanager
 def _sink(output: Path | None) -> Iterator[IO[str]]:
     """Where lines are gathered first: a slow reader of our output must not keep the dead letters held."""
-    import shutil
-    import tempfile
-
     from worker.cli.report import replacing
 
     if output is not None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Final
 
 from worker.cli import INVALID, Trouble
-from worker.cli.command_line import Argument, Group, Option
+from worker.cli.command_line import Argument, CommandGroup, Option
 from worker.cli.screen import output, plain_table, tell
 from worker.core import jakarta
 from worker.core.fleet.messages import Card, Limit, Orders, Pause
@@ -47,7 +47,9 @@ def show(
     return 0 if cards else 1
 
 
-fleet = Group("Shows the processes that are one client of the gateway; pauses them, and bounds their rate.", show)
+fleet = CommandGroup(
+    "Shows the processes that are one client of the gateway; pauses them, and bounds their rate.", show
+)
 
 Reason = Annotated[str, Option("--reason", help="Why; everybody who looks at the fleet sees it.", metavar="TEXT")]
 Lanes = Annotated[list[str] | None, Option(choices=LANES, help="Only this lane; both without it.")]
@@ -234,20 +236,16 @@ def _name(card: Card) -> str:
 def _in_words(orders: Orders) -> list[str]:
     """What operators want: who, when and why."""
     now, lines = time.time(), []
-    for lane, each in sorted(orders.pauses.items()):
-        left = _left(each, now)
+    for lane, wanted in sorted(orders.pauses.items()):
+        left = _left(wanted, now)
         if left != 0:
             until = "until resumed" if left is None else f"for {duration(left)} more"
-            lines.append(f"{lane} is paused {until}, by {each.by} since {_when(each.since)}{_why(each.reason)}")
+            lines.append(f"{lane} is paused {until}, {_by(wanted)}")
     if orders.limit is not None:
-        each_ = orders.limit
-        lines.append(f"limit of {each_.rate:g} calls/s, by {each_.by} since {_when(each_.since)}{_why(each_.reason)}")
+        lines.append(f"limit of {orders.limit.rate:g} calls/s, {_by(orders.limit)}")
     return lines
 
 
-def _when(moment: float) -> str:
-    return jakarta.iso(moment, milliseconds=False)
-
-
-def _why(reason: str) -> str:
-    return f": {reason}" if reason else ""
+def _by(order: Pause | Limit) -> str:
+    since = jakarta.iso(order.since, milliseconds=False)
+    return f"by {order.by} since {since}{f': {order.reason}' if order.reason else ''}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from worker.cli import INVALID, Trouble
 from worker.cli.batches import check_batch_id
+from worker.cli.meter import Meter
 from worker.cli.screen import note
 from worker.core.rows import BadRow, Form, InputError, Row, Rules
 from worker.core.sweep import Home, batch_id, belongs, unfinished
@@ -19,9 +20,6 @@ from worker.core.words import plural
 from worker.shells.journal import Journal, Load, clean, find, journals, lock, path_for
 from worker.shells.source import Source
 from worker.shells.workbook import opened
-
-if TYPE_CHECKING:
-    from worker.cli.meter import Meter
 
 BAD_ROWS_SHOWN: Final = 50  # on a terminal, where more would only push the first ones out of sight
 RESUMED_SECONDS: Final = 86_400.0
@@ -97,16 +95,23 @@ def check_any(given: Input, bills: int, invalid: int) -> None:
 
 def take_in(given: Input, directory: Path) -> Intake:
     """Reads all of it; the caller owes its load a `discard`. Raises `Trouble` for what cannot be used."""
-    from worker.cli.meter import Meter
 
     name = given.name
     clean(directory)
-    load = Load(directory)
-    try:
-        with opened(given.file) as source, Meter(name) as meter:
-            reading = _Reading(given, source, meter)
-            load.fill(reading.rows())
-        for remark in reading.remarks():
+    with ExitStack() as failed:
+        load = Load(directory)
+        failed.callback(load.discard)
+        try:
+            with opened(given.file) as source, Meter(name) as meter:
+                reading = _Reading(given, source, meter)
+                load.fill(reading.rows())
+        except InputError as error:
+            where = f"{name}:{error.line}" if error.line is not None else name
+            raise Trouble(f"{where}: {error.reason}; nothing was sent", code=INVALID) from None
+        except KeyboardInterrupt:
+            note(f"stopped while reading {name}; nothing was sent")
+            raise
+        for remark in reading.read.remarks():
             note(f"{name}: {remark}")
         if reading.invalid and not given.skip_invalid:
             raise Trouble(
@@ -114,20 +119,9 @@ def take_in(given: Input, directory: Path) -> Intake:
                 "correct them, or send the rest with --skip-invalid (--dry-run --report FILE writes them down)",
                 code=INVALID,
             )
-    except InputError as error:
-        load.discard()
-        where = f"{name}:{error.line}" if error.line is not None else name
-        raise Trouble(f"{where}: {error.reason}; nothing was sent", code=INVALID) from None
-    except KeyboardInterrupt:
-        load.discard()
-        note(f"stopped while reading {name}; nothing was sent")
-        raise
-    except BaseException:
-        load.discard()
-        raise
-    return Intake(
-        load, source.name, source.digest(given.merchant_id, *(["as it is"] if given.as_is else [])), reading.form
-    )
+        failed.pop_all()
+    digest = source.digest(given.merchant_id, *(["as it is"] if given.as_is else []))
+    return Intake(load, source.name, digest, reading.read.form)
 
 
 class _Reading:
@@ -138,22 +132,17 @@ class _Reading:
         self._meter = meter
         self.count = 0
         self.invalid = 0
-        self._read = source.reading(Rules(given.merchant_id, as_is=given.as_is))
-        self.form = self._read.form
+        self.read = source.reading(Rules(given.merchant_id, as_is=given.as_is))
 
     def rows(self) -> Iterator[Row | BadRow]:
         source = self._source
-        for row in self._read:
+        for row in self.read:
             self.count += 1
             if isinstance(row, BadRow):
                 self._tell(row)
             yield row
             if self.count % 1000 == 0:
                 self._meter.reading(self.count, source.bytes_read, source.size)
-
-    def remarks(self) -> list[str]:
-        """What is odd about the columns as a whole."""
-        return self._read.remarks()
 
     def _tell(self, row: BadRow) -> None:
         self.invalid += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -242,8 +243,6 @@ def print_letter(letter: DeadLetter, held: HeldLetter, which: str) -> None:
 @contextmanager
 def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
     """One line on standard error when it ends, however it ends: who, what, how much, from when to when."""
-    import socket
-
     from worker.shells.logs import json_line
 
     began = time.time()

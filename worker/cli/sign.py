@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Final
@@ -48,7 +49,10 @@ def sign(
     """
     if token is not None and fetch_token:
         raise Trouble("--token and --fetch-token exclude each other; give one", code=INVALID)
-    gateway, credentials = _settings()
+    from worker.shells.credentials import Credentials
+
+    gateway = load(GatewaySettings)
+    credentials = Credentials(gateway, gateway.reread)
     command = _command(bill, merchant_id, gateway)
     used = _fetched(gateway) if fetch_token else token or PLACEHOLDER
     if gateway.signature == NO_TOKEN and token is None:
@@ -60,13 +64,6 @@ def sign(
     return 0
 
 
-def _settings() -> tuple[GatewaySettings, Credentials]:
-    from worker.shells.credentials import Credentials
-
-    gateway = load(GatewaySettings)
-    return gateway, Credentials(gateway, gateway.reread)
-
-
 def _command(bill: str, merchant_id: str | None, gateway: GatewaySettings) -> Command:
     merchant = merchant_of(gateway, merchant_id)
     check_identifiers({"BILL": bill, "--merchant-id": merchant})
@@ -74,8 +71,6 @@ def _command(bill: str, merchant_id: str | None, gateway: GatewaySettings) -> Co
 
 
 def _moment(text: str | None) -> float:
-    import time
-
     try:
         return time.time() if text is None else parse_rfc3339(text)
     except ValueError as error:

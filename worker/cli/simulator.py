@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +21,20 @@ if TYPE_CHECKING:
 OWN_KEY_FILE = Path("simulator-key.pem")
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What of the script another value takes the place of."""
+
+    single_token: Annotated[bool | None, Option(help="A new token makes the old one invalid.")] = None
+    token_lifetime: Annotated[
+        float | None, Option(help="Seconds for which a token is valid; 900 unless the script says otherwise.", min=0)
+    ] = None
+    latency: Annotated[float | None, Option(help="Seconds that every answer takes.", min=0)] = None
+    requests_per_second: Annotated[
+        float | None, Option(help="Answer expire calls beyond this rate with 4299300.", min=0)
+    ] = None
+
+
 def simulator(
     host: Annotated[str, Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(help="The port to listen on; 0 takes a free one.", min=0, max=65535)] = 8093,
@@ -31,14 +48,7 @@ def simulator(
     signature: Annotated[str, Option(help="hmac-sha512, rsa-sha256 or rsa-sha256-no-token.")] = "hmac-sha512",
     sign_path: Annotated[str, Option(help="The path that expire calls sign.")] = "/qr/qr-mpm-expire-billnumber",
     script: Annotated[Path | None, Option(help="JSON file that says which calls fail, and how (see above).")] = None,
-    single_token: Annotated[bool | None, Option(help="A new token makes the old one invalid.")] = None,
-    token_lifetime: Annotated[
-        float | None, Option(help="Seconds for which a token is valid; 900 unless the script says otherwise.", min=0)
-    ] = None,
-    latency: Annotated[float | None, Option(help="Seconds that every answer takes.", min=0)] = None,
-    requests_per_second: Annotated[
-        float | None, Option(help="Answer expire calls beyond this rate with 4299300.", min=0)
-    ] = None,
+    changes: Changes = Changes(),
 ) -> None:
     """Simulates the gateway: it checks signatures, tokens and duplicate external ids, and plays scripted faults.
 
@@ -71,16 +81,10 @@ def simulator(
     """
     from worker.sandbox.simulator import Simulator
 
-    switches = {
-        "single_token": single_token,
-        "token_lifetime": token_lifetime,
-        "latency": latency,
-        "requests_per_second": requests_per_second,
-    }
     try:
         public_key, private_key_file = _key(key_file)
         gateway = Simulator(
-            _script(script, {name: value for name, value in switches.items() if value is not None}),
+            _script(script, changes),
             host=host,
             port=port,
             client_id=client_id,
@@ -104,13 +108,11 @@ def simulator(
     _print_report(gateway.report(bills=False))
 
 
-def _script(path: Path | None, switches: dict[str, float]) -> Script:
-    import dataclasses
-
+def _script(path: Path | None, changes: Changes) -> Script:
     from worker.sandbox.simulator import Script
 
     script = Script.load(path) if path else Script()
-    return dataclasses.replace(script, **switches)  # type: ignore[arg-type]  # each switch has its field's type
+    return replace(script, **{name: value for name, value in asdict(changes).items() if value is not None})
 
 
 def _key(path: Path | None) -> tuple[RSAPublicKey, Path | None]:
@@ -141,9 +143,6 @@ def _key(path: Path | None) -> tuple[RSAPublicKey, Path | None]:
 
 
 def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:
-    import shlex
-    import sys
-
     settings = gateway.environment(private_key_file or Path("the private key of --key-file"))
     for name, value in settings.items():
         if name == "GATEWAY_PRIVATE_KEY_FILE" and private_key_file is None:

@@ -16,7 +16,7 @@ from worker.cli.batches import check_batch_id, home_at
 from worker.cli.meter import Meter
 from worker.cli.screen import note, tell
 from worker.core import jakarta
-from worker.core.sweep import Home, Tally, belongs, follower_name, inbox, inbox_name, read_outcome
+from worker.core.sweep import Tally, belongs, follower_name, inbox, inbox_name, read_outcome
 from worker.core.topology import Topology, topology
 from worker.settings import AmqpSettings
 from worker.shells.clock import SystemClock
@@ -38,7 +38,10 @@ def send(amqp: AmqpSettings, journal: Journal, *, follow: bool, window: int) -> 
     before, batch, names = journal.tally(), journal.facts.batch.id, amqp.names
     own = inbox(names, batch, amqp.queue_type) if follow else None
     with session(amqp, "sweep") as connection:
-        _settle_in(journal, home_at(connection, amqp))
+        home = home_at(connection, amqp)
+        if not belongs(journal.facts, home):  # the broker did not answer at first, and then it was another one
+            raise Trouble(f"batch {batch} was sent to {journal.facts.place}, not to {home.place}; call this again")
+        journal.sent_to(home)  # what is sent from here on counts as sent there
         wanted = _prepare(connection, amqp, journal, own, before)
     hosts = parameters(amqp, "sweep")
     signals.install()
@@ -133,15 +136,6 @@ def _who() -> str:
 
     since = jakarta.iso(time.time(), milliseconds=False)
     return f"{operator.user()}@{socket.gethostname()} (process {os.getpid()}, since {since})"
-
-
-def _settle_in(journal: Journal, home: Home) -> None:
-    """What is sent from here on counts as sent there. Raises `Trouble` if it was sent elsewhere before."""
-    if not belongs(journal.facts, home):  # the broker did not answer at first, and then it was another one
-        raise Trouble(
-            f"batch {journal.facts.batch.id} was sent to {journal.facts.place}, not to {home.place}; call this again"
-        )
-    journal.sent_to(home)
 
 
 def _lost(journal: Journal, tally: Tally) -> str:

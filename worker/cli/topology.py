@@ -31,18 +31,14 @@ def topology(
     """
     if apply and as_definitions:
         raise Trouble("--apply and --definitions exclude each other; give one", code=INVALID)
-    amqp, wanted = _settings()
+    amqp, retry = load(AmqpSettings, RetrySettings)
+    wanted = plan(amqp.prefix, amqp.queue_type, retry.delays_seconds)
     if apply:
         _apply(amqp, wanted)
     elif as_definitions:
         print(_definitions(amqp, wanted))
     else:
         _print(wanted)
-
-
-def _settings() -> tuple[AmqpSettings, Topology]:
-    amqp, retry = load(AmqpSettings, RetrySettings)
-    return amqp, plan(amqp.prefix, amqp.queue_type, retry.delays_seconds)
 
 
 def _apply(amqp: AmqpSettings, wanted: Topology) -> None:

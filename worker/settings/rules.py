@@ -182,6 +182,10 @@ url_path = fitting(is_path, "must be a path that begins with '/', without query 
 header_value = fitting(
     _HEADER_VALUE.match, "must be printable ASCII without blanks around it, since it is sent as a header"
 )
+member = fitting(
+    lambda text: _MEMBER.match(text) and text != "additionalInfo",
+    "must be the name of a JSON field, for example billnumber or billNumber",
+)
 identifier = fitting(is_identifier, f"must be {IDENTIFIER_RULE}")
 
 
@@ -204,13 +208,6 @@ def header_names(text: str) -> tuple[str, ...]:
     if not _OWN_HEADERS.isdisjoint(lowered):
         raise ValueError("names a header that the worker sets itself; leave those that carry the channel id")
     return names
-
-
-def member(text: str) -> str:
-    """The name of the bill's field in the gateway's JSON."""
-    if not _MEMBER.match(text) or text == "additionalInfo":
-        raise ValueError("must be the name of a JSON field, for example billnumber or billNumber")
-    return text
 
 
 # -- retrying

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Option
@@ -47,7 +47,8 @@ def demo(
         if direct:
             direct_demo.run(commands, console)
             return 0
-        with _opened(save) as file:
+        # Before the demo begins: ten seconds are too long to learn that the file cannot be written.
+        with (save or Path(os.devnull)).open("w", encoding="utf-8") as file:
             for message in show.run(commands, _given(), console):
                 file.write(f"{message.line()}\n")
     except show.NoBroker:
@@ -68,8 +69,3 @@ def _given() -> AmqpSettings | None:
     amqp = load(AmqpSettings)
     named = any(os.environ.get(name) for name in ("AMQP_URL", "AMQP_URL_FILE"))
     return amqp if named or amqp.url != AmqpSettings.declared()["url"].default else None
-
-
-def _opened(path: Path | None) -> TextIO:
-    """Before the demo begins: ten seconds are too long to learn that the file cannot be written."""
-    return (path or Path(os.devnull)).open("w", encoding="utf-8")

@@ -104,11 +104,6 @@ class Received:
             self.outcomes[outcome["commandId"]] = outcome
             self.seconds[outcome["lane"]].append(now - published_at)
 
-    @property
-    def complete(self) -> bool:
-        """Every command has its outcome."""
-        return len(self.outcomes) >= self.expected
-
     def counts(self) -> Counter[tuple[str, str]]:
         """By status and reason."""
         return Counter((o["status"], o["reason"]) for o in self.outcomes.values())
@@ -278,7 +273,7 @@ def _watch(
     deadline = time.monotonic() + LONGEST
     next_at = time.monotonic()
     with _view(console) as show:
-        while not received.complete:
+        while len(received.outcomes) < received.expected:
             now = time.monotonic()
             if worker.poll() is not None:
                 raise DemoError(f"the worker ended early, with exit code {worker.returncode}")

@@ -142,11 +142,8 @@ def _counts(census: Census) -> Any:
     table = plain_table()
     for name in ("reason", "lane"):
         table.add_column(name, overflow="fold")
-    for name in (
-        "all",
-        *(f"<{name.replace(' ', '').replace('day', 'd').replace('ds', 'd')}" for name, _ in AGES),
-        "older",
-    ):
+    ages = (f"<{name.replace(' ', '').replace('day', 'd').replace('ds', 'd')}" for name, _ in AGES)
+    for name in ("all", *ages, "older"):
         table.add_column(name, justify="right", no_wrap=True)
     for reason, lane, kind in census.lines():
         table.add_row(_cell(reason), lane, f"{kind.count:,}", *(f"{n:,}" if n else "" for n in kind.ages))
@@ -177,16 +174,13 @@ def _rows(letters: list[DeadLetter], now: float, *, wide: bool) -> Any:
             _cell(letter.billnumber or "-"),
             _cell(letter.reason),
             _age(letter.parked_at, now),
+            letter.lane or "-",
+            "-" if letter.attempts is None else str(letter.attempts),
+            _cell(letter.response_code or "-"),
+            _cell(letter.batch_id or "-"),
+            _cell(letter.detail),
         ]
-        if wide:
-            cells += [
-                letter.lane or "-",
-                "-" if letter.attempts is None else str(letter.attempts),
-                _cell(letter.response_code or "-"),
-                _cell(letter.batch_id or "-"),
-                _cell(letter.detail),
-            ]
-        table.add_row(*cells)
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 
@@ -209,17 +203,12 @@ def _age(moment: float | None, now: float) -> str:
 
 def print_letter(letter: DeadLetter, held: HeldLetter, which: str) -> None:
     """All that is known of one, and its body."""
-    parcel = held.parcel
+    parcel, parked = held.parcel, letter.parked_at
     facts: list[tuple[str, object]] = [
         ("message id", f"{letter.command_id}{f'  ({which})' if which else ''}"),
         ("reason", letter.reason),
         ("detail", letter.detail or None),
-        (
-            "parked",
-            None
-            if letter.parked_at is None
-            else f"{jakarta.iso(letter.parked_at)} ({_age(letter.parked_at, time.time())})",
-        ),
+        ("parked", None if parked is None else f"{jakarta.iso(parked)} ({_age(parked, time.time())})"),
         ("lane", letter.lane or "not known: it cannot be redriven"),
         ("calls", letter.attempts if letter.attempts is not None else "not known"),
         ("last answer", letter.response_code or None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
 from typing import Final
@@ -28,8 +28,8 @@ def masked(text: bytes, secrets: Iterable[str]) -> bytes:
         if len(secret) < _SHORTEST or len(text) < _SHORTEST:
             continue
         anchor, one_word = _traits(secret)
-        if not one_word:
-            text = _forms(secret).sub(MASK, text)
+        if not one_word and any(form in text for form in _forms(secret)):
+            text = re.sub(b"|".join(map(re.escape, _forms(secret))), MASK, text)
         if anchor is not None and anchor in text:
             text = _without_words(text, anchor)
     return text
@@ -59,11 +59,11 @@ def _without_words(text: bytes, found: bytes) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _forms(secret: str) -> re.Pattern[bytes]:
-    """The secret itself, and as URLs, HTML and JSON write it; some encoders of JSON escape the slash."""
+def _forms(secret: str) -> Sequence[bytes]:
+    """The secret itself, and as URLs, HTML and JSON write it, the longest first; some encoders of JSON escape the
+    slash."""
     forms = [secret, quote(secret, safe=""), quote_plus(secret), escape(secret)]
     for ascii_only in (True, False):
         written = json.dumps(secret, ensure_ascii=ascii_only)[1:-1]
         forms += [written, written.replace("/", "\\/")]
-    longest_first = sorted({form.encode("utf-8", "surrogatepass") for form in forms}, key=len, reverse=True)
-    return re.compile(b"|".join(map(re.escape, longest_first)))
+    return sorted({form.encode("utf-8", "surrogatepass") for form in forms}, key=len, reverse=True)

@@ -14,7 +14,8 @@ from worker.core.signing import Sign
 
 EXTERNAL_ID_DIGITS: Final = 36  # SNAP: a numeric string of at most 36, unique in the day
 NODE_DIGITS: Final = 11
-_SERIAL_DIGITS: Final = EXTERNAL_ID_DIGITS - 17 - NODE_DIGITS
+_NODES: Final = 10**NODE_DIGITS
+_SERIALS: Final = 10 ** (EXTERNAL_ID_DIGITS - 17 - NODE_DIGITS)
 
 
 class SignedRequest(NamedTuple):
@@ -42,7 +43,7 @@ def external_id(epoch: float, node: int, serial: int) -> str:
 
     The time keeps restarts apart, the node keeps processes apart, the serial keeps calls of one millisecond apart.
     """
-    return f"{jakarta.digits(epoch)}{node % 10**NODE_DIGITS:011d}{serial % 10**_SERIAL_DIGITS:08d}"
+    return f"{jakarta.digits(epoch)}{node % _NODES:011d}{serial % _SERIALS:08d}"
 
 
 def external_ids(epoch: Callable[[], float], node: int) -> Callable[[], str]:

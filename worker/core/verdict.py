@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
 from typing import Any, Final, NamedTuple
+
+import orjson
 
 from worker.core.outcome import Reason
 
@@ -321,7 +323,6 @@ _WELL_FORMED: Final = re.compile(r"[2-5]\d{6}\Z", re.ASCII)
 _INVALID_TOKEN: Final = re.compile(r"(?:^|[\s,;])error\s*=\s*[\"']?invalid_token(?![\w-])", re.IGNORECASE)
 
 
-@lru_cache(maxsize=32)  # the answers of a gateway say a few things only
 def judge(answer: Reply | NoReply) -> Verdict:
     """The verdict on one attempt. A success needs HTTP 2xx *and* a success code; otherwise the code is trusted.
 
@@ -332,7 +333,7 @@ def judge(answer: Reply | NoReply) -> Verdict:
     if isinstance(answer, NoReply):
         return Verdict(Kind.TRANSIENT, None, answer.sent, None, answer.error[:MAX_MESSAGE])
     code, message = read(answer.body)
-    succeeded = code is not None and SUCCESS.code.fullmatch(code) is not None
+    succeeded = code in SUCCESS.codes
     if succeeded and 200 <= answer.status < 300:
         note = "answered for service 91" if code == "2009100" else ""
         return Verdict(SUCCESS.kind, SUCCESS.reason, False, code, message, note)
@@ -371,17 +372,18 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     raw control characters in strings are accepted, and so are backslashes that escape nothing and NULs around the
     object. An object that gives its code twice is none.
     """
-    encoding = "utf-8" if body.startswith(b'{"') else json.detect_encoding(body)
-    # An answer with two codes says two things. Looked for by hand, since such a hook costs more than the rest.
-    decode = _decode_once_each if body.count(b"responseCode") > 1 else _decode
-    text = body.decode(encoding, "replace")
+    if body.count(b"responseCode") < 2:  # an answer with two codes says two things, and orjson would take the last
+        with suppress(ValueError):
+            value = orjson.loads(body)
+            return value if isinstance(value, dict) else None
+    text = body.decode(json.detect_encoding(body), "replace")
     try:
-        value = decode(text)
+        value = _decode(text)
     except RecursionError:
         return None
     except ValueError:
         try:
-            value = decode(_ESCAPE.sub(_escaped, text).strip("\0 \t\r\n"))
+            value = _decode(_ESCAPE.sub(_escaped, text).strip("\0 \t\r\n"))
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
@@ -395,16 +397,13 @@ def _escaped(found: re.Match[str]) -> str:
     return "\\\\" if found[0] == "\\" else found[0]
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a name twice in one object")
-    return members
+def _one_code(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if [name for name, _ in pairs].count("responseCode") > 1:
+        raise ValueError("two codes in one object")
+    return dict(pairs)
 
 
-# Made once: json.loads with options makes a decoder for every call.
-_decode: Final = json.JSONDecoder(strict=False).decode
-_decode_once_each: Final = json.JSONDecoder(strict=False, object_pairs_hook=_once_each).decode
+_decode: Final = json.JSONDecoder(strict=False, object_pairs_hook=_one_code).decode
 
 
 def printable(text: str) -> str:

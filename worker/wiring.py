@@ -10,6 +10,7 @@ import secrets
 import socket
 import ssl
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -32,12 +33,13 @@ from worker.core.lanes import CANCELLATION, SWEEP, Lanes, sweep_cap
 from worker.core.request import NODE_DIGITS, Partner
 from worker.core.retry import RetryPolicy
 from worker.core.scheme import NO_TOKEN
-from worker.core.settlement import Task
+from worker.core.settlement import Desk, Task
 from worker.core.topology import Names, fleet_topology, topology
 from worker.settings import AmqpSettings, GatewaySettings, Settings, SettingsError
 from worker.shells import tracing
+from worker.shells.amqp.broker import Broker, Plan
 from worker.shells.amqp.connection import new_loop
-from worker.shells.amqp.engine import Engine, Plan
+from worker.shells.amqp.engine import Engine
 from worker.shells.amqp.fleet import FleetLink
 from worker.shells.amqp.session import BrokerError, parameters
 from worker.shells.clock import LoopClock, SystemClock
@@ -155,16 +157,17 @@ class Client:
 
 def engine(settings: Settings, client: Client, fleet: FleetLink) -> Engine:
     """The broker's side of a worker. Raises `BrokerError` for settings that can never work."""
+    plan, hosts, loop = _plan(settings), _broker_parameters(settings.amqp), client.fibers.loop
     return Engine(
-        _plan(settings),
-        _broker_parameters(settings.amqp),
+        lambda engine: Broker(engine, plan, hosts, loop=loop, watch=client.metrics, rng=client.rng),
+        Desk(plan.names, lambda: uuid.uuid4().hex),
+        client.dispatcher,
         fibers=client.fibers,
-        dispatcher=client.dispatcher,
         watch=client.metrics,
         clock=client.clock,
-        rng=client.rng,
         tracing=client.tracing,
         fleet=fleet,
+        parks=plan.declare,
     )
 
 

@@ -350,7 +350,7 @@ e.Engine.{method} = fail
 
 @pytest.mark.parametrize(
     "method",
-    ["_delivered", pytest.param("_confirmed", marks=pytest.mark.slow), pytest.param("_tick", marks=pytest.mark.slow)],
+    ["delivered", pytest.param("confirmed", marks=pytest.mark.slow), pytest.param("_tick", marks=pytest.mark.slow)],
 )
 def test_an_exception_on_the_loop_ends_the_process(amqp_url: str, prefix: str, tmp_path: Path, method: str) -> None:
     """In a delivery, a confirm or a timer: exit 1 with what happened; nothing hangs on as a zombie, nothing is lost."""

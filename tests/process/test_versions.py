@@ -179,7 +179,7 @@ def test_outcomes_that_may_not_be_published(broker: PrivateBroker, prefix: str, 
 
 def test_a_retry_queue_that_vanishes(broker: PrivateBroker, prefix: str, tmp_path: Path) -> None:
     """A queue that is deleted while nothing is published to it is noticed, and declared again."""
-    ours = altered(tmp_path, "import worker.shells.amqp.engine as e; e.LOOK_EVERY = 0.5")
+    ours = altered(tmp_path, "import worker.shells.amqp.broker as b; b.LOOK_EVERY = 0.5")
     with Simulator() as gateway, working(broker.url, prefix, gateway, tmp_path, **ours) as (worker, producer):
         queue = producer.names.retry(SWEEP, 2)
         producer.rabbit.delete_queue(queue)

@@ -1,18 +1,14 @@
-"""The broker side of one process: one loop in one thread, one connection to consume and one to publish.
+"""What comes from the broker is worked on and settled: the loop of one process, in a thread of its own.
 
-Two connections, because a memory alarm stops the broker from reading one that publishes, acks included. Everything
-here runs on the loop's thread, which is the senders' too, but `begin`, `drain`, `halt` and what only reads.
+Everything here runs on that thread, which is the senders' too, but `begin`, `drain`, `halt` and what only reads.
 """
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, assert_never
 
 import structlog
@@ -36,14 +32,9 @@ from worker.core.settlement import (
     TakenBack,
     Task,
 )
-from worker.core.topology import Names, Topology
-from worker.shells.amqp import codec
-from worker.shells.amqp.consumer import Consumer
-from worker.shells.amqp.declaring import Declaring
-from worker.shells.amqp.errors import MISSING
+from worker.shells.amqp.broker import Broker
 from worker.shells.amqp.fleet import FleetLink
-from worker.shells.amqp.link import Link, Parameters
-from worker.shells.amqp.publisher import Publication, Publisher, named
+from worker.shells.amqp.publisher import Publication, named
 from worker.shells.fibers import Fibers
 from worker.shells.logs import gathered
 from worker.shells.telemetry import tell_fate
@@ -60,9 +51,11 @@ PARK_AFTER: Final = 2
 PARK_BEYOND: Final = 8
 """A command whose outcome or next round the broker refuses so often, or beside so many others, is parked: it holds a
 place of the prefetch window, and a window full of them would stop the lane."""
-LOOK_EVERY: Final = 10.0
-"""Seconds between two looks whether the topology is still there: a policy or an operator may delete a retry queue."""
 REJECT_AFTER: Final = 1.0  # a command that crashes senders must not do so as fast as the broker redelivers it
+
+
+Order = tuple[Task, Disposition]
+"""A command, and what became of it."""
 
 
 class Watch(Protocol):
@@ -80,104 +73,53 @@ class Watch(Protocol):
     def breaker(self, lane: str, state: int) -> None: ...
     def paused(self, reason: str, on: bool) -> None: ...
     def held_until(self, timestamp: float | None) -> None: ...
-    def broker_connected(self, up: bool) -> None: ...
-    def broker_reconnected(self) -> None: ...
-    def confirmed(self, seconds: float) -> None: ...
-    def unconfirmed(self, n: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the engine needs to know."""
-
-    names: Names
-    topology: Topology
-    declare: bool
-    prefetch: dict[str, int]
 
 
 class Engine:
     """Deliveries in, acks out. An ack is sent for one reason only: everything that settles it is confirmed.
 
-    It makes its consumer, publisher and links itself and is not handed them: whatever they notice is a call of a method
-    here, so neither could be made before the other, and nobody else has a use for them.
+    ``connect`` makes the broker, and is given the engine, whose methods the broker calls. ``parks``: the broker moves
+    what is rejected to the dead letters, which only a topology of our own is known to do.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        parameters: Parameters,
+        connect: Callable[[Engine], Broker[Order]],
+        desk: Desk,
+        dispatcher: Dispatcher,
         *,
         fibers: Fibers,
-        dispatcher: Dispatcher,
         watch: Watch,
         clock: Clock,
-        rng: random.Random,
         tracing: Tracing,
         fleet: FleetLink,
+        parks: bool,
     ) -> None:
-        self._plan = plan
-        self._tracing = tracing
-        self._fleet = fleet
+        self._broker = connect(self)
+        self._publisher = self._broker.publisher
+        self._consumer = self._broker.consumer
+        self._desk = desk
         self._dispatcher = dispatcher
+        self._fibers = fibers
         self._watch = watch
         self._clock = clock
+        self._tracing = tracing
+        self._fleet = fleet
+        self._parks: Final = parks
         self._log = structlog.get_logger().bind()  # bound once: the lazy proxy would bind at every line
-        self._fibers = fibers
-        self._loop = fibers.loop
-        self._stopped = False
-        self._desk = Desk(plan.names, lambda: uuid.uuid4().hex)
-        self._results: deque[tuple[Task, Disposition]] = deque()
-        self._attention = True
-        self._publisher: Publisher[tuple[Task, Disposition]] = Publisher(
-            self._loop,
-            watch,
-            on_confirmed=self._confirmed,
-            on_refused=self._not_taken,
-            guard=self._guard,
-        )
-        self._consumer = Consumer(
-            {lane: plan.names.queue(lane) for lane in LANES},
-            plan.prefetch,
-            on_delivery=self._delivered,
-            on_channel_lost=self._desk.channel_lost,
-            guard=self._guard,
-        )
-
-        def link(name: str, on_up: Callable[[Any], None], on_down: Callable[[str], None]) -> Link:
-            return Link(
-                name,
-                self._loop,
-                parameters,
-                on_up=on_up,
-                on_down=on_down,
-                on_refused=self._refused,
-                on_blocked=lambda _: self._publisher.flush(),
-                guard=self._guard,
-                rng=rng,
-            )
-
-        self._publish_link = link("publish", self._publish_up, self._publish_down)
-        self._consume_link = link("consume", self._consume_up, self._consume_down)
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
-        self._write_log: Callable[[], None] = _nothing
+        self._begun = False
+        self._stopped = False
+        self._attention = True
+        self._results: deque[Order] = deque()
+        self._settle_at = 0.0
         self._ticked = time.monotonic()
         self._tell_at = 0.0
-        self._look_at = 0.0
-        self._looking: object = None
-        self._vanished = ""
-        """What was missing at the last look."""
-        self._settle_at = 0.0
+        self._write_log: Callable[[], None] = _nothing
         self._acks_told = dict.fromkeys(LANES, 0)
-        self._begun = False
         self._probes: dict[str, float | None] = dict.fromkeys(LANES)
         """When the next probe of a lane whose breaker is not closed goes out, as the log was told."""
-        self._connected_once = False
-        self._connected = False
-        self._lost = False
         self._closed_at: float | None = None
-        self.refused: tuple[str, str] | None = None
-        """Why the broker refused our login before it ever took it, and what to do."""
         self.failure: BaseException | None = None
         """Set when the loop's thread ended by an exception: the process must end too."""
 
@@ -185,7 +127,6 @@ class Engine:
 
     def start(self) -> None:
         """Connects. Nothing is handed to senders before `begin`."""
-        codec.tolerate()
         self._thread.start()
 
     def begin(self) -> None:
@@ -198,7 +139,7 @@ class Engine:
         """A sender, on the loop's thread, is done with a command."""
         if not self._results:
             self._settle_at = time.monotonic() + LINGER
-            self._loop.call_later(LINGER, _nothing)
+            self._fibers.loop.call_later(LINGER, _nothing)
         self._results.append((task, disposition))
 
     def _attend(self) -> None:
@@ -233,25 +174,18 @@ class Engine:
     def status(self) -> dict[str, object]:
         """Each component as people and probes read it: "ok" or what is wrong."""
         holds = self._dispatcher.holds()
-        publisher = (
-            self._publisher.trouble
-            or self._vanished
-            or ("" if self._publisher.ready else self._publish_link.trouble or "opening")
-        )
-        if self._publish_link.blocked:
-            publisher = "blocked by the broker (memory or disk alarm)"
-        refused = self._publisher.set_aside
-        if refused and not publisher:
-            publisher = refused if self._publisher.stuck else f"ok, but {refused}"
-        consumer = "" if self._consumer.ready else self._consume_link.trouble or "opening"
         return {
-            "consumer": consumer or "ok",
-            "publisher": publisher or "ok",
+            **self._broker.status(),
             "breaker": _breakers(holds.breakers),
             "throttle": "throttled" if holds.throttled else "ok",
             "drain": "draining" if self._dispatcher.draining else "ok",
             "start": "ok" if self._begun else "starting",
         }
+
+    @property
+    def refused(self) -> tuple[str, str] | None:
+        """Why the broker refused our login before it ever took it, and what to do."""
+        return self._broker.refused
 
     def in_hand(self) -> int:
         """Commands in senders' hands."""
@@ -266,8 +200,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._fibers.start()
-            self._publish_link.connect()
-            self._consume_link.connect()
+            self._broker.connect()
             self._tick()
             with gathered() as self._write_log:
                 while not self._stopped:
@@ -277,7 +210,9 @@ class Engine:
         except BaseException as error:  # noqa: BLE001  # without this the process would stay and do nothing
             self._fail(error)
 
-    def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
+    def guard(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """See `Owner`."""
+
         def guarded(*args: Any) -> None:
             try:
                 callback(*args)
@@ -307,18 +242,12 @@ class Engine:
             self._consumer.flush()
 
     def _tick(self) -> None:
-        self._loop.call_later(TICK, self._guard(self._tick))
+        self._fibers.loop.call_later(TICK, self.guard(self._tick))
         now = time.monotonic()
         self._ticked = now
         self._write_log()
         self._attention = True
-        self._publisher.tick(now)
-        self._publish_link.expect(self._publisher.ready, now)
-        self._consume_link.expect(self._consumer.ready, now)
-        self._consumer.tick(now)
-        if now >= self._look_at and self._publisher.ready and self._looking is None:
-            self._look_at = now + LOOK_EVERY
-            self._look()
+        self._broker.tick(now)
         if now >= self._tell_at:
             self._tell_at = now + TELL_EVERY
             self._tell_lanes()
@@ -333,91 +262,28 @@ class Engine:
             self._watch.oldest(lane, self._desk.oldest(lane))
             self._watch.waiting(lane, self._consumer.waiting[lane])
 
-    # -- links ------------------------------------------------------------------------------------------------------
+    # -- deliveries and results -------------------------------------------------------------------------------------
 
-    def _publish_up(self, connection: Any) -> None:
-        self._prepare(
-            connection, self._publish_link, lambda: self._publisher.open(connection, self._publish_link, self._changed)
-        )
+    def channel_lost(self, channel: int) -> None:
+        """The broker has taken back what this channel held."""
+        self._desk.channel_lost(channel)
 
-    def _consume_up(self, connection: Any) -> None:
-        self._prepare(connection, self._consume_link, lambda: self._consumer.open(connection, self._consume_link))
-
-    def _prepare(self, connection: Any, link: Link, then: Callable[[], None]) -> None:
-        """Both links declare the topology: each may come back alone after a queue or exchange was deleted."""
-
-        def done(wrong: str | None) -> None:
-            if wrong is None:
-                then()
-            else:
-                link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
-
-        Declaring(connection, self._plan.topology, declare=self._plan.declare, on_done=done, guard=self._guard)
-
-    def _look(self) -> None:
-        """Notices what vanished while we are connected, and declares it again where that is ours to do."""
-        self._looking = looking = object()
-
-        def done(wrong: str | None) -> None:
-            if self._looking is not looking:
-                return  # of a connection that is gone
-            self._looking = None
-            if wrong is None:
-                self._vanished = ""
-            elif look.code == MISSING:
-                if wrong != self._vanished:
-                    self._log.error("topology.vanished", reason=wrong)
-                self._vanished = wrong
-                if self._plan.declare:
-                    self._declare_again()
-
-        look = Declaring(
-            self._publish_link.connection,
-            self._plan.topology,
-            declare=False,
-            on_done=done,
-            guard=self._guard,
-        )
-
-    def _declare_again(self) -> None:
-        def done(wrong: str | None) -> None:
-            self._look_at = 0.0 if wrong is None else self._look_at  # and `status` says that all is there
-
-        connection = self._publish_link.connection
-        Declaring(connection, self._plan.topology, declare=True, on_done=done, guard=self._guard)
-
-    def _publish_down(self, _reason: str) -> None:
-        self._publisher.down()
-        self._withdraw()
-        self._looking = None
-        self._vanished = ""
-        self._lost = True
-        self._changed()
-
-    def _consume_down(self, _reason: str) -> None:
-        self._consumer.down()
-        self._withdraw()
-        self._lost = True
-        self._changed()
-
-    def _withdraw(self) -> None:
-        """Copies of commands that the broker has taken back: it gives them to somebody, who would not know of another
-        one in a queue. Outcomes are published all the same, since they say what happened."""
+    def disconnected(self) -> None:
+        """A connection is gone. Copies of commands that the broker has taken back are not published any more: it gives
+        the commands to somebody, who would not know of another one in a queue. Outcomes are published all the same,
+        since they say what happened."""
         for publication in self._publisher.withdraw(_copy_of_an_orphan):
             task, _ = publication.settles
             self._desk.settle(task, TakenBack())
             self._left(task.delivery, TakenBack())
+        self.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """The state of the broker is another."""
         self._attention = True
 
-    def _refused(self, reason: str, action: str) -> None:
-        if not self._connected_once:
-            self.refused = reason, action
-
-    # -- deliveries and results -------------------------------------------------------------------------------------
-
-    def _delivered(self, lane: str, channel: int, _: Any, method: Any, properties: Any, body: bytes) -> None:
+    def delivered(self, lane: str, channel: int, _: Any, method: Any, properties: Any, body: bytes) -> None:
+        """The broker hands over a message."""
         tag, redelivered = Tag(channel, method.delivery_tag), method.redelivered
         delivery = receive(
             lane,
@@ -452,7 +318,7 @@ class Engine:
                 assert_never(arrival.take)
 
     def _take_results(self) -> None:
-        publications = list[Publication[tuple[Task, Disposition]]]()
+        publications = list[Publication[Order]]()
         while self._results:
             task, disposition = self._results.popleft()
             if isinstance(disposition, GiveBack) and (self._dispatcher.settling or not self._publisher.ready):
@@ -461,7 +327,7 @@ class Engine:
                 publications += self._settle(task, disposition)
         self._publisher.publish(*publications)
 
-    def _settle(self, task: Task, disposition: Disposition) -> list[Publication[tuple[Task, Disposition]]]:
+    def _settle(self, task: Task, disposition: Disposition) -> list[Publication[Order]]:
         """Carries out what the desk says, but for what it wants published."""
         orders = self._desk.settle(task, disposition)
         if orders.taken_back:
@@ -469,7 +335,7 @@ class Engine:
         if orders.again:
             self._dispatcher.offer(task)
         for tag in orders.reject:
-            self._loop.call_later(REJECT_AFTER, self._guard(lambda tag=tag: self._consumer.reject(tag)))
+            self._fibers.loop.call_later(REJECT_AFTER, self.guard(lambda tag=tag: self._consumer.reject(tag)))
         return [Publication(message, (task, disposition)) for message in orders.publish]
 
     def _give_back(self, task: Task) -> None:
@@ -487,7 +353,8 @@ class Engine:
         else:
             self._dispatcher.offer(task)
 
-    def _confirmed(self, publication: Publication[tuple[Task, Disposition]]) -> None:
+    def confirmed(self, publication: Publication[Order]) -> None:
+        """The broker has a message."""
         message, delivery = publication.message, publication.settles[0].delivery
         if delivery.trace is not None:
             took = time.monotonic() - publication.published_at
@@ -499,13 +366,12 @@ class Engine:
                 self._consumer.settle(tag)
             self._count(settled)
 
-    def _not_taken(self, publication: Publication[tuple[Task, Disposition]], why: str) -> bool:
+    def not_taken(self, publication: Publication[Order], why: str) -> bool:
         """The broker closes the channel on a message that settles a command. The command waits, since the reason may
-        pass, or the broker parks it: for that it needs no message from us. Only a topology of our own is known to park
-        what is rejected."""
+        pass, or the broker parks it: for that it needs no message from us."""
         task, _ = publication.settles
         waits = publication.tries < PARK_AFTER and self._publisher.refused < PARK_BEYOND
-        if waits or not self._plan.declare:
+        if waits or not self._parks:
             return False
         for tag in self._desk.park(task):
             self._consumer.park(tag)
@@ -559,21 +425,10 @@ class Engine:
             watch.breaker(lane, int(state))
         watch.paused("breaker", holds.breaker is not State.CLOSED)
         watch.paused("throttled", holds.throttled)
-        watch.paused("broker_blocked", self._publish_link.blocked)
         watch.paused("draining", self._dispatcher.draining)
         held_for = None if holds.until is None else holds.until - self._clock.monotonic()
         watch.held_until(None if held_for is None else self._clock.epoch() + max(0.0, held_for))
-        connected = self._publisher.ready and self._consumer.ready
-        if connected and not self._connected:
-            if self._connected_once and self._lost:  # else a pause is over: the broker answers the consumers again
-                watch.broker_reconnected()
-            if self._lost or not self._connected_once:
-                self._log.info("broker.connected", again=self._connected_once)
-            self._lost = False
-            self._connected_once = True
-            self.refused = None  # by another host of the list, or before somebody repaired it
-        self._connected = connected
-        watch.broker_connected(connected)
+        self._broker.tell()
         for lane, state in holds.breakers.items():
             before, self._probes[lane] = self._probes[lane], holds.probes.get(lane, self._probes[lane])
             if state is State.CLOSED:
@@ -586,7 +441,7 @@ class Engine:
 
     def _drain(self) -> None:
         if self._closed_at is not None:
-            closed = self._publish_link.closed and self._consume_link.closed and self._fleet.closed
+            closed = self._broker.closed and self._fleet.closed
             # Everything is confirmed and every ack written: a broker that does not answer the close is not waited for.
             if closed or time.monotonic() - self._closed_at > CLOSE_SECONDS:
                 self._stop()
@@ -596,8 +451,7 @@ class Engine:
             return
         self._closed_at = time.monotonic()
         self._consumer.flush()
-        self._consume_link.close()
-        self._publish_link.close()
+        self._broker.close()
         self._fleet.close()
 
 
@@ -606,7 +460,7 @@ def _named(delivery: Delivery) -> dict[str, str | None]:
     return {"command_id": delivery.command_id, "trace_id": delivery.trace_id, "lane": delivery.lane}
 
 
-def _copy_of_an_orphan(publication: Publication[tuple[Task, Disposition]]) -> bool:
+def _copy_of_an_orphan(publication: Publication[Order]) -> bool:
     task, disposition = publication.settles
     return task.orphaned and isinstance(disposition, (Delay, GiveBack))
 

@@ -23,6 +23,7 @@ from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import topology
 from worker.sandbox.broker import free_port
 from worker.sandbox.simulator import Fault, Pattern, Script, Simulator
+from worker.wiring import PREFETCH_PER_SENDER
 
 CONCURRENCY = 8
 
@@ -231,7 +232,7 @@ def test_confirms_that_never_come(broker: PrivateBroker, tmp_path: Path, impatie
             scene.wait_said("broker.reconnect", "no confirm for 2 s")
             scene.wait_unready("publisher", "no confirm")
             scene.wait_metric(lambda metrics: metrics("in_flight") == 0)
-            assert scene.worker.metrics()("publishes_unconfirmed") <= 2 * CONCURRENCY * 2
+            assert scene.worker.metrics()("publishes_unconfirmed") <= CONCURRENCY * sum(PREFETCH_PER_SENDER.values())
             broker.ctl("eval", f"sys:resume({server}).")
             scene.wait_ready()
             scene.more_calls()

@@ -10,9 +10,10 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.unit.test_dispatch import Dispatching
-from tests.unit.test_settlement import Settlement
+from tests.unit.test_engine import Settlement
 from worker.app.dispatch import Dispatcher, Wishes
 from worker.core.settlement import Desk, Entry, GiveBack, Ledger, Orders, Tag, Task
+from worker.shells.amqp.engine import PARK_AFTER, Engine
 
 ENOUGH = settings(max_examples=3000, stateful_step_count=50, database=None, phases=(Phase.generate,))
 
@@ -41,6 +42,21 @@ def forget_what_is_given_back(patch: pytest.MonkeyPatch) -> None:
         return Orders() if isinstance(disposition, GiveBack) else orders
 
     patch.setattr(Desk, "settle", forgetful)
+
+
+def say_of_a_refused_message_that_it_is_parked(patch: pytest.MonkeyPatch) -> None:
+    """Nobody publishes it any more, and the broker parks nothing."""
+    patch.setattr(Engine, "not_taken", lambda _, publication, __: publication.tries >= PARK_AFTER)
+
+
+def publish_copies_of_what_the_broker_took_back(patch: pytest.MonkeyPatch) -> None:
+    """Then there are two of a command."""
+    patch.setattr(Engine, "disconnected", Engine.changed)
+
+
+def publish_them_again(patch: pytest.MonkeyPatch) -> None:
+    """The same, where the broker refused the first try."""
+    patch.setattr(Engine, "not_again", lambda *_: False)
 
 
 def never_recover(patch: pytest.MonkeyPatch) -> None:
@@ -84,6 +100,9 @@ def hold_what_the_intake_was_to_take_back(patch: pytest.MonkeyPatch) -> None:
         (Settlement, ack_at_the_first_confirm),
         (Settlement, publish_for_an_orphan),
         (Settlement, forget_what_is_given_back),
+        (Settlement, say_of_a_refused_message_that_it_is_parked),
+        (Settlement, publish_copies_of_what_the_broker_took_back),
+        (Settlement, publish_them_again),
         (Dispatching, never_recover),
         (Dispatching, take_during_an_outage),
         (Dispatching, leave_chosen_probes_in_a_drain),

@@ -273,10 +273,20 @@ class Engine:
         the commands to somebody, who would not know of another one in a queue. Outcomes are published all the same,
         since they say what happened."""
         for publication in self._publisher.withdraw(_copy_of_an_orphan):
-            task, _ = publication.settles
-            self._desk.settle(task, TakenBack())
-            self._left(task.delivery, TakenBack())
+            self._drop(publication)
         self.changed()
+
+    def not_again(self, publication: Publication[Order]) -> bool:
+        """Whether a message that was sent before is not to be sent again, for the same reason."""
+        unwanted = _copy_of_an_orphan(publication)
+        if unwanted:
+            self._drop(publication)
+        return unwanted
+
+    def _drop(self, publication: Publication[Order]) -> None:
+        task, _ = publication.settles
+        self._desk.settle(task, TakenBack())
+        self._left(task.delivery, TakenBack())
 
     def changed(self) -> None:
         """The state of the broker is another."""

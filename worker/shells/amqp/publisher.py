@@ -75,7 +75,8 @@ class Publisher(Generic[S]):
     """All methods belong to the loop's thread.
 
     ``on_refused(publication, why)`` is asked about one that the broker refuses by closing the channel: True takes it
-    over, with False it is set aside and tried again after a while.
+    over, with False it is set aside and tried again after a while. ``on_again`` is asked about one that was sent before
+    and would be sent again: True drops it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Publisher(Generic[S]):
         *,
         on_confirmed: Callable[[Publication[S]], None],
         on_refused: Callable[[Publication[S], str], bool] = lambda _publication, _reason: False,
+        on_again: Callable[[Publication[S]], bool] = lambda _publication: False,
         after_confirms: Callable[[], None] | None = None,
         guard: Guard,
     ) -> None:
@@ -92,6 +94,7 @@ class Publisher(Generic[S]):
         self._watch = watch
         self._on_confirmed = on_confirmed
         self._on_refused = on_refused
+        self._on_again = on_again
         self._after_confirms = after_confirms
         self._guard = guard
         self._link: Link | None = None
@@ -223,10 +226,12 @@ class Publisher(Generic[S]):
             self._link.reconnect(self.trouble)
 
     def _send(self, publication: Publication[S]) -> None:
-        message = publication.message
+        if publication.published_at and self._on_again(publication):
+            self._alone = None
+            return
         publication.published_at = time.monotonic()
         try:
-            self._connection.publish(self._channel, message)
+            self._connection.publish(self._channel, publication.message)
         except UNWRITABLE as error:  # before a byte of it was sent
             self._alone = None
             publication.refusals += 1

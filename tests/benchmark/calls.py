@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-NOT_COUNTED: Final = "SYSTEM CALLS WERE NOT COUNTED: neither perf (as root, with tracepoints) nor strace works here."
+NOT_COUNTED: Final = "SYSTEM CALLS WERE NOT COUNTED: neither perf nor strace may watch the processes here; try as root"
 NAMED: Final = (
     *("epoll_wait", "epoll_pwait", "epoll_ctl", "poll", "select"),
     *("sendto", "sendmsg", "recvfrom", "recvmsg", "read", "write", "writev"),
@@ -22,6 +22,10 @@ NAMED: Final = (
 """Those that `perf` counts by name: all of them by name would take it ten seconds to begin."""
 ALL: Final = "raw_syscalls:sys_enter"
 END_SECONDS: Final = 30.0
+
+
+class NotAllowed(Exception):
+    """The tool works here, but may not watch this process: a worker keeps its memory private."""
 
 
 class Calls(NamedTuple):
@@ -60,6 +64,7 @@ class Counting:
         self._command = [*tool.command, "-o", str(self._found), "-p", str(pid)]
 
     def __enter__(self) -> Self:
+        self._found.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._began = time.monotonic()
         return self
@@ -75,8 +80,12 @@ class Counting:
         self._process.wait(END_SECONDS)
 
     def calls(self) -> Calls:
-        """What was found."""
-        return self._tool.read(self._found.read_text(), self._ended - self._began)
+        """What was found; raises `NotAllowed`."""
+        text = self._found.read_text() if self._found.exists() else ""
+        found = self._tool.read(text, self._ended - self._began)
+        if not found.whole:
+            raise NotAllowed
+        return found
 
 
 def read_perf(text: str, _: float) -> Calls:

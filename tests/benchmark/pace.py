@@ -4,7 +4,7 @@ A worker that saves system calls because much is ready at once saves them under 
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import chain
 from math import inf
@@ -41,12 +41,12 @@ def pace(plan: Plan, rates: Sequence[float]) -> Table:
     setups = [setup for rate in sorted(set(rates)) for setup in _neighbours(plan, contenders, rate)]
     runs = plan.rounds_of(setups)
     tool = calls.tool(plan.directory)
+    once = {(contenders.index(setup.contender), setup.per_second or inf): setup for setup in setups}
     counted: list[Counted] = []
     if tool is not None:
-        once = {(setup.contender.name, setup.per_second): setup for setup in setups}
-        order = sorted(once, key=lambda one: ([each.name for each in contenders].index(one[0]), one[1] or inf))
-        counted = [_counted(plan, tool, once[key]) for key in order]
-    costs, found = cost_table(runs, counted), calls_table(counted, tool.name if tool else None)
+        with suppress(calls.NotAllowed):
+            counted += [_counted(plan, tool, once[place]) for place in sorted(once)]
+    costs, found = cost_table(runs, counted), calls_table(counted, tool.name if tool and counted else None)
     notes = (*costs.notes, circumstances([run for some in runs for run in some]), *plan.missing)
     return replace(costs, notes=notes, also=(found,))
 

@@ -58,6 +58,7 @@ COMPONENTS: Final[Mapping[str, Sequence[str]]] = {
 REST: Final = "the rest"
 OTHERS: Final = "other threads"
 DEAREST: Final = 20
+LONGER: Final = 3  # times as many commands as in other runs: one in 4 ms of CPU is a sample
 GENERATED: Final = ("", "generated methods of named tuples and dataclasses")
 SECONDS: Final = 30.0  # until the sampler has written
 
@@ -77,10 +78,13 @@ def profile(plan: Plan) -> Table:
     """The worker under full load, with its sampler."""
     to = plan.directory / "samples.json"
     sampled = replace(WORKER, argv=lambda: [sys.executable, "-m", "tests.benchmark.sampler", str(to)])
-    setup = replace(plan.setup(sampled), paced=0)
+    plain = replace(plan.setup(WORKER), paced=0)
+    setup = replace(plain, contender=sampled, commands=plan.commands or LONGER * plain.commands)
     samples: list[Sample] = []
     costs: list[float] = []
+    unsampled: list[float] = []
     for turn in range(1, plan.rounds + 1):
+        unsampled.append(plan.run(plain, turn).cpu)
         to.unlink(missing_ok=True)
         with scene(plan.url, plan.directory, setup.latency) as (site, gateway):
             site.load(setup.commands)
@@ -96,8 +100,12 @@ def profile(plan: Plan) -> Table:
         samples.append(parse(to.read_text()))
         costs.append((last.cpu - first.cpu) * 1000 / (last.done - first.done))
         plan.say(f"round {turn}: {_number(samples[-1]):,} samples, {costs[-1]:.3f} ms CPU")
-    cost = median(costs) * 1000
-    return replace(component_table(merged(samples), cost, plan.rounds), also=(function_table(merged(samples), cost),))
+    sample, cost = merged(samples), median(costs) * 1000
+    components = component_table(sample, cost, plan.rounds)
+    without = f"Without the sampler it was {median(unsampled) * 1000:.0f} µs, in the neighbouring runs."
+    return replace(
+        components, notes=(*components.notes, without, circumstances()), also=(function_table(sample, cost),)
+    )
 
 
 # -- pure -----------------------------------------------------------------------------------------------------------
@@ -171,7 +179,6 @@ def component_table(sample: Sample, cost: float, rounds: int) -> Table:
             "“In libraries” is the part of it in functions that are not ours.",
             f"µs: the share of the {cost:.0f} µs that a command took in these runs, user and system.",
             f"A share of 5 % is exact to ±{200 * (0.05 * 0.95 / number) ** 0.5:.1f} (two standard deviations).",
-            circumstances(),
         ),
     )
 

@@ -121,9 +121,11 @@ def topology(prefix: str, queue_type: QueueType, delays: Iterable[int]) -> Topol
         Exchange(names.commands, "direct"),
         *fleet.exchanges,
     )
-    queues = [Queue(names.dead, _parked(queue_type)), Queue(names.unrouted, _parked(queue_type)), *fleet.queues]
+    parked = _limited(queue_type, LOOKED_AT_LIMIT)
+    waiting = {**_limited(queue_type, LANE_DELIVERY_LIMIT), **_dead_lettering(queue_type, names.dead)}
+    queues = [Queue(names.dead, parked), Queue(names.unrouted, parked), *fleet.queues]
     for lane in LANES:
-        queues.append(Queue(names.queue(lane), _lane(queue_type, names)))
+        queues.append(Queue(names.queue(lane), waiting))
         queues += [Queue(names.retry(lane, seconds), _retry(queue_type, names, lane, seconds)) for seconds in delays]
     bindings = (
         Binding(names.dead, names.dead),
@@ -137,7 +139,8 @@ def fleet_topology(prefix: str, queue_type: QueueType) -> Topology:
     """The part of it that the fleet's connection needs."""
     names = Names(prefix)
     # Without a length of one: after a look at the old message a quorum queue of that length would drop the new one.
-    return Topology((Exchange(names.fleet, "fanout"),), (Queue(names.orders, _parked(queue_type)),), ())
+    orders = Queue(names.orders, _limited(queue_type, LOOKED_AT_LIMIT))
+    return Topology((Exchange(names.fleet, "fanout"),), (orders,), ())
 
 
 def definitions(topology: Topology, vhost: str) -> dict[str, list[dict[str, Any]]]:
@@ -160,15 +163,9 @@ def definitions(topology: Topology, vhost: str) -> dict[str, list[dict[str, Any]
     }
 
 
-def _parked(queue_type: QueueType) -> Arguments:
-    if queue_type == "classic":
-        return {"x-queue-type": queue_type}
-    return {"x-queue-type": queue_type, "x-delivery-limit": LOOKED_AT_LIMIT}
-
-
-def _lane(queue_type: QueueType, names: Names) -> Arguments:
-    limit = {} if queue_type == "classic" else {"x-delivery-limit": LANE_DELIVERY_LIMIT}
-    return {"x-queue-type": queue_type, **limit, **_dead_lettering(queue_type, names.dead)}
+def _limited(queue_type: QueueType, deliveries: int) -> dict[str, str | int]:
+    limit = {} if queue_type == "classic" else {"x-delivery-limit": deliveries}
+    return {"x-queue-type": queue_type, **limit}
 
 
 def _retry(queue_type: QueueType, names: Names, lane: str, seconds: int) -> Arguments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from worker.core.outcome import Reason
+from worker.core.outcome import Reason, Status
 from worker.core.sweep import Tally
 
 
@@ -72,6 +72,8 @@ def suspicious(tally: Tally, percent: float) -> bool:
 
 
 def settled(tally: Tally, *, rejected: bool, percent: float) -> bool:
-    """Whether nobody has to do anything: all expired or, if ``rejected`` ones do not matter, all final and
+    """Whether nobody has to do anything: all expired or, if ``rejected`` ones do not matter, all answered for good and
     no more than ``percent`` of them unknown."""
-    return tally.all_expired or (rejected and tally.all_final and not suspicious(tally, percent))
+    if rejected and not suspicious(tally, percent):
+        return tally.ended(Status.EXPIRED, Status.REJECTED) == tally.bills
+    return tally.expired == tally.bills

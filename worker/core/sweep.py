@@ -298,9 +298,10 @@ class Answers:
     @property
     def expired(self) -> int:
         """Bills whose QR codes are expired."""
-        return self._told(Status.EXPIRED)
+        return self.ended(Status.EXPIRED)
 
-    def _told(self, *statuses: Status) -> int:
+    def ended(self, *statuses: Status) -> int:
+        """Bills with an outcome of one of these statuses."""
         return sum(count for (status, _), count in self.told.items() if status in statuses)
 
 
@@ -342,19 +343,9 @@ class Tally(Answers):
         return self.bills + self.invalid + self.duplicates
 
     @property
-    def all_expired(self) -> bool:
-        """Whether nothing is left to be done about any bill."""
-        return self.expired == self.bills
-
-    @property
-    def all_final(self) -> bool:
-        """Whether the gateway has answered for good about every bill: expired, or rejected, as a paid one is."""
-        return self._told(Status.EXPIRED, Status.REJECTED) == self.bills
-
-    @property
     def unresolved(self) -> int:
         """Bills whose outcome may still be bettered by a redrive."""
-        return self._told(Status.UNRESOLVED, Status.INVALID)
+        return self.ended(Status.UNRESOLVED, Status.INVALID)
 
     def lines(self) -> Iterator[tuple[str, str, int]]:
         """(status, reason, rows), what people look for first; lines that are no outcome only where there are any."""

@@ -32,8 +32,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     def made(size: int = 3, *, form: Form = FORM, extra: Sequence[Row | BadRow] = ()) -> Journal:
         load = Load(tmp_path)
-        load.fill([Row(number + 1, str(number), "M", None, None, (str(number), "M")) for number in range(1, size + 1)])
-        load.fill(extra)
+        rows = [Row(number + 1, str(number), "M", None, None, (str(number), "M")) for number in range(1, size + 1)]
+        load.fill([*rows, *extra])
         path = tmp_path / f"{BATCH.id}.db"
         load.keep(path, batch=BATCH.id, source="f.csv", digest="d", form=form, now=NOON)
         opened.append(Journal(path))

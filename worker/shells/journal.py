@@ -371,7 +371,6 @@ class Load:
 
     def __init__(self, directory: Path) -> None:
         self._turns: dict[str, int] = {}
-        self._arranged = False
         self._path = directory / f"{LOADING}{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
         with _translated(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -383,10 +382,15 @@ class Load:
             self._db.executescript(_TABLES)
 
     def fill(self, rows: Iterable[Row | BadRow]) -> None:
-        """All of them, in constant memory but for a counter for each merchant."""
+        """All of them, in constant memory but for a counter for each merchant; then makes bills of them.
+
+        A merchant's first bill goes beside the first of all others, then the second ones: a merchant with few bills
+        need not wait for one with many. A bill (of one merchant) that comes again is in once.
+        """
         with _translated(self._path):
             self._db.execute("BEGIN")
             self._db.executemany(_INSERT, map(self._kept, rows))
+            self._db.execute(_ARRANGE.format(order="turn, line" if len(self._turns) > 1 else "line"))
             self._db.commit()
 
     def _kept(self, row: Row | BadRow) -> tuple[object, ...]:
@@ -396,22 +400,9 @@ class Load:
         self._turns[row.merchant] = turn = self._turns.get(row.merchant, 0) + 1
         return (row.line, row.bill, row.merchant, row.reference, row.not_after, None, turn, cells)
 
-    def _arrange(self) -> None:
-        """Makes bills of the rows, a merchant's first bill beside the first of all others, then the second ones: a
-        merchant with few bills need not wait for one with many. A bill (of one merchant) that comes again is in once.
-        """
-        if self._arranged:
-            return
-        self._arranged = True
-        order = "turn, line" if len(self._turns) > 1 else "line"
-        self._db.execute("BEGIN")
-        self._db.execute(_ARRANGE.format(order=order))
-        self._db.commit()
-
     def counts(self) -> tuple[int, int, int]:
         """(bills, duplicates, invalid rows)"""
         with _translated(self._path):
-            self._arrange()
             rows, invalid = self._db.execute("SELECT count(*), count(why) FROM rows").fetchone()
             bills = self._db.execute("SELECT count(*) FROM bills").fetchone()[0]
         return int(bills), int(rows - invalid - bills), int(invalid)
@@ -419,7 +410,6 @@ class Load:
     def first(self, limit: int) -> list[Bill]:
         """The first bills."""
         with _translated(self._path):
-            self._arrange()
             return [Bill(*row) for row in self._db.execute(_UNSENT, (0, limit))]
 
     def keep(self, path: Path, *, batch: str, source: str, digest: str, form: Form, now: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -73,7 +72,7 @@ def pause(
         qris-expire fleet pause --lane sweep --for 1h --reason 'the bank asked for it'
     """
     seconds = None if for_ is None else _seconds(for_)
-    wanted = Pause(_who(), reason, time.time(), seconds)
+    wanted = Pause(operator.who(), reason, time.time(), seconds)
     return _order(lambda orders: replace(orders, pauses={**orders.pauses, **dict.fromkeys(lane or LANES, wanted)}))
 
 
@@ -117,7 +116,7 @@ def limit(
             "`fleet pause` stops all calls",
             code=INVALID,
         )
-    return _order(lambda orders: replace(orders, limit=Limit(rate, _who(), reason, time.time())))
+    return _order(lambda orders: replace(orders, limit=Limit(rate, operator.who(), reason, time.time())))
 
 
 @fleet.command()
@@ -173,10 +172,6 @@ def _order(change: Callable[[Orders], Orders]) -> int:
 def _left(pause: Pause, now: float) -> float | None:
     """Seconds left of a pause that ends by itself."""
     return None if pause.seconds is None else max(0.0, min(pause.seconds, pause.since + pause.seconds - now))
-
-
-def _who() -> str:
-    return f"{operator.user()}@{socket.gethostname()}"
 
 
 def _seconds(text: str) -> float:

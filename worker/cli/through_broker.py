@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import time
 from contextlib import closing, suppress
 from pathlib import Path
@@ -135,7 +134,7 @@ def _who() -> str:
     from worker.shells import operator
 
     since = jakarta.iso(time.time(), milliseconds=False)
-    return f"{operator.user()}@{socket.gethostname()} (process {os.getpid()}, since {since})"
+    return f"{operator.who()} (process {os.getpid()}, since {since})"
 
 
 def _lost(journal: Journal, tally: Tally) -> str:

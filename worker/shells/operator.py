@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import socket
 
 
 def user() -> str:
@@ -12,3 +13,8 @@ def user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
+
+
+def who() -> str:
+    """``user@host``"""
+    return f"{user()}@{socket.gethostname()}"

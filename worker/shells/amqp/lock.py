@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -40,7 +39,7 @@ class BrokerLock:
         self._card: dict[str, Any] = {
             "what": what,
             "alone": alone,
-            "who": f"{operator.user()}@{socket.gethostname()}",
+            "who": operator.who(),
             "process": os.getpid(),
             "since": jakarta.iso(time.time(), milliseconds=False),
             "progress": "",

@@ -179,8 +179,8 @@ class _Family:
         self._drain_seconds = drain_seconds
         self._scraping = threading.Lock()
         self._restarts = 0
-        self._told = 0  # how often the children were asked to stop
-        self._heard = 0  # how many of the signals that ask to stop were passed on
+        self._stops = 0  # how often the children were asked to stop
+        self._passed_on = 0  # how many of the signals that ask to stop were passed on
         self._kill_at: float | None = None  # monotonic, once they are told to stop
         self._refusal: int | None = None
         self._forced = False
@@ -196,13 +196,13 @@ class _Family:
 
     def live(self) -> Health:
         """Whether every child is; one that has drained already is not missed."""
-        stopping = self._told > 0
+        stopping = self._stops > 0
         return self._ask([child for child in self._children if child.process or not stopping], "/livez")
 
     def ready(self) -> Health:
         """Whether every child is; none counts as ready once they are told to stop."""
         health = self._ask(self._children, "/readyz")
-        return Health(health.ok and not self._told, health.components)
+        return Health(health.ok and not self._stops, health.components)
 
     def _ask(self, children: Sequence[_Child], path: str) -> Health:
         answers = list(self._pool.map(lambda child: child.health(path), children))
@@ -222,7 +222,7 @@ class _Family:
         while True:
             now = time.monotonic()
             self._reap(now)
-            if self._told:
+            if self._stops:
                 if not self._running:
                     if self._refusal is not None:
                         return self._refusal
@@ -230,9 +230,9 @@ class _Family:
                 self._kill_overdue(now)
             else:
                 self._start_due(now)
-            signals.sleep(0 if signals.received() > self._heard else self._seconds_to_next(now))
-            for name in signals.names()[self._heard :]:
-                self._heard += 1
+            signals.sleep(0 if signals.received() > self._passed_on else self._seconds_to_next(now))
+            for name in signals.names()[self._passed_on :]:
+                self._passed_on += 1
                 self._stop(time.monotonic(), why=name)
             if signals.hangups() > hangups:
                 hangups = signals.hangups()
@@ -261,16 +261,16 @@ class _Family:
             if code in REFUSALS and (child.starts == 1 or not self._running):
                 log.error("process_refused", child=child.name, exit_code=code)
                 self._refusal = self._refusal or code
-                if not self._told:
+                if not self._stops:
                     self._stop(now, why="refusal")
-            elif self._told:
+            elif self._stops:
                 self._stopped(child, code)
             else:
                 child.restart_later(now, why=_why(code))
 
     def _stopped(self, child: _Child, code: int) -> None:
         # One SIGTERM kills only a child that has no handlers yet, so it held nothing.
-        drained = code == DRAINED or (code == -signal.SIGTERM and self._told == 1)
+        drained = code == DRAINED or (code == -signal.SIGTERM and self._stops == 1)
         self._forced = self._forced or not drained
         log.info("process_stopped", child=child.name, why=_why(code), drained=drained)
 
@@ -282,10 +282,10 @@ class _Family:
 
     def _stop(self, now: float, *, why: str) -> None:
         """The first time: drain. Each further time: the children, told again, stop at once."""
-        self._told += 1
-        seconds = MARGIN_SECONDS + (self._drain_seconds if self._told == 1 else 0)
+        self._stops += 1
+        seconds = MARGIN_SECONDS + (self._drain_seconds if self._stops == 1 else 0)
         self._kill_at = min(now + seconds, self._kill_at or math.inf)
-        log.info("processes_stopping", why=why, times=self._told, running=len(self._running))
+        log.info("processes_stopping", why=why, times=self._stops, running=len(self._running))
         for child in self._running:
             child.send(signal.SIGTERM)
 
@@ -302,7 +302,7 @@ class _Family:
         times = [now + 1.0]  # a look around even if a signal got lost
         if self._kill_at is not None:
             times.append(self._kill_at)
-        elif self._told == 0:
+        elif self._stops == 0:
             times += [child.start_at for child in self._children if child.start_at is not None]
         return max(min(times) - now, 0.0)
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from worker.sandbox import broker
-from worker.sandbox.broker import LOOPBACK, BrokerUnavailable, Home, free_port, last_line
+from worker.sandbox.broker import LOOPBACK, BrokerUnavailable, ErlangHome, free_port, last_line
 
 VERSIONS = ("3.10", "4.0", "4.3")
 """The oldest that is supported, the first of 4.x, and the one that RabbitMQ's cluster operator installs."""
@@ -52,7 +52,7 @@ class PrivateBroker(broker.PrivateBroker):
         config: Mapping[str, str] | None = None,
         port: int | None = None,
         name: str = "rabbit",
-        home: Home | None = None,
+        home: ErlangHome | None = None,
         version: str | None = None,
     ) -> None:
         self._version = version
@@ -162,7 +162,7 @@ class PrivateCluster:
     """Several nodes that form one cluster, so that quorum queues have a quorum to lose."""
 
     def __init__(self, nodes: int = 3, *, config: Mapping[str, str] | None = None, version: str | None = None) -> None:
-        self._home = Home(None)
+        self._home = ErlangHome(None)
         names = [f"rabbit{number}" for number in range(1, nodes + 1)]
         discovery = {"cluster_formation.peer_discovery_backend": "classic_config"} | {
             f"cluster_formation.classic_config.nodes.{number}": f"{name}@localhost"

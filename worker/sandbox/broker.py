@@ -128,9 +128,9 @@ class PrivateBroker:
         *,
         port: int | None = None,
         name: str = "rabbit",
-        home: "Home | None" = None,
+        home: "ErlangHome | None" = None,
     ) -> None:
-        self._home = home or Home(directory)
+        self._home = home or ErlangHome(directory)
         self._shared = home is not None
         self.node_directory = self._home.directory / name
         self._fixed_port = port
@@ -292,7 +292,7 @@ class PrivateBroker:
         }
 
 
-class Home:
+class ErlangHome:
     """What nodes that may talk to each other share: the directory with the cookie, and the port mapper.
 
     The port mapper is ours, too. The machine's may belong to another user, and a node that finds none starts

@@ -80,10 +80,10 @@ def sleep(seconds: float | None) -> None:
         os.read(_pipe[0], 512)
 
 
-def wait(timeout: float | None = None, seen: int = 0) -> int:
-    """Blocks the main thread until more than ``seen`` stops came or ``timeout`` seconds are over; how many came."""
+def wait(timeout: float | None = None) -> int:
+    """Blocks the main thread until a signal asks to stop or ``timeout`` seconds are over; how many came."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    while len(_stops) <= seen:
+    while not _stops:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             break

@@ -544,16 +544,16 @@ def test_signal_during_the_imports_is_not_lost(tmp_path: Path, valid: dict[str, 
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_waiting_for_signals_ends_with_each() -> None:
-    """`signals.wait` returns when one more has come, at once if it is there already."""
+def test_waiting_for_signals_ends_with_one() -> None:
+    """`signals.wait` returns when one has come, at once if it is there already."""
 
     script = (
         "import os, signal; from worker import signals; signals.install(); me = os.getpid();"
         "assert signals.wait(0) == 0;"
-        "os.kill(me, signal.SIGINT); assert signals.wait(30) == 1;"
         "signal.signal(signal.SIGALRM, lambda *_: os.kill(me, signal.SIGTERM));"
         "signal.setitimer(signal.ITIMER_REAL, 0.05);"
-        "assert signals.wait(30, seen=1) == 2; assert signals.names() == ['SIGINT', 'SIGTERM']"
+        "assert signals.wait(30) == 1; assert signals.wait(30) == 1;"
+        "os.kill(me, signal.SIGINT); assert signals.wait(0) == 2; assert signals.names() == ['SIGTERM', 'SIGINT']"
     )
 
     done = subprocess.run(

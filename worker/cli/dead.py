@@ -78,9 +78,13 @@ class Selection:
             moment = None if self.before is None else parse_rfc3339(self.before)
         except ValueError as error:
             raise Trouble(f"--before: {error}", code=INVALID) from None
-        wanted = (frozenset(words or ()) for words in (self.reason, self.lane, self.batch, self.bill))
-        reasons, lanes, batches, bills = wanted
-        return Filter(reasons, lanes, moment, batches, bills)
+        return Filter(
+            frozenset(self.reason or ()),
+            frozenset(self.lane or ()),
+            moment,
+            frozenset(self.batch or ()),
+            frozenset(self.bill or ()),
+        )
 
 
 Limit = Annotated[

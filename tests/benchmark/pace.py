@@ -137,13 +137,13 @@ def calls_table(counted: Sequence[Counted], tool: str | None) -> Table:
             ]
             for one in counted
         ],
-        ("One run each; “per s” is its rate while it was counted.",) if tool else (),
+        ("One run each; “per s” is its rate while it was counted: below its load, it was a backlog.",) if tool else (),
     )
 
 
 def _dearest(counted: Counted) -> list[tuple[str, float]]:
     named = list(counted.named[:DEAREST])
-    return [*named, ("others", counted.whole - sum(count for _, count in named))]
+    return [*named, ("others", max(counted.whole - sum(count for _, count in named), 0.0))]
 
 
 def _not_kept(runs: Sequence[Sequence[Run]]) -> list[str]:

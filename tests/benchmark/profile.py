@@ -42,7 +42,7 @@ COMPONENTS: Final[Mapping[str, Sequence[str]]] = {
     ),
     "engine, publisher, consumer, settlement": (
         *("worker/shells/amqp/engine.py", "worker/shells/amqp/publisher.py", "worker/shells/amqp/consumer.py"),
-        "worker/core/settlement.py",
+        *("worker/shells/amqp/broker.py", "worker/core/settlement.py"),
     ),
     "lanes, limits, fleet": (
         *("worker/app/dispatch.py", "worker/core/lanes.py", "worker/core/breaker.py"),

@@ -232,7 +232,7 @@ def print_letter(letter: DeadLetter, held: HeldLetter, which: str) -> None:
 @contextmanager
 def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
     """One line on standard error when it ends, however it ends: who, what, how much, from when to when."""
-    from worker.shells.logs import json_line
+    from worker.shells.logs import begun, json_line
 
     began = time.time()
     failure = ""
@@ -243,7 +243,7 @@ def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> It
         raise
     finally:
         line: dict[str, Any] = {
-            "event": event,
+            **begun("error" if failure else "info", event),
             "user": operator.user(),
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -254,7 +254,7 @@ def audit(event: str, chosen: Filter, facts: Callable[[], dict[str, Any]]) -> It
         }
         if failure:
             line |= {"result": "failed", "error": failure}
-        print(json_line("error" if failure else "info", line), file=sys.stderr, flush=True)
+        print(json_line(line).decode(), file=sys.stderr, flush=True)
 
 
 def redrive_facts(report: RedriveReport, plan: RedrivePlan) -> dict[str, Any]:

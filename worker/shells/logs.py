@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Final, Literal, TextIO
 
@@ -25,7 +25,7 @@ from worker.core import jakarta
 from worker.core.compact import compact
 
 LogFormat = Literal["json", "console"]
-Render = Callable[[str, MutableMapping[str, Any]], str]
+Render = Callable[[dict[str, Any]], bytes]
 
 FOREIGN_LEVEL: Final = logging.WARNING
 """pika logs every frame at INFO; from this level on its lines and urllib3's are useful."""
@@ -54,11 +54,9 @@ def configure(
     if format is None:
         format = "console" if stream.isatty() else "json"
     render = json_line if format == "json" else _console(colors=stream.isatty())
-    if process is not None:
-        render = _signed(render, process)
     global _lines
     lowest = logging.getLevelNamesMapping()[level.upper()]
-    lines = _lines = _Lines(stream, render, lowest)
+    lines = _lines = _Lines(stream, render, lowest, {} if process is None else {"process": process})
     atexit.register(lines.flush, LAST_WORDS)
     structlog.configure(
         processors=[], wrapper_class=_Logger, logger_factory=lambda *_: lines, cache_logger_on_first_use=True
@@ -81,22 +79,19 @@ def gathered() -> Iterator[Callable[[], None]]:
         yield _lines.bring_out
 
 
-def _signed(render: Render, process: str) -> Render:
-    def signed(level: str, event: MutableMapping[str, Any]) -> str:
-        return render(level, {"event": event["event"], "process": process, **event})
-
-    return signed
-
-
-def json_line(level: str, event: MutableMapping[str, Any]) -> str:
-    """One JSON object without line breaks: timestamp in ``+07:00``, level, and the event, whose name comes first."""
-    if "exc_info" in event:
-        _add_exception(event)
-    line = {"timestamp": _clock(), "level": level, **event}
+def json_line(line: dict[str, Any]) -> bytes:
+    """What `begun` began, as one JSON object without line breaks."""
+    if "exc_info" in line:
+        _add_exception(line)
     try:
-        return compact(line, str).decode("ascii")
+        return compact(line, str)
     except (TypeError, ValueError, RecursionError):  # a cycle, keys of another type
-        return compact({str(key): _plain(value) for key, value in line.items()}).decode("ascii")
+        return compact({str(key): _plain(value) for key, value in line.items()})
+
+
+def begun(level: str, event: str) -> dict[str, Any]:
+    """What stands first in every line: the time in Jakarta, the level, and what happened."""
+    return {"timestamp": _clock(), "level": level, "event": event}
 
 
 def redact(text: str) -> str:
@@ -136,7 +131,7 @@ class _Logger(structlog.BoundLoggerBase):
 
     def _log(self, level: int, name: str, event: str, fields: dict[str, Any]) -> None:
         if level >= self._logger.lowest:
-            self._logger.log(name, {"event": event, **self._context, **fields})
+            self._logger.log(name, event, {**self._context, **fields} if self._context else fields)
 
 
 class _Lines:
@@ -146,17 +141,18 @@ class _Lines:
     heartbeats and all senders. So once the stream takes nothing, lines wait, and a thread brings them out.
     """
 
-    def __init__(self, stream: TextIO, render: Render, lowest: int) -> None:
+    def __init__(self, stream: TextIO, render: Render, lowest: int, signature: Mapping[str, str]) -> None:
         self.lowest = lowest
         self._stream = stream
         self._render = render
+        self._signature = signature  # which of several processes it is
         self._lock = threading.RLock()  # a signal's handler may log in the middle of a line of the same thread
         self._waiting: deque[bytes] = deque()  # the first one is being written
         self._catching_up = False
         self._lost = 0
         self._gatherer: int | None = None  # the thread whose lines are gathered
-        self._gathered: list[str] = []
-        self._size = 0  # of those, in characters
+        self._gathered: list[bytes] = []
+        self._size = 0  # of those
         self._writable = select.poll()
         try:
             self._fd: int | None = stream.fileno()
@@ -164,16 +160,16 @@ class _Lines:
         except (OSError, ValueError):  # a stream in memory
             self._fd = None
 
-    def log(self, level: str, event: MutableMapping[str, Any]) -> None:
-        """Writes the line of an event; one of level info or debug in company, where this thread gathers lines."""
-        line = self._render(level, event)
+    def log(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
+        """Writes a line; one of level info or debug in company, where this thread gathers lines."""
+        line = self._line(level, event, fields)
         if self._gatherer != threading.get_ident():
             self._write(line)
         elif level in _GATHERED:
-            self._size += len(line) + 1
+            self._size += len(line)
             if self._size > select.PIPE_BUF or self._waiting:  # or a reader is awaited: then each line waits by itself
                 self.bring_out()
-                self._size = len(line) + 1
+                self._size = len(line)
             self._gathered.append(line)
         else:
             self.bring_out()
@@ -193,14 +189,16 @@ class _Lines:
         """Writes what was gathered."""
         if self._gathered:
             lines, self._gathered, self._size = self._gathered, [], 0
-            self._write("\n".join(lines))
+            self._write(b"".join(lines))
 
-    def _write(self, line: str) -> None:
+    def _line(self, level: str, event: str, fields: Mapping[str, Any]) -> bytes:
+        return self._render({**begun(level, event), **self._signature, **fields}) + b"\n"
+
+    def _write(self, data: bytes) -> None:
         """A full disk or a closed pipe loses the line, never the command that is worked on."""
         if self._fd is None:
-            self._stream.write(line + "\n")
+            self._stream.write(data.decode())
             return
-        data = _bytes(line)
         with self._lock:
             # A pipe or terminal that says it takes something takes PIPE_BUF at once.
             if not self._waiting and len(data) <= select.PIPE_BUF and self._writable.poll(0):
@@ -209,7 +207,7 @@ class _Lines:
             if len(self._waiting) < MOST_WAITING:
                 self._waiting.append(data)
             else:
-                self._lost += line.count("\n") + 1
+                self._lost += data.count(b"\n")
             if not self._catching_up:
                 self._catching_up = True
                 try:
@@ -230,16 +228,12 @@ class _Lines:
             with self._lock:
                 self._waiting.popleft()
                 if self._lost:
-                    self._waiting.append(_bytes(self._render("warning", {"event": "log.lost", "lines": self._lost})))
+                    self._waiting.append(self._line("warning", "log.lost", {"lines": self._lost}))
                     self._lost = 0
                 waiting = self._catching_up = bool(self._waiting)
 
 
 _lines: _Lines | None = None
-
-
-def _bytes(line: str) -> bytes:
-    return (line + "\n").encode("utf-8", "backslashreplace")
 
 
 def _write(fd: int, data: bytes) -> None:
@@ -259,10 +253,10 @@ class _Foreign(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Never raises."""
         try:
-            event: dict[str, Any] = {"event": redact(record.getMessage()), "logger": record.name}
+            fields: dict[str, Any] = {"logger": record.name}
             if record.exc_info:
-                event["exc_info"] = record.exc_info
-            self._lines.log(record.levelname.lower(), event)
+                fields["exc_info"] = record.exc_info
+            self._lines.log(record.levelname.lower(), redact(record.getMessage()), fields)
         except Exception:  # noqa: BLE001  # logging must not end what it reports
             self.handleError(record)
 
@@ -282,10 +276,10 @@ def _clock() -> str:
     return f"{text}.{thousandths:03d}+07:00"
 
 
-def _add_exception(event: MutableMapping[str, Any]) -> None:
-    text = _traceback(event.pop("exc_info"))
+def _add_exception(line: dict[str, Any]) -> None:
+    text = _traceback(line.pop("exc_info"))
     if text:
-        event["exception"] = text
+        line["exception"] = text
 
 
 def _traceback(info: object) -> str:
@@ -313,10 +307,10 @@ def _console(*, colors: bool) -> Render:
         colors=colors, timestamp_key="timestamp", exception_formatter=structlog.dev.plain_traceback
     )
 
-    def render(level: str, event: MutableMapping[str, Any]) -> str:
-        if "exc_info" in event:
-            _add_exception(event)
-        event.update(timestamp=_clock().replace("T", " "), level=level)
-        return str(renderer(None, level, event))
+    def render(line: dict[str, Any]) -> bytes:
+        if "exc_info" in line:
+            _add_exception(line)
+        line["timestamp"] = line["timestamp"].replace("T", " ")
+        return str(renderer(None, line["level"], line)).encode("utf-8", "backslashreplace")
 
     return render

@@ -45,11 +45,14 @@ class Publishing:
         self.exchange = exchange
         self.confirmed: list[str] = []
         self.connections = 0
+        self.unwanted: set[str] = set()
+        """What is not to be sent again."""
         self.fibers = Fibers(new_loop())
         self.publisher: Publisher[str] = Publisher(
             self.fibers.loop,
             Unwatched(),
             on_confirmed=lambda publication: self.confirmed.append(publication.settles),
+            on_again=lambda publication: publication.settles in self.unwanted,
             guard=bare,
         )
         self.link = Link(
@@ -226,6 +229,20 @@ def test_one_that_the_broker_refuses_to_take(narrow: PrivateBroker, bad: dict[st
         assert f"message 'bad' to {name} k" in it.publisher.set_aside
         assert reason in it.publisher.set_aside
         assert len(it.publisher) == 1
+
+
+def test_what_is_not_to_be_sent_again(narrow: PrivateBroker) -> None:
+    """What was on its way when the channel was closed is sent again, one by one, but for what nobody wants any more."""
+    with declared(narrow) as (operator, name), started(narrow.url, name) as it:
+        it.unwanted = {"good-1", "good-3"}
+        it.publish("bad", size=70_000)
+        for text in good(5):
+            it.publish(text)
+        it.turn_until(lambda: it.publisher.set_aside, "the bad one is set aside")
+        it.turn_until(lambda: it.publisher.idle, "all others are confirmed or dropped")
+
+        assert it.confirmed == ["good-0", "good-2", "good-4"]
+        assert operator.depth(name) == 3
 
 
 def test_connections_that_an_operator_closes(private_broker: PrivateBroker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -117,6 +118,22 @@ ARRIVALS = (
 def test_pika_is_one_whose_private_parts_are_known() -> None:
     """Else every frame goes pika's own way, which costs more: look at its changes, then add the version."""
     assert pika.__version__ in KNOWN
+
+
+@pytest.mark.parametrize("version", [pika.__version__, "1.9.9"])
+def test_a_loop_in_a_hurry_does_not_wait(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Whatever its timers say; also with a pika whose private parts are not known."""
+    monkeypatch.setattr(pika, "__version__", version)
+    loop: Any = new_loop()
+    loop.activate_poller()
+    loop.call_later(30, lambda: None)
+
+    loop.hurry()
+    began = time.monotonic()
+    loop.poll()
+
+    assert time.monotonic() - began < 20
+    loop.close()
 
 
 @given(st.lists(ARRIVALS, max_size=6), st.lists(st.integers(0, 30_000), max_size=6))

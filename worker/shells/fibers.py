@@ -50,8 +50,9 @@ T = TypeVar("T")
 
 
 class Loop(Protocol):
-    """What is used of pika's ``IOLoop``."""
+    """What is used of pika's ``IOLoop``; and ``hurry``: the next ``poll`` only looks, and waits for nothing."""
 
+    def hurry(self) -> None: ...
     def activate_poller(self) -> None: ...
     def close(self) -> None: ...
     def poll(self) -> None: ...
@@ -98,7 +99,7 @@ class Fibers:
         """Waits until something happens, then lets everybody who can go on do so."""
         ready = self._ready
         if ready:  # they do not wait for anything, but the loop looks at the broker first: nobody may keep it from that
-            self.loop.add_callback_threadsafe(_nothing)
+            self.loop.hurry()
         self._run(self.loop.poll)
         self._run(self.loop.process_timeouts)
         for _ in range(len(ready)):

@@ -113,6 +113,7 @@ class Engine:
         self._attention = True
         self._results: deque[Order] = deque()
         self._settle_at = 0.0
+        self._lingers = False
         self._ticked = time.monotonic()
         self._tell_at = 0.0
         self._write_log: Callable[[], None] = _nothing
@@ -139,7 +140,6 @@ class Engine:
         """A sender, on the loop's thread, is done with a command."""
         if not self._results:
             self._settle_at = time.monotonic() + LINGER
-            self._fibers.loop.call_later(LINGER, _nothing)
         self._results.append((task, disposition))
 
     def _attend(self) -> None:
@@ -233,13 +233,21 @@ class Engine:
 
     def _end_turn(self) -> None:
         """What was brought leaves together: outcomes in one write, acks in few frames."""
-        if self._results and (time.monotonic() >= self._settle_at or not self._dispatcher.in_hand()):
-            self._take_results()
+        if self._results:
+            left = self._settle_at - time.monotonic()
+            if left <= 0 or not self._dispatcher.in_hand():
+                self._take_results()
+            elif not self._lingers:
+                self._lingers = True
+                self._fibers.loop.call_later(left, self._linger)
         if self._attention:
             self._attention = False
             self._regulate()
         if self._consumer.to_flush and not self._dispatcher.settling:  # in a drain, after consumption has ended
             self._consumer.flush()
+
+    def _linger(self) -> None:
+        self._lingers = False
 
     def _tick(self) -> None:
         self._fibers.loop.call_later(TICK, self.guard(self._tick))

@@ -30,7 +30,6 @@ from worker.core.sweep import (
     Bill,
     Facts,
     Recorded,
-    Standing,
     Tally,
     Told,
     Watermark,
@@ -622,10 +621,10 @@ class FakeScreen:
 
     def __init__(self) -> None:
         self.trouble = ""
-        self.standing: Standing | None = None
+        self.tally: Tally | None = None
 
-    def show(self, standing: Standing, trouble: str) -> None:
-        self.standing, self.trouble = standing, trouble
+    def show(self, tally: Tally, trouble: str) -> None:
+        self.tally, self.trouble = tally, trouble
 
 
 class Stage:

@@ -16,7 +16,7 @@ from worker.core.lanes import SWEEP
 from worker.core.outcome import encode
 from worker.core.ports import Clock
 from worker.core.settlement import Crashed, Delay, Disposition, GiveBack, Hold, Report, TakenBack, Task
-from worker.core.sweep import Facts, Job, Recorded, Standing, Tally, Told, command_body, command_id, read_outcome
+from worker.core.sweep import Facts, Job, Recorded, Tally, Told, command_body, command_id, read_outcome
 
 TICK: Final = 0.1
 AT_ONCE: Final = 500  # results kept in one transaction
@@ -80,8 +80,7 @@ class Direct:
         self._read = 0
         self._exhausted = False
         self._next_due = journal.next_due()
-        tally = journal.tally()
-        self._standing = Standing(dict(tally.told), tally.bills, tally.bills)
+        self._tally = journal.tally()
         self.crashes = 0
 
     def finish(self, task: Task, disposition: Disposition) -> None:
@@ -100,7 +99,7 @@ class Direct:
             self._fetch(wishes)
             self._collect(TICK)
             self._chores()
-            self._screen.show(self._standing, self._trouble())
+            self._screen.show(self._tally, self._trouble())
             if self._exhausted and not self._numbers and self._next_due is None:
                 return Ended.DONE
         return self._drain()
@@ -186,7 +185,7 @@ class Direct:
                 case _:
                     assert_never(disposition)
         if told:
-            self._standing.add(self._journal.record(told))
+            self._tally.add(self._journal.record(told))
         if unfinished:
             self._journal.put_back(unfinished)
             self._next_due = self._journal.next_due()
@@ -208,7 +207,7 @@ class Direct:
         while self._numbers and self._stop() < 2 and self._clock.monotonic() < deadline:
             self._give_back(self._on_loop(lambda: self._dispatcher.look(ready=True)).give_back)
             self._collect(TICK)
-            self._screen.show(self._standing, f"stopping: {self._dispatcher.in_hand()} calls are on their way")
+            self._screen.show(self._tally, f"stopping: {self._dispatcher.in_hand()} calls are on their way")
         return Ended.STOPPED
 
     def _trouble(self) -> str:

@@ -12,7 +12,7 @@ from worker.core.fleet.messages import Beat, decode
 from worker.core.lanes import SWEEP
 from worker.core.pace import WINDOW, Pace
 from worker.core.ports import Clock
-from worker.core.sweep import Bill, Facts, Recorded, Standing, Tally, Told, Watermark, command_message, read_outcome
+from worker.core.sweep import Bill, Facts, Recorded, Tally, Told, Watermark, command_message, read_outcome
 from worker.core.topology import Names
 from worker.core.words import plural
 
@@ -57,7 +57,7 @@ class Ended(Enum):
 class Screen(Protocol):
     """Shows people how far it is. Called ten times a second."""
 
-    def show(self, standing: Standing, trouble: str) -> None:
+    def show(self, tally: Tally, trouble: str) -> None:
         """``trouble`` is what keeps it from going on, empty for nothing."""
 
 
@@ -91,7 +91,7 @@ class Sweep:
         clock: Clock,
         window: int = WINDOW,
     ) -> None:
-        facts, tally = journal.facts, journal.tally()
+        facts = journal.facts
         self._journal = journal
         self._names = names
         self._batch = facts.batch
@@ -102,15 +102,15 @@ class Sweep:
         self._watermark = Watermark(facts.published)
         self._saved = self._read = facts.published
         self._ahead: deque[Bill] = deque()
-        self._exhausted = not tally.unsent
-        self._standing = Standing(dict(tally.told), tally.bills, tally.sent)
+        self._tally = journal.tally()
+        self._exhausted = not self._tally.unsent
         self._save_at = self._heard_at = clock.monotonic()
         self._window = window
         self._pace = Pace(window, self._heard_at)
         self._lane: tuple[int, int] | None = None
         self._fleet: Beat | None = None
         self._fleet_at = 0.0
-        self._unanswered = tally.waiting
+        self._unanswered = self._tally.waiting
         self._answered = facts.published  # the highest number that has an outcome, as far as this process knows
         self._give_up_at: float | None = None
         self.ended: Ended | None = None
@@ -134,7 +134,7 @@ class Sweep:
     def confirmed(self, number: int) -> None:
         """The broker has that bill's command."""
         self._watermark.confirmed(number)
-        self._standing.sent = min(self._standing.sent + 1, self._standing.bills)
+        self._tally.add_sent()
 
     def outcomes(self, bodies: Sequence[bytes], lane: int = 0) -> None:
         """Keeps what they say; safe when it returns. ``lane``: how many came in all, with those of other batches."""
@@ -143,7 +143,7 @@ class Sweep:
             return
         told = [each for each in map(read_outcome, bodies) if each is not None]
         recorded = self._journal.record(told)
-        self._standing.add(recorded)
+        self._tally.add(recorded)
         for number in recorded.numbers:
             if number <= self._read:  # else an earlier process published it, and could not note that any more
                 self._unanswered = max(0, self._unanswered - 1)
@@ -165,9 +165,8 @@ class Sweep:
         """Somebody stops the batch: nothing more of it is published. Returns how far the batch is, for people."""
         if epoch >= self._journal.facts.resumed_at:
             self._journal.stop(who)
-        standing = self._standing
         return (
-            f"{standing.sent:,} of {standing.bills:,} bills are published, "
+            f"{self._tally.sent:,} of {self._tally.bills:,} bills are published, "
             f"{self._unanswered:,} of them have no outcome yet"
         )
 
@@ -184,7 +183,7 @@ class Sweep:
         if now >= self._save_at:
             self._save()
             self._save_at = now + SAVE_EVERY
-        self._screen.show(self._standing, trouble or self._silence(now))
+        self._screen.show(self._tally, trouble or self._silence(now))
         self.ended = self._ending(now)
         if self.ended is None:
             return True
@@ -193,7 +192,7 @@ class Sweep:
 
     def _ending(self, now: float) -> Ended | None:
         if not self._watermark:
-            if self._exhausted and not (self._follow and self._standing.answered < self._standing.bills):
+            if self._exhausted and not (self._follow and self._tally.answered < self._tally.bills):
                 return Ended.DONE
             if self._journal.facts.stopped and not (self._follow and self._unanswered):
                 return Ended.CUT

@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.cli.screen import DRAW_EVERY, Display, bars
 from worker.core.pace import Speed
-from worker.core.sweep import Standing
+from worker.core.sweep import Tally
 
 
 class Meter(Display):
@@ -30,53 +30,53 @@ class Meter(Display):
         text = f"{self._name}: {rows:,} rows read{share}"
         self.draw(lambda: text, lambda: text)
 
-    def show(self, standing: Standing, trouble: str) -> None:
+    def show(self, tally: Tally, trouble: str) -> None:
         """See `Screen`."""
         now, trouble = time.monotonic(), trouble or self._remark()
         if now - self._marked_at >= DRAW_EVERY:
             self._marked_at = now
             for what, speed in self._speeds.items():
-                speed.mark(now, _done(standing, what), standing.bills)
-        self.draw(lambda: self._picture(standing, trouble), lambda: self._sentence(standing, trouble))
+                speed.mark(now, _done(tally, what), tally.bills)
+        self.draw(lambda: self._picture(tally, trouble), lambda: self._sentence(tally, trouble))
 
-    def _sentence(self, standing: Standing, trouble: str) -> str:
+    def _sentence(self, tally: Tally, trouble: str) -> str:
         parts = [
-            f"{_done(standing, what):,} of {standing.bills:,} {what} ({speed.per_second:,.0f}/s)"
+            f"{_done(tally, what):,} of {tally.bills:,} {what} ({speed.per_second:,.0f}/s)"
             for what, speed in self._speeds.items()
         ]
-        if standing.answered > standing.expired:
-            parts.append(f"{standing.answered - standing.expired:,} not expired")
+        if tally.answered > tally.expired:
+            parts.append(f"{tally.answered - tally.expired:,} not expired")
         what, speed = list(self._speeds.items())[-1]
-        left = speed.left(standing.bills - _done(standing, what))
+        left = speed.left(tally.bills - _done(tally, what))
         if left:
             parts.append(f"about {_clock(left)} left")
         return f"{self._name}: {', '.join(parts)}{'; ' + trouble if trouble else ''}"
 
-    def _picture(self, standing: Standing, trouble: str) -> Any:
+    def _picture(self, tally: Tally, trouble: str) -> Any:
         from rich.console import Group
         from rich.text import Text
 
         rows = []
         for what, speed in self._speeds.items():
-            done = _done(standing, what)
-            left = speed.left(standing.bills - done)
+            done = _done(tally, what)
+            left = speed.left(tally.bills - done)
             texts = (
-                f"{done:,}/{standing.bills:,}",
+                f"{done:,}/{tally.bills:,}",
                 f"{speed.per_second:,.0f}/s",
                 "-:--" if left is None else _clock(left),
             )
-            rows.append((what, done, standing.bills, texts))
+            rows.append((what, done, tally.bills, texts))
         lines: list[Any] = [Text(self._name, style="bold"), bars(rows)]
-        bad = standing.answered - standing.expired
+        bad = tally.answered - tally.expired
         if bad:
-            lines.append(Text(f"{standing.expired:,} expired, {bad:,} not expired"))
+            lines.append(Text(f"{tally.expired:,} expired, {bad:,} not expired"))
         if trouble:
             lines.append(Text(trouble, style="yellow"))
         return Group(*lines)
 
 
-def _done(standing: Standing, what: str) -> int:
-    return standing.sent if what == "published" else standing.answered
+def _done(tally: Tally, what: str) -> int:
+    return tally.sent if what == "published" else tally.answered
 
 
 def _clock(seconds: float) -> str:

@@ -285,10 +285,30 @@ class Recorded:
 
 
 @dataclass(slots=True)
-class Answers:
-    """Bills with an outcome, by status and reason."""
+class Tally:
+    """Where every row of the input is: invalid, a duplicate, not sent yet, waiting for its outcome, or answered.
+
+    ``told``: bills with an outcome, by status and reason.
+    """
 
     told: dict[tuple[str, str], int] = field(default_factory=dict)
+    invalid: int = 0
+    duplicates: int = 0
+    unsent: int = 0
+    waiting: int = 0
+    """While a sweep runs it is one too small for each bill whose outcome came before the broker's confirm."""
+
+    def add_sent(self) -> None:
+        """One more bill needs no publishing any more."""
+        if self.unsent:
+            self.unsent -= 1
+            self.waiting += 1
+
+    def add(self, recorded: Recorded) -> None:
+        """Outcomes came."""
+        self.waiting -= len(recorded.numbers)
+        for key, by in recorded.changes.items():
+            self.told[key] = self.told.get(key, 0) + by
 
     @property
     def answered(self) -> int:
@@ -303,29 +323,6 @@ class Answers:
     def ended(self, *statuses: Status) -> int:
         """Bills with an outcome of one of these statuses."""
         return sum(count for (status, _), count in self.told.items() if status in statuses)
-
-
-@dataclass(slots=True)
-class Standing(Answers):
-    """The sum as it changes, for people who watch. ``sent``: bills that need no publishing any more."""
-
-    bills: int = 0
-    sent: int = 0
-
-    def add(self, recorded: Recorded) -> None:
-        """Outcomes came."""
-        for key, by in recorded.changes.items():
-            self.told[key] = self.told.get(key, 0) + by
-
-
-@dataclass(slots=True)
-class Tally(Answers):
-    """Where every row of the input is: invalid, a duplicate, not sent yet, waiting for its outcome, or answered."""
-
-    invalid: int = 0
-    duplicates: int = 0
-    unsent: int = 0
-    waiting: int = 0
 
     @property
     def bills(self) -> int:

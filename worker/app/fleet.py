@@ -150,7 +150,7 @@ class Fleet:
 
     def rested(self, orders: Orders | None) -> None:
         """What rested at the broker."""
-        self._rested(orders, _left(orders, self._clock.epoch()))
+        self._rested(orders, {} if orders is None else orders.left(self._clock.epoch()))
 
     throttled = _told(Member.throttled)
     waiting = _told(Member.waiting)
@@ -225,14 +225,3 @@ class Fleet:
                 self._timers.remove_timeout(self._timer)
             self._wakes_at = moment
             self._timer = self._timers.call_later(max(0.0, moment - now), self._tick)
-
-
-def _left(orders: Orders | None, now: float) -> dict[str, float]:
-    """Seconds left of each pause that ends by itself, as far as the clocks of two machines agree (``now``: seconds
-    since the epoch): nobody else may be left who has seen it begin."""
-    pauses = orders.pauses.items() if orders is not None else ()
-    return {
-        lane: min(pause.seconds, max(0.0, pause.since + pause.seconds - now))
-        for lane, pause in pauses
-        if pause.seconds is not None
-    }

@@ -150,10 +150,9 @@ def _order(change: Callable[[Orders], Orders]) -> int:
         # What rests at the broker counts; a member may know of something later that could not be laid down.
         before = max([tool.orders(), *(card.orders for card in cards)], key=lambda orders: orders.revision)
         now = time.time()
-        pauses = {lane: each for lane, each in before.pauses.items() if _left(each, now) != 0}
+        pauses = {lane: each for lane, each in before.pauses.items() if each.left(now) != 0}
         orders = replace(change(replace(before, pauses=pauses)), revision=before.revision + 1)
-        left = {lane: seconds for lane, each in orders.pauses.items() if (seconds := _left(each, now)) is not None}
-        tool.order(orders, left)
+        tool.order(orders, orders.left(now))
         deadline = time.monotonic() + ACTS_WITHIN
         while any(card.orders.revision < orders.revision for card in cards) and time.monotonic() < deadline:
             cards = tool.cards()
@@ -167,11 +166,6 @@ def _order(change: Callable[[Orders], Orders]) -> int:
     else:
         print(f"{plural(len(cards), 'process')} obeyed")
     return 0
-
-
-def _left(pause: Pause, now: float) -> float | None:
-    """Seconds left of a pause that ends by itself."""
-    return None if pause.seconds is None else max(0.0, min(pause.seconds, pause.since + pause.seconds - now))
 
 
 def _seconds(text: str) -> float:
@@ -232,7 +226,7 @@ def _in_words(orders: Orders) -> list[str]:
     """What operators want: who, when and why."""
     now, lines = time.time(), []
     for lane, wanted in sorted(orders.pauses.items()):
-        left = _left(wanted, now)
+        left = wanted.left(now)
         if left != 0:
             until = "until resumed" if left is None else f"for {duration(left)} more"
             lines.append(f"{lane} is paused {until}, {_by(wanted)}")

@@ -34,6 +34,11 @@ class Pause:
     since: float = 0.0
     seconds: float | None = None
 
+    def left(self, now: float) -> float | None:
+        """Seconds left at ``now`` (seconds since the epoch), None for one that does not end by itself: as far as the
+        clocks of two machines agree, for nobody else may be left who has seen it begin."""
+        return None if self.seconds is None else max(0.0, min(self.seconds, self.since + self.seconds - now))
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -52,6 +57,10 @@ class Orders:
     revision: int = 0
     pauses: Mapping[str, Pause] = field(default_factory=dict)
     limit: Limit | None = None
+
+    def left(self, now: float) -> dict[str, float]:
+        """Of each pause that ends by itself, see `Pause.left`."""
+        return {lane: left for lane, pause in self.pauses.items() if (left := pause.left(now)) is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,14 @@ class AmqpSettings(Group, variables="AMQP_"):
         return split_amqp_urls(self.url.get_secret_value())
 
 
+def _merchant() -> Any:
+    return setting(rules.identifier, "Merchant of the commands that carry none.", default=None)
+
+
 class DefaultMerchant(Group, variables="GATEWAY_MERCHANT_"):
     """The one setting of the gateway that a sweep through the broker looks at."""
 
-    id: str | None = setting(rules.identifier, "Merchant of the commands that carry none.", default=None)
+    id: str | None = _merchant()
 
 
 class GatewaySettings(Group, variables="GATEWAY_"):
@@ -116,7 +120,7 @@ class GatewaySettings(Group, variables="GATEWAY_"):
         "Headers that carry the channel id, separated by commas.",
         default=("CHANNEL-ID", "X-CHANNEL-ID"),
     )
-    merchant_id: str | None = setting(rules.identifier, "Merchant of the commands that carry none.", default=None)
+    merchant_id: str | None = _merchant()
     signature: Scheme = setting(
         rules.one_of(*get_args(Scheme)),
         "How an expire is signed: `hmac-sha512`, `rsa-sha256` or `rsa-sha256-no-token`.",

@@ -14,13 +14,13 @@ from worker.cli import INVALID, Trouble
 from worker.cli.command_line import Argument, CommandGroup, Option
 from worker.cli.screen import output, plain_table, tell
 from worker.core import jakarta
-from worker.core.fleet.messages import Card, Limit, Orders, Pause
 from worker.core.lanes import LANES
 from worker.core.words import duration, plural
 from worker.settings import AmqpSettings, load
 from worker.shells import operator
 
 if TYPE_CHECKING:
+    from worker.core.fleet.messages import Card, Limit, Orders, Pause
     from worker.shells.amqp.fleet_tool import FleetTool
 
 ACTS_WITHIN: Final = 2.0  # seconds in which every member obeys
@@ -72,8 +72,8 @@ def pause(
         qris-expire fleet pause --lane sweep --for 1h --reason 'the bank asked for it'
     """
     seconds = None if for_ is None else _seconds(for_)
-    wanted = Pause(operator.who(), reason, time.time(), seconds)
-    return _order(lambda orders: replace(orders, pauses={**orders.pauses, **dict.fromkeys(lane or LANES, wanted)}))
+    by, since = operator.who(), time.time()
+    return _order(lambda orders: orders.paused(lane or LANES, by, reason, since, seconds))
 
 
 @fleet.command()
@@ -84,10 +84,7 @@ def resume(lane: Lanes = None) -> int:
 
         qris-expire fleet resume
     """
-    ended = lane or LANES
-    return _order(
-        lambda orders: replace(orders, pauses={name: each for name, each in orders.pauses.items() if name not in ended})
-    )
+    return _order(lambda orders: orders.resumed(lane or LANES))
 
 
 @fleet.command()
@@ -116,7 +113,8 @@ def limit(
             "`fleet pause` stops all calls",
             code=INVALID,
         )
-    return _order(lambda orders: replace(orders, limit=Limit(rate, operator.who(), reason, time.time())))
+    by, since = operator.who(), time.time()
+    return _order(lambda orders: orders.limited(rate, by, reason, since))
 
 
 @fleet.command()

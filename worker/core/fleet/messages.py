@@ -11,8 +11,8 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Final
 
@@ -61,6 +61,18 @@ class Orders:
     def left(self, now: float) -> dict[str, float]:
         """Of each pause that ends by itself, see `Pause.left`."""
         return {lane: left for lane, pause in self.pauses.items() if (left := pause.left(now)) is not None}
+
+    def paused(self, lanes: Iterable[str], by: str, reason: str, since: float, seconds: float | None) -> Orders:
+        """With a `Pause` of these lanes."""
+        return replace(self, pauses={**self.pauses, **dict.fromkeys(lanes, Pause(by, reason, since, seconds))})
+
+    def resumed(self, lanes: Container[str]) -> Orders:
+        """Without the pauses of these lanes."""
+        return replace(self, pauses={lane: pause for lane, pause in self.pauses.items() if lane not in lanes})
+
+    def limited(self, rate: float, by: str, reason: str, since: float) -> Orders:
+        """With a `Limit`."""
+        return replace(self, limit=Limit(rate, by, reason, since))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from worker.shells.fibers import Fibers
 class Unwatched:
     """Nobody counts."""
 
-    def confirmed(self, seconds: float) -> None:
+    def confirm_took(self, seconds: float) -> None:
         """One more."""
 
     def unconfirmed(self, count: int) -> None:

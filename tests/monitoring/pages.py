@@ -49,7 +49,7 @@ class Situation:
             self.catalogue.request("expire", "2009300", 0.08)
             self.catalogue.outcome("cancellation", "expired", "success", age, now)
             self.catalogue.settled("cancellation", 0.1)
-            self.catalogue.confirmed(0.004 if number % 20 else 0.02)
+            self.catalogue.confirm_took(0.004 if number % 20 else 0.02)
 
 
 def well(situation: Situation) -> None:

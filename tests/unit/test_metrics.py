@@ -64,7 +64,7 @@ def every_call(metrics: Metrics) -> None:
     metrics.token_expiry(1_800_000_900.0)
     metrics.broker_connected(True)
     metrics.broker_reconnected()
-    metrics.confirmed(0.01)
+    metrics.confirm_took(0.01)
     metrics.unconfirmed(3)
     metrics.clock_skew(-4.5)
     metrics.held_until(1_800_000_012.0)

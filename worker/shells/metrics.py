@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
-from worker.core.catalogue import CATALOGUE, NO_ANSWER, OTHER, PREFIX, Kind, Metric
+from worker.core.catalogue import CATALOGUE, NO_ANSWER, OTHER, PREFIX, Metric, MetricType
 from worker.core.reading import Sample
 
 Values = tuple[str, ...]
@@ -66,7 +66,7 @@ class Metrics:
         self._number: dict[str, dict[Values, _Number]] = {}
         self._histogram: dict[str, dict[Values, _Histogram]] = {}
         for metric in CATALOGUE:
-            if metric.kind is Kind.HISTOGRAM:
+            if metric.kind is MetricType.HISTOGRAM:
                 self._histogram[metric.name] = {values: _Histogram(metric) for values in metric.series}
             else:
                 series = [(version,)] if metric.name == "build_info" else metric.series
@@ -82,17 +82,17 @@ class Metrics:
         for metric in CATALOGUE:
             name, text, labels = metric.full_name, metric.text, tuple(metric.labels)
             match metric.kind:
-                case Kind.COUNTER:
+                case MetricType.COUNTER:
                     counter = CounterMetricFamily(name, text, labels=labels)
                     for values, number in self._number[metric.name].items():
                         counter.add_metric(values, number.value)
                     yield counter
-                case Kind.GAUGE:
+                case MetricType.GAUGE:
                     gauge = GaugeMetricFamily(name, text, labels=labels)
                     for values, number in self._number[metric.name].items():
                         gauge.add_metric(values, number.value)
                     yield gauge
-                case Kind.HISTOGRAM:
+                case MetricType.HISTOGRAM:
                     histogram = HistogramMetricFamily(name, text, labels=labels)
                     for values, each in self._histogram[metric.name].items():
                         bounds = map(floatToGoString, (*each.bounds, float("inf")))
@@ -227,7 +227,7 @@ class Metrics:
         """A connection that was lost is open again."""
         self._number["broker_reconnects_total"][()].value += 1
 
-    def confirmed(self, seconds: float) -> None:
+    def confirm_took(self, seconds: float) -> None:
         """The broker confirmed a message `seconds` after it was published."""
         self._histogram["publish_confirm_seconds"][()].observe(seconds)
 

@@ -55,7 +55,7 @@ S = TypeVar("S")
 class Watch(Protocol):
     """What the publisher reports."""
 
-    def confirmed(self, seconds: float) -> None: ...
+    def confirm_took(self, seconds: float) -> None: ...
     def unconfirmed(self, count: int) -> None: ...
 
 
@@ -258,7 +258,7 @@ class Publisher(Generic[S]):
                 self._link.works()
         now = time.monotonic()
         for publication in confirmed:
-            self._watch.confirmed(now - publication.published_at)
+            self._watch.confirm_took(now - publication.published_at)
             self._on_confirmed(publication)
         if self._after_confirms is not None:
             self._after_confirms()

@@ -21,14 +21,14 @@ from worker.core.fleet.messages import (
     LARGEST,
     Beat,
     BreakerState,
+    FleetMessage,
     Good,
     Goodbye,
-    Grant,
     Hello,
     Letter,
     Limit,
+    MemberGrant,
     MemberReport,
-    Message,
     Ordered,
     Orders,
     Pause,
@@ -70,7 +70,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return st.from_type(hint)
 
 
-@given(st.sampled_from(get_args(Message)).flatmap(values), TEXT, TEXT)
+@given(st.sampled_from(get_args(FleetMessage)).flatmap(values), TEXT, TEXT)
 @settings(max_examples=150)
 def test_messages_come_back(message: Any, sender: str, client: str) -> None:
     """What is encoded is decoded to the same."""
@@ -415,7 +415,7 @@ def member(name: str = "a", *, limit: float = 0.0, alone: bool = False) -> Membe
     )
 
 
-def said(member: Member) -> list[Message]:
+def said(member: Member) -> list[FleetMessage]:
     """What it has said since the last look."""
     found = [action.message for action in member.actions if isinstance(action, Say)]
     member.actions.clear()
@@ -779,7 +779,7 @@ def test_slots_for_others() -> None:
     other.tick(7000.06)
     report = next(message for message in said(other) if isinstance(message, MemberReport))
     one.received(100.001, Letter("o", "client", replace(report, term=1)))
-    grant = next(message for message in said(one) if isinstance(message, Grant))
+    grant = next(message for message in said(one) if isinstance(message, MemberGrant))
     other.received(7000.062, Letter("b", "client", replace(grant, term=3)))
     other.tick(7000.2)
     assert other.limit(7000.2) == 10.0
@@ -795,7 +795,7 @@ def test_a_member_that_comes_back_gets_slots() -> None:
     one = leading(100.0, limit=10.0)
     one.received(100.0, Letter("b", "client", Hello(10.0)))
     one.received(100.1, Letter("b", "client", MemberReport(1, 1, wanted={SWEEP: 3})))
-    assert any(isinstance(message, Grant) for message in said(one))
+    assert any(isinstance(message, MemberGrant) for message in said(one))
     one.received(101.0, Letter("b", "client", Hello(10.0)))
     one.received(101.1, Letter("b", "client", MemberReport(1, 1, wanted={SWEEP: 1})))
     keep(one, 101.2)
@@ -908,7 +908,7 @@ class AnyOrder(RuleBasedStateMachine):
                 sick=st.booleans(),
             ),
             st.builds(
-                Grant,
+                MemberGrant,
                 term=st.integers(1, 9),
                 at=SECONDS,
                 answers=st.integers(0, 99),
@@ -923,7 +923,7 @@ class AnyOrder(RuleBasedStateMachine):
             st.just(Hello(5.0)),
         ),
     )
-    def hear(self, sender: str, message: Message) -> None:
+    def hear(self, sender: str, message: FleetMessage) -> None:
         self.one.received(self.now, Letter(sender, "client", message))
         self.look()
 

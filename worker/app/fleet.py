@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, assert_never
 
 from worker.core.fleet.member import Member
-from worker.core.fleet.messages import Card, Letter, Message, Orders
+from worker.core.fleet.messages import Card, FleetMessage, Letter, Orders
 from worker.core.fleet.own import Changed, Permit, ReadOrders, Say
 from worker.core.fleet.terms import Lock, Unlock
 from worker.core.ports import Clock
@@ -166,7 +166,7 @@ class Fleet:
     taken = _told(Member.taken)
     _rested = _told(Member.rested)
 
-    def say(self, to: str | None, message: Message) -> None:
+    def say(self, to: str | None, message: FleetMessage) -> None:
         """To one member, or to all: what is about tokens, or answers a tool."""
         if self.wire is not None:
             self.wire.say(to, Letter(self.member.me, self.member.client, message))

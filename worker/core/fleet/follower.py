@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from worker.core.breaker import State
-from worker.core.fleet.messages import Beat, BreakerState, Good, Grant, MemberReport
+from worker.core.fleet.messages import Beat, BreakerState, Good, MemberGrant, MemberReport
 from worker.core.fleet.own import Own
 from worker.core.fleet.permits import LATE, Offset, zeros
 from worker.core.fleet.terms import BEAT
@@ -122,7 +122,7 @@ class Follower:
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
-    def granted(self, grant: Grant, now: float) -> None:
+    def granted(self, grant: MemberGrant, now: float) -> None:
         """Slots of ours, by the leader's clock."""
         own, offset = self._own, self._offset
         slots = [(slot, lane) for slot, lane in grant.slots if lane in LANES]

@@ -11,7 +11,7 @@ from typing import Final
 
 from worker.core.breaker import State
 from worker.core.fleet.follower import GONE, REPORT
-from worker.core.fleet.messages import Beat, BreakerState, Grant, MemberReport, Probe
+from worker.core.fleet.messages import Beat, BreakerState, MemberGrant, MemberReport, Probe
 from worker.core.fleet.own import LOOK_AGAIN, Own
 from worker.core.fleet.permits import Shares
 from worker.core.fleet.terms import BEAT, Role
@@ -372,4 +372,4 @@ class Leader:
                 own.permits.add(slots)
             else:
                 peer = self.peers[name]
-                own.say(name, Grant(own.terms.term, now, peer.reports, peer.heard, tuple(slots)))
+                own.say(name, MemberGrant(own.terms.term, now, peer.reports, peer.heard, tuple(slots)))

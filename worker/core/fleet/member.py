@@ -20,9 +20,9 @@ from worker.core.fleet.messages import (
     Card,
     Good,
     Goodbye,
-    Grant,
     Hello,
     Letter,
+    MemberGrant,
     MemberReport,
     Ordered,
     Orders,
@@ -240,7 +240,7 @@ class Member:
                     self.leader.reported(sender, message, now)
                     self._about_us(now)
                     self._share(now)
-            case Grant(term):
+            case MemberGrant(term):
                 if self._leads_us(sender, term):
                     self.follower.granted(message, now)
                     self._fire(now)

@@ -142,7 +142,7 @@ class MemberReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class MemberGrant:
     """From the leader to one member: begin a call at each of these moments of the leader's clock, or not at all.
     ``answers``: the number of the latest report that it had, ``heard`` at that moment of its clock."""
 
@@ -264,11 +264,11 @@ class TokenFailed:
     number: int = 0
 
 
-Message = (
+FleetMessage = (
     Hello
     | Beat
     | MemberReport
-    | Grant
+    | MemberGrant
     | Probe
     | Probed
     | Good
@@ -282,8 +282,8 @@ Message = (
     | TokenFailed
 )
 
-KINDS: Final[Mapping[str, type[Message]]] = {
-    kind.__name__.removeprefix("Member").lower(): kind for kind in typing.get_args(Message)
+KINDS: Final[Mapping[str, type[FleetMessage]]] = {
+    kind.__name__.removeprefix("Member").lower(): kind for kind in typing.get_args(FleetMessage)
 }
 NAMES: Final = {kind: name for name, kind in KINDS.items()}
 
@@ -294,7 +294,7 @@ class Letter:
 
     sender: str
     client: str
-    message: Message
+    message: FleetMessage
 
 
 def encode(letter: Letter) -> bytes:

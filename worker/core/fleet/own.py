@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from worker.core.breaker import Breakers
-from worker.core.fleet.messages import Goodbye, Letter, Message, Orders
+from worker.core.fleet.messages import FleetMessage, Goodbye, Letter, Orders
 from worker.core.fleet.permits import Permits, zeros
 from worker.core.fleet.terms import Lock, Role, Terms, Unlock
 from worker.core.lanes import LANES
@@ -43,7 +43,7 @@ class Say:
     """To one member, or to all (None)."""
 
     to: str | None
-    message: Message
+    message: FleetMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +262,7 @@ class Own:
         self.number += 1
         return self.number
 
-    def say(self, to: str | None, message: Message) -> None:
+    def say(self, to: str | None, message: FleetMessage) -> None:
         """To one member, or to all; nothing without a fleet. Who leaves says goodbye to all, and nothing else."""
         parting = to is None and self.left and not isinstance(message, Goodbye)
         if self.terms.role is not Role.APART and not parting:

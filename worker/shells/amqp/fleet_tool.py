@@ -12,8 +12,8 @@ from pika.exceptions import ChannelClosed
 
 from worker.core.fleet.messages import (
     Card,
+    FleetMessage,
     Letter,
-    Message,
     Ordered,
     Orders,
     Who,
@@ -92,7 +92,7 @@ class FleetTool:
         """Tells the fleet to test the gateway now."""
         self._say(Ordered(probe=True))
 
-    def _say(self, message: Message, reply_to: str | None = None) -> None:
+    def _say(self, message: FleetMessage, reply_to: str | None = None) -> None:
         properties = pika.BasicProperties(delivery_mode=1, reply_to=reply_to)
         self._channel.basic_publish(self._names.fleet, "", encode(Letter(TOOL, "", message)), properties)
 

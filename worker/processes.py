@@ -26,7 +26,7 @@ import structlog
 
 from worker import signals
 from worker.core.catalogue import FAMILY
-from worker.core.scrapes import Tally, merge, of_family
+from worker.core.scrapes import PlaceCounts, merge, of_family
 from worker.shells.http import Health, HealthServer, ListenError
 from worker.surroundings import ends_with_us
 
@@ -76,7 +76,7 @@ class _Child:
         self.start_at: float | None = 0.0  # monotonic; None while it runs or must not run again
         self._backoff = 0.0
         self._started = 0.0
-        self._tally = Tally()
+        self._counts = PlaceCounts()
         self._lock = threading.Lock()
         self._command = ends_with_us(command)
         own = {"WORKER_PROCESSES": "1", SOCKET_VARIABLE: str(path), NAME_VARIABLE: self.name}
@@ -102,7 +102,7 @@ class _Child:
         if code is not None:
             with self._lock:
                 self.process = None
-                self._tally.died()
+                self._counts.died()
         return code
 
     def restart_later(self, now: float, *, why: str) -> None:
@@ -120,7 +120,7 @@ class _Child:
         reply = self._ask("/metrics") if holder else None
         with self._lock:
             own = reply is not None and reply[0] == http.HTTPStatus.OK and holder is self.process
-            return self._tally.total(reply[1].decode() if reply and own else None)
+            return self._counts.total(reply[1].decode() if reply and own else None)
 
     def health(self, path: str) -> Health:
         if not self.process:

@@ -18,9 +18,9 @@ from worker.core.dead_letter import (
     DeadLetter,
     Filter,
     Parcel,
+    escaped,
     export_json,
     pretty,
-    printable,
     read,
     redriven,
 )
@@ -296,9 +296,9 @@ def test_census_is_bounded() -> None:
 # -- showing
 
 
-def test_printable() -> None:
+def test_escaped() -> None:
     """What a producer sent cannot move the cursor, hide a line or turn the text around."""
-    assert printable("a\x1b[2Jb\r\n\x9bé\u202e") == "a\\x1b[2Jb\\r\\n\\x9bé\\u202e"
+    assert escaped("a\x1b[2Jb\r\n\x9bé\u202e") == "a\\x1b[2Jb\\r\\n\\x9bé\\u202e"
 
 
 @pytest.mark.parametrize(

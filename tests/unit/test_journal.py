@@ -16,7 +16,7 @@ from tests.unit.test_sweep import BATCH, told
 from worker.cli.report import replacing
 from worker.core.delivery import Progress
 from worker.core.outcome import Reason
-from worker.core.report import REPORT_COLUMNS, Report, harmless, kept_as_text
+from worker.core.report import REPORT_COLUMNS, BatchReport, harmless, kept_as_text
 from worker.core.rows import JSON_FORM, BadRow, Form, Row
 from worker.core.sweep import Bill
 from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune
@@ -111,7 +111,7 @@ def test_merchants_take_turns(make: Make) -> None:
 
 
 def report(journal: Journal) -> list[dict[str, object]]:
-    lines = Report(journal.facts)
+    lines = BatchReport(journal.facts)
     return [dict(zip(lines.header(), lines.line(row), strict=True)) for row in journal.rows()]
 
 

@@ -11,7 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 
 from tests.scrapes import values
-from worker.core.scrapes import Tally, lasting, merge, openmetrics
+from worker.core.scrapes import PlaceCounts, lasting, merge, openmetrics
 from worker.shells.metrics import Metrics
 
 
@@ -156,7 +156,7 @@ Event = tuple[int, float | None]
 def test_sums_never_go_back(events: list[Event]) -> None:
     """Whatever is counted and whichever process ends, no scrape shows less than the one before, not by a rounding."""
 
-    tallies = [Tally() for _ in range(3)]
+    tallies = [PlaceCounts() for _ in range(3)]
     counts = [0.0] * 3
     before = 0.0
     for place, growth in events:
@@ -174,7 +174,7 @@ def test_sums_never_go_back(events: list[Event]) -> None:
 def test_a_silent_process_keeps_its_counters_but_not_its_gauges() -> None:
     """A process that gives no answer counts with its last one, without what only held at that time."""
 
-    tally = Tally()
+    tally = PlaceCounts()
     tally.total(counter(5.0) + gauge("in_flight", 3.0))
     assert values(tally.total(None)) == {"n_total": 5}
     tally.died()

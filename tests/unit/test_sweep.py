@@ -24,7 +24,7 @@ from worker.core.fleet.messages import encode as encode_letter
 from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
 from worker.core.pace import WINDOW, Pace, Speed
-from worker.core.rows import BadRow, InputError, Reading, Row, Rules, read
+from worker.core.rows import BadRow, InputError, InputRows, Row, Rules, read
 from worker.core.sweep import (
     Batch,
     Bill,
@@ -48,7 +48,7 @@ NAMES = Names("p")
 BATCH = Batch("b-1", 3)
 
 
-def reading(text: str, **options: object) -> Reading:
+def reading(text: str, **options: object) -> InputRows:
     return read(re.findall(r"[^\n]*\n|[^\n]+", text), Rules(**options))  # type: ignore[arg-type]
 
 

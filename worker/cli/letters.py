@@ -22,10 +22,10 @@ from worker.core.dead_letter import (
     DeadLetter,
     Filter,
     as_json,
+    escaped,
     export_json,
     plain,
     pretty,
-    printable,
 )
 from worker.core.outcome import DEAD_LETTERED, REASONS
 from worker.core.words import plural
@@ -86,7 +86,7 @@ def print_rehearsal(report: RedriveReport, census: Census) -> None:
     """What a redrive would send."""
     print(f"would redrive {census.total.count:,} of {plural(report.there, 'dead letter')} ({report.matching:,} match)")
     for reason, lane, kind in census.lines():
-        print(f"{kind.count:>9,}  {printable(reason)} to {lane}")
+        print(f"{kind.count:>9,}  {escaped(reason)} to {lane}")
     if report.without_lane:
         note(f"{report.without_lane:,} match and would stay: their lane is not known")
 
@@ -119,7 +119,7 @@ def check_reasons(chosen: Filter, matching: int) -> None:
 def hint(chosen: Filter, census: Census, there: Census) -> None:
     """Which reasons there are, when none of them was the one asked for."""
     if chosen.reasons and there.total.count and not census.total.count:
-        found = ", ".join(sorted({printable(reason) for reason, _, _ in there.lines()})[:10])
+        found = ", ".join(sorted({escaped(reason) for reason, _, _ in there.lines()})[:10])
         note(f"none matches; the reasons that are there: {found}")
 
 
@@ -188,7 +188,7 @@ def _cell(value: str) -> Any:
     """Foreign text: neither markup nor control characters mean anything."""
     from rich.text import Text
 
-    return Text(printable(value))
+    return Text(escaped(value))
 
 
 def _age(moment: float | None, now: float) -> str:
@@ -217,13 +217,13 @@ def print_letter(letter: DeadLetter, held: HeldLetter, which: str) -> None:
     ]
     for name, value in facts:
         if value is not None:
-            print(f"{name:<13}{printable(str(value))}")
+            print(f"{name:<13}{escaped(str(value))}")
     whole = export_json(letter, parcel)
     for title in ("properties", "headers"):
         print(f"{title}")
         for name, value in whole[title].items():
             said = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
-            print(f"  {printable(str(name))}: {printable(said)}")
+            print(f"  {escaped(str(name))}: {escaped(said)}")
     print(f"body         {len(parcel.body):,} bytes")
     print(pretty(parcel.body))
     print()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.cli import INVALID, Trouble
-from worker.core.report import Report, harmless, kept_as_text
+from worker.core.report import BatchReport, harmless, kept_as_text
 from worker.shells import workbook
 from worker.shells.journal import LOCK, PRIVATE, SUFFIX, Journal
 
@@ -56,7 +56,7 @@ def check_existing(report: Path, journal: Journal, *, force: bool) -> None:
 
 def write(journal: Journal, report: Path, delimiter: str | None = None) -> None:
     """One line for each row of the input, from the journal, in the form of the input; the file appears whole."""
-    form, lines = journal.facts.form, Report(journal.facts)
+    form, lines = journal.facts.form, BatchReport(journal.facts)
     if _is_workbook(report):
         with replacing(report, binary=True) as file:
             workbook.write(file, itertools.chain([lines.header()], (lines.line(row) for row in journal.rows())))

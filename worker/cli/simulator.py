@@ -16,7 +16,7 @@ from worker.cli.screen import output
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-    from worker.sandbox.simulator import Report, Script, Simulator
+    from worker.sandbox.simulator import Script, Simulator, SimulatorReport
 
 OWN_KEY_FILE = Path("simulator-key.pem")
 
@@ -153,7 +153,7 @@ def _print_settings(gateway: Simulator, private_key_file: Path | None) -> None:
     sys.stdout.flush()
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: SimulatorReport) -> None:
     """Each section adds up: the calls, then what they were answered."""
     from rich.table import Table
 

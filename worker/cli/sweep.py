@@ -29,7 +29,7 @@ from worker.cli.intake import Input, batch, check_any, take_in
 from worker.cli.screen import note, tell
 from worker.core import jakarta
 from worker.core.command import IDENTIFIER_RULE, is_identifier
-from worker.core.needs import SUSPICIOUS_PERCENT, UNKNOWN, count, settled, suspicious
+from worker.core.needs import SUSPICIOUS_PERCENT, UNKNOWN_BILL, count, settled, suspicious
 from worker.core.pace import WINDOW
 from worker.core.sweep import Home, Tally, batch_id, command_body, command_id
 from worker.core.topology import Names
@@ -363,7 +363,7 @@ def _conclude(options: Options, journal: Journal, tally: Tally) -> int:
     print_needs(journal, tally, again)
     percent = SUSPICIOUS_PERCENT if options.allow_not_found is None else options.allow_not_found
     if suspicious(tally, percent):
-        unknown = count(tally, UNKNOWN)
+        unknown = count(tally, UNKNOWN_BILL)
         note(
             f"the gateway does not know {unknown:,} of {tally.answered:,} bills ({share(unknown, tally.answered)}, "
             f"more than {percent:g} %): a wrong column, or numbers that a spreadsheet changed, look like this, and "

@@ -32,7 +32,7 @@ def soonest(one: float, other: float) -> float:
     return min(one or math.inf, other or math.inf) if one or other else 0.0
 
 
-class Kind(StrEnum):
+class MetricType(StrEnum):
     """As Prometheus has them."""
 
     COUNTER = "counter"
@@ -49,7 +49,7 @@ class Metric:
     histograms are summed. `lasts` is for a gauge that stays true when its process is gone.
     """
 
-    kind: Kind
+    kind: MetricType
     name: str
     text: str
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -69,9 +69,9 @@ class Metric:
         return self.only or tuple(product(*self.labels.values()))
 
 
-counter: Final = partial(Metric, Kind.COUNTER)
-gauge: Final = partial(Metric, Kind.GAUGE)
-histogram: Final = partial(Metric, Kind.HISTOGRAM)
+counter: Final = partial(Metric, MetricType.COUNTER)
+gauge: Final = partial(Metric, MetricType.GAUGE)
+histogram: Final = partial(Metric, MetricType.HISTOGRAM)
 
 OPERATIONS: Final = ("expire", "token")
 RETRIES: Final = ("transient", "systemic", "token", "id_clash", "throttled")

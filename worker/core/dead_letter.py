@@ -266,7 +266,7 @@ def plain(value: object) -> Any:
     return text(value)
 
 
-def printable(value: str) -> str:
+def escaped(value: str) -> str:
     """Safe on a terminal: what a producer sent must not move the cursor or hide a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in value)
 
@@ -279,7 +279,7 @@ def pretty(body: bytes) -> str:
         return f"{len(body)} bytes that are no text, in base64: {base64.b64encode(body).decode()}"
     with suppress(ValueError, RecursionError):
         decoded = json.dumps(json.loads(decoded, object_pairs_hook=_once), indent=2, ensure_ascii=False)
-    return "\n".join(printable(line) for line in decoded.split("\n"))
+    return "\n".join(escaped(line) for line in decoded.split("\n"))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

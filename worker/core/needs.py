@@ -51,7 +51,7 @@ NEEDS: Final = (
         frozenset({Reason.MALFORMED_JSON, Reason.INVALID_COMMAND, Reason.TOO_LARGE}),
     ),
 )
-UNKNOWN: Final = NEEDS[1].reasons
+UNKNOWN_BILL: Final = NEEDS[1].reasons
 """Answers by which the gateway says that it does not know what it was asked for."""
 
 RETRIED: Final = next(need.reasons for need in NEEDS if need.retry)
@@ -68,7 +68,7 @@ def count(tally: Tally, reasons: frozenset[Reason]) -> int:
 
 def suspicious(tally: Tally, percent: float) -> bool:
     """Whether the gateway does not know more than ``percent`` of the bills that have an outcome."""
-    return count(tally, UNKNOWN) > tally.answered * percent / 100
+    return count(tally, UNKNOWN_BILL) > tally.answered * percent / 100
 
 
 def settled(tally: Tally, *, rejected: bool, percent: float) -> bool:

@@ -34,7 +34,7 @@ class ReportRow(Protocol):
     def __getitem__(self, column: str, /) -> Any: ...
 
 
-class Report:
+class BatchReport:
     """The lines of a batch's report, one for each row of the input: its columns as they came, then ours."""
 
     def __init__(self, facts: Facts) -> None:

@@ -87,7 +87,7 @@ class Rules:
     as_is: bool = False
 
 
-class Reading:
+class InputRows:
     """The rows of an input, in their order, in constant memory; iterating raises `InputError`.
 
     ``form`` is known from the beginning, ``remarks`` at the end.
@@ -111,7 +111,7 @@ class Reading:
         return [remark for column in self._columns for remark in column.remarks()]
 
 
-def read(lines: Iterable[str], rules: Rules, *, json_lines: bool = False) -> Reading:
+def read(lines: Iterable[str], rules: Rules, *, json_lines: bool = False) -> InputRows:
     """The rows of a text. ``json_lines`` says so of the whole input; otherwise its first character decides.
 
     Raises `InputError`.
@@ -121,9 +121,9 @@ def read(lines: Iterable[str], rules: Rules, *, json_lines: bool = False) -> Rea
     if first is None:
         raise InputError("is empty: not even a header; see what should have written it")
     if json_lines or first.lstrip().startswith("{"):
-        return Reading(JSON_FORM, _json_rows(numbered, first, rules))
+        return InputRows(JSON_FORM, _json_rows(numbered, first, rules))
     form = _header(numbered, first)
-    return Reading(form, _csv_rows(form, numbered, rules))
+    return InputRows(form, _csv_rows(form, numbered, rules))
 
 
 def is_header(cells: Sequence[str]) -> bool:
@@ -131,14 +131,14 @@ def is_header(cells: Sequence[str]) -> bool:
     return any(_COLUMNS.get(_NEEDLESS.sub("", cell).lower()) == "bill" for cell in cells)
 
 
-def read_table(table: Iterable[tuple[int, Sequence[str]]], rules: Rules) -> Reading:
+def read_table(table: Iterable[tuple[int, Sequence[str]]], rules: Rules) -> InputRows:
     """The rows of a spreadsheet, from (line, cells), the header first. Raises `InputError`."""
     rows = ((line, cells) for line, cells in table if any(cell.strip() for cell in cells))
     line, cells = next(rows, (0, ()))
     form = Form(tuple(cells), _places(cells, line), ";", mark=True, spreadsheet=True)
     if "bill" not in form.places:
         raise InputError(f"has no column billnumber (or billNumber) in its header: {', '.join(cells)[:120]!r}", line)
-    return Reading(form, (_row(form, cells, line, rules) for line, cells in rows))
+    return InputRows(form, (_row(form, cells, line, rules) for line, cells in rows))
 
 
 # -- CSV ------------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def lasting(text: str) -> str:
 
 
 @dataclass
-class Tally:
+class PlaceCounts:
     """What one place in the family has counted so far, over all the processes that held it.
 
     Counters never go back when a child is started again: the last scrape of the dead one is kept and added.

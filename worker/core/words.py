@@ -6,7 +6,7 @@ import math
 import re
 from typing import Final
 
-UNKNOWN: Final = "–"
+NO_VALUE: Final = "–"
 
 _WORD: Final = re.compile(r"(\s*)([^\s`]*`[^`]*`\S*|\S+)")
 """The blanks before a word, and the word; a command between backticks is one, so that people can copy it."""
@@ -20,7 +20,7 @@ def number(value: float) -> str:
 def rate(per_second: float | None) -> str:
     """A rate: 412/s, 4.2/s, 0.05/s."""
     if per_second is None:
-        return UNKNOWN
+        return NO_VALUE
     if per_second and per_second < 0.01:
         return "< 0.01/s"
     decimals = 0 if per_second >= 10 or per_second == 0 else 1 if per_second >= 1 else 2
@@ -36,7 +36,7 @@ def share(part: float, whole: float) -> str:
 def duration(seconds: float | None) -> str:
     """A duration, two units at most: 34 ms, 0.3 s, 12 s, 3 min 20 s, 4 h 5 min, 2 d 3 h."""
     if seconds is None:
-        return UNKNOWN
+        return NO_VALUE
     if math.isinf(seconds):
         return "very long"
     if seconds < 0.0995:

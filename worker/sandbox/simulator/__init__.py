@@ -18,7 +18,7 @@ from typing import Final, Self
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey, generate_private_key
 
-from worker.sandbox.simulator.books import Books, Call, Report
+from worker.sandbox.simulator.books import Books, Call, SimulatorReport
 from worker.sandbox.simulator.checks import SIGNATURES, Rules
 from worker.sandbox.simulator.script import PLAIN, Fault, Pattern, Rate, Script, ScriptError
 from worker.sandbox.simulator.server import Server
@@ -29,10 +29,10 @@ __all__ = [
     "Fault",
     "Pattern",
     "Rate",
-    "Report",
     "Script",
     "ScriptError",
     "Simulator",
+    "SimulatorReport",
     "own_key",
     "private_pem",
     "write_private",
@@ -75,7 +75,7 @@ class Simulator:
 
     `port` 0 takes a free one at the first `start`, which later ones keep: stopped, it refuses connections, started
     again it remembers everything. Without `public_key`, a key pair is made (`private_key_pem`). `keep_calls` bounds
-    `Report.calls`. Raises ValueError for an unknown `signature`, `start` OSError when it cannot listen.
+    `SimulatorReport.calls`. Raises ValueError for an unknown `signature`, `start` OSError when it cannot listen.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Simulator:
             "GATEWAY_SIGN_PATH": self.rules.sign_path,
         }
 
-    def report(self, *, bills: bool = True) -> Report:
+    def report(self, *, bills: bool = True) -> SimulatorReport:
         """What it has seen. `bills=False` leaves `calls_by_bill` empty: cheap, however many there were."""
         return self.books.report(bills=bills)
 

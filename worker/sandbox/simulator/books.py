@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 
 @dataclass(slots=True)
-class Report:
+class SimulatorReport:
     """What the simulator has seen since it was made. Times are Unix seconds of this machine's clock."""
 
     expire_calls: int = 0  # refused ones included
@@ -90,7 +90,7 @@ class Books:
         self._day = 0
         self._bills: dict[bytes, int] = {}
         self._live_calls = 0
-        self._seen = Report()
+        self._seen = SimulatorReport()
         self._recent = _Window(1.0)
         self._calls: deque[Call] = deque(maxlen=keep_calls)
         self.replace(script)
@@ -148,7 +148,7 @@ class Books:
         with self._lock:
             self._seen.turned_away += 1
 
-    def report(self, *, bills: bool) -> Report:
+    def report(self, *, bills: bool) -> SimulatorReport:
         with self._lock:
             calls_by_bill = dict(self._bills) if bills else {}
             report = replace(

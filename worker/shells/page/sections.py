@@ -13,7 +13,7 @@ from worker.core.catalogue import NO_ANSWER
 from worker.core.condition import Condition, Level, Situation, kind_of
 from worker.core.outcome import STATUS_OF, Reason
 from worker.core.reading import Change, Histogram
-from worker.core.words import UNKNOWN, duration, number, plural, quantile, rate, share
+from worker.core.words import NO_VALUE, duration, number, plural, quantile, rate, share
 
 WORDS: Final = {
     Level.WELL: ("✓", "Well"),
@@ -183,7 +183,7 @@ def _fleet(situation: Situation) -> str:
         ("rate limit", [f"{limit:g}/s" if limit else "none"]),
         ("calls per second of the fleet", [rate(calls)]),
         ("wait for the limit, p95", [_quantile(change, "rate_wait_seconds", 0.95)]),
-        ("throttled answers", [Cell(UNKNOWN if throttled is None else share(throttled, 1), bad=bool(throttled))]),
+        ("throttled answers", [Cell(NO_VALUE if throttled is None else share(throttled, 1), bad=bool(throttled))]),
         ("paused by an operator", [Cell("yes" if paused else "no", bad=paused)]),
         (
             "sick here" if several else "sick",
@@ -199,7 +199,7 @@ def _fleet(situation: Situation) -> str:
 
 def _oldest(situation: Situation, lane: str) -> str:
     at = situation.now.value("oldest_command_timestamp_seconds", lane=lane)
-    return duration(max(situation.now.at - at, 0.0)) if at else UNKNOWN
+    return duration(max(situation.now.at - at, 0.0)) if at else NO_VALUE
 
 
 def _outcomes(situation: Situation) -> str:
@@ -241,10 +241,10 @@ def _answers(situation: Situation) -> str:
         gains = situation.change.by("response_code", name, operation=operation) if situation.change else None
         for code, total in situation.now.by("response_code", name, operation=operation).items():
             if total:
-                kind, lately = kind_of(code), UNKNOWN if gains is None else number(gains[code])
+                kind, lately = kind_of(code), NO_VALUE if gains is None else number(gains[code])
                 bad = kind is not None and kind.bad and bool(gains and gains[code])
                 label = "no code" if code == NO_ANSWER else code
-                means = Cell(kind.label.replace("_", " ") if kind else UNKNOWN, text=True)
+                means = Cell(kind.label.replace("_", " ") if kind else NO_VALUE, text=True)
                 rows.append((f"{operation} {label}", [means, Cell(lately, bad=bad), number(total)]))
     if not rows:
         return _note("No answers yet.")
@@ -296,7 +296,7 @@ def _by_reason(situation: Situation, name: str, *, bad: bool = False) -> list[Ro
         (
             reason,
             [
-                Cell(number(gains[reason]) if reason in gains else UNKNOWN, bad=bad and bool(gains.get(reason))),
+                Cell(number(gains[reason]) if reason in gains else NO_VALUE, bad=bad and bool(gains.get(reason))),
                 number(total),
             ],
         )
@@ -309,8 +309,8 @@ def _processes(situation: Situation) -> str:
     now = situation.now
     versions = [version for version, on in now.by("version", "build_info").items() if on]
     rows: list[Row] = [
-        ("version", [", ".join(versions) or UNKNOWN]),
-        ("up for", [duration(situation.age) if now.value("start_timestamp_seconds") else UNKNOWN]),
+        ("version", [", ".join(versions) or NO_VALUE]),
+        ("up for", [duration(situation.age) if now.value("start_timestamp_seconds") else NO_VALUE]),
     ]
     if now.knows("processes_running"):
         running, wanted = now.value("processes_running"), len(situation.processes)

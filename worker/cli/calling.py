@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from worker.cli import INVALID, Trouble
 from worker.core.command import IDENTIFIER_RULE, Command, is_identifier
 from worker.core.scheme import NO_TOKEN, WITH_SECRET
-from worker.core.verdict import NoReply
 from worker.settings import GatewaySettings
 from worker.shells.clock import SystemClock
 
@@ -54,6 +53,7 @@ class Calling:
         `CredentialsError`."""
         from worker.core import diagnosis
         from worker.core.ports import TokenUnavailable
+        from worker.core.verdict import NoReply
         from worker.shells.credentials import Credentials
         from worker.shells.gateway import GatewayClient
         from worker.wiring import endpoint, fetcher, transport

@@ -19,7 +19,8 @@ from worker.core.outcome import Reason
 from worker.core.report import REPORT_COLUMNS, BatchReport, harmless, kept_as_text
 from worker.core.rows import JSON_FORM, BadRow, Form, Row
 from worker.core.sweep import Bill
-from worker.shells.journal import Journal, JournalError, Load, clean, journals, lock, prune
+from worker.shells.journal import Journal, JournalError, Load
+from worker.shells.journals import clean, journals, lock, prune
 
 Make = Callable[..., Journal]
 FORM = Form(("billnumber", "merchantId"), {"bill": 0, "merchant": 1})
@@ -332,7 +333,7 @@ def test_second_process_is_told_who_has_the_batch(make: Make) -> None:
 
     path = make(1).path
     script = (
-        f"from pathlib import Path; from worker.shells import journal\nwith journal.lock(Path({str(path)!r})): pass"
+        f"from pathlib import Path; from worker.shells import journals\nwith journals.lock(Path({str(path)!r})): pass"
     )
 
     def other() -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,8 @@ from worker.core.needs import NEEDS, count
 from worker.core.sweep import Home, Tally, is_batch_id
 from worker.core.words import plural
 from worker.settings import AmqpSettings, GatewaySettings
-from worker.shells.journal import Journal, find, journals_of
+from worker.shells.journal import Journal
+from worker.shells.journals import find, journals_of
 
 EXAMPLES: Final = 10  # bills of each kind that are shown; the report has all
 STATE_DIR_HELP = "Where batches keep their journals; else $XDG_STATE_HOME/qris-expire/<prefix>."

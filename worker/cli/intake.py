@@ -17,7 +17,8 @@ from worker.cli.screen import note
 from worker.core.rows import BadRow, Form, InputError, Row, Rules
 from worker.core.sweep import Home, batch_id, belongs, unfinished
 from worker.core.words import plural
-from worker.shells.journal import Journal, Load, clean, find, journals, lock, path_for
+from worker.shells.journal import Journal, Load
+from worker.shells.journals import clean, find, journals, lock, path_for
 from worker.shells.source import Source
 from worker.shells.workbook import opened
 

@@ -25,7 +25,8 @@ from worker.core.lanes import SWEEP
 from worker.core.sweep import belongs, inbox_name
 from worker.core.words import plural
 from worker.settings import AmqpSettings, load
-from worker.shells.journal import Journal, JournalError, journals, journals_of, prune
+from worker.shells.journal import Journal, JournalError
+from worker.shells.journals import journals, journals_of, prune
 
 PATIENCE: Final = 5.0
 """Seconds to wait for others who look at the dead letters."""

@@ -35,7 +35,8 @@ from worker.core.sweep import Home, Tally, batch_id, command_body, command_id
 from worker.core.topology import Names
 from worker.core.words import plural, share
 from worker.settings import AmqpSettings, DefaultMerchant, Settings, load
-from worker.shells.journal import Journal, lock
+from worker.shells.journal import Journal
+from worker.shells.journals import lock
 
 SHOWN: Final = 3  # commands that --dry-run prints
 

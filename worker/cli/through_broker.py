@@ -19,7 +19,8 @@ from worker.core.sweep import Tally, belongs, follower_name, inbox, inbox_name, 
 from worker.core.topology import Topology, topology
 from worker.settings import AmqpSettings
 from worker.shells.clock import SystemClock
-from worker.shells.journal import Journal, find, lock
+from worker.shells.journal import Journal
+from worker.shells.journals import find, lock
 
 if TYPE_CHECKING:
     from worker.app.sweep import Ended

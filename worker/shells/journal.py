@@ -6,15 +6,12 @@ cut, so an outcome is acked, and a bill is never sent under a second id, on the 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import secrets
 import sqlite3
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -32,10 +29,8 @@ from worker.core.sweep import (
     Recorded,
     Tally,
     Told,
-    belongs,
     command_id,
     supersedes,
-    unfinished,
 )
 
 PRIVATE: Final = 0o600
@@ -45,8 +40,6 @@ LOCK: Final = ".lock"
 LOADING: Final = ".loading-"
 _BESIDE: Final = ("-wal", "-shm", "-journal")
 """Files that SQLite keeps beside a database, and applies to any database with that name."""
-ABANDONED: Final = 86_400.0
-"""Seconds after which a load that never became a batch is what a killed process left behind."""
 
 MOVE_AWAY: Final = "move it away together with the files beside it whose names begin with its name"
 
@@ -149,11 +142,11 @@ class Journal:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Opens it; see `Load` for making one. Raises `JournalError`."""
         self.path = path
-        with _translated(path):
+        with translated(path):
             mode = "ro" if read_only else "rw"
             self._db = _connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)
         try:
-            with _translated(path):
+            with translated(path):
                 if not read_only:
                     self._db.execute("PRAGMA journal_mode = WAL")
                 self.facts = self._facts()
@@ -274,7 +267,7 @@ class Journal:
 
     def rows(self) -> Iterator[sqlite3.Row]:
         """Every row of the input with all that is known of its bill, in the order of the input."""
-        with _translated(self.path):
+        with translated(self.path):
             yield from self._db.execute(_REPORT)
 
     # -- without a broker -------------------------------------------------------------------------------------------
@@ -348,12 +341,12 @@ class Journal:
         return Facts(**{name: values[name] for name in Facts._fields if name in values})
 
     def _query(self, query: str, arguments: Sequence[object] = ()) -> list[sqlite3.Row]:
-        with _translated(self.path):
+        with translated(self.path):
             return self._db.execute(query, arguments).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _translated(self.path):
+        with translated(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -363,7 +356,7 @@ class Journal:
             self._db.commit()
 
 
-# -- making and finding them ----------------------------------------------------------------------------------------
+# -- making one ----------------------------------------------------------------------------------------
 
 
 class Load:
@@ -372,7 +365,7 @@ class Load:
     def __init__(self, directory: Path) -> None:
         self._turns: dict[str, int] = {}
         self._path = directory / f"{LOADING}{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
-        with _translated(directory):
+        with translated(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, PRIVATE))
             self._db = _connect(str(self._path))
@@ -387,7 +380,7 @@ class Load:
         A merchant's first bill goes beside the first of all others, then the second ones: a merchant with few bills
         need not wait for one with many. A bill (of one merchant) that comes again is in once.
         """
-        with _translated(self._path):
+        with translated(self._path):
             self._db.execute("BEGIN")
             self._db.executemany(_INSERT, map(self._kept, rows))
             self._db.execute(_ARRANGE.format(order="turn, line" if len(self._turns) > 1 else "line"))
@@ -402,20 +395,20 @@ class Load:
 
     def counts(self) -> tuple[int, int, int]:
         """(bills, duplicates, invalid rows)"""
-        with _translated(self._path):
+        with translated(self._path):
             rows, invalid = self._db.execute("SELECT count(*), count(why) FROM rows").fetchone()
             bills = self._db.execute("SELECT count(*) FROM bills").fetchone()[0]
         return int(bills), int(rows - invalid - bills), int(invalid)
 
     def first(self, limit: int) -> list[Bill]:
         """The first bills."""
-        with _translated(self._path):
+        with translated(self._path):
             return [Bill(*row) for row in self._db.execute(_UNSENT, (0, limit))]
 
     def keep(self, path: Path, *, batch: str, source: str, digest: str, form: Form, now: float) -> None:
         """Under its own name; the file appears whole or not at all."""
         bills, duplicates, invalid = self.counts()
-        with _translated(path):
+        with translated(path):
             values: dict[str, object] = {
                 "format": _FORMAT,
                 "batch": batch,
@@ -443,97 +436,6 @@ class Load:
             self._db.close()
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """One process per batch. Raises `JournalError` when another has it; the system releases it when its holder ends.
-
-    A file of its own: SQLite has locks of its own on the journal.
-    """
-    name = path.with_suffix(LOCK)
-    while True:
-        with _translated(name):
-            number = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
-        with os.fdopen(number, "r+", errors="replace") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = file.read(20).strip() or "?"
-                raise JournalError(
-                    f"batch {path.stem} is in use by process {holder}; let it end, or stop it with ctrl-C"
-                ) from None
-            if os.fstat(number).st_nlink:  # one that was deleted between opening and locking locks nothing
-                file.truncate(0)
-                file.write(str(os.getpid()))
-                file.flush()
-                yield
-                return
-
-
-def journals(directory: Path) -> list[Path]:
-    """The batches of a directory, the latest first."""
-    with _translated(directory):
-        if not os.path.lexists(directory):
-            return []
-        # A glob would take a directory that cannot be read for an empty one.
-        found = [path for path in directory.iterdir() if path.suffix == SUFFIX and not path.name.startswith(".")]
-        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def journals_of(directory: Path, batch: str) -> list[Path]:
-    """A batch's journals, one for each home that it was sent to."""
-    with _translated(directory):
-        return sorted(path for path in journals(directory) if path.stem.partition("@")[0] == batch)
-
-
-def find(directory: Path, batch: str, home: Home) -> Path | None:
-    """The batch's journal for this home, if there is one. Raises `JournalError`, also when it cannot be told which."""
-    found = []
-    for path in journals_of(directory, batch):
-        with closing(Journal(path, read_only=True)) as journal:
-            facts = journal.facts
-            if belongs(facts, home):
-                found.append((path, facts.place or facts.gateway or "nowhere yet"))
-    if len(found) < 2:
-        return found[0][0] if found else None
-    places = ", ".join(place for _, place in found)
-    raise JournalError(
-        f"batch {batch} was sent to several places ({places}), and {home.place} does not tell which is meant; "
-        "try again when the broker answers, or give another --batch-id"
-    )
-
-
-def path_for(directory: Path, batch: str, home: Home) -> Path:
-    """Where a new journal of the batch goes: beside those of its other homes."""
-    first = directory / f"{batch}{SUFFIX}"
-    if not first.exists():
-        return first
-    return directory / f"{batch}@{hashlib.sha256(str(home.id).encode()).hexdigest()[:8]}{SUFFIX}"
-
-
-def prune(directory: Path, days: float, now: float) -> Iterator[str]:
-    """Removes the batches that are finished and that nothing has changed for so long (``now``: seconds since the
-    epoch); yields their ids. What somebody works on, or cannot be read, stays."""
-    for path in journals(directory):
-        if now - path.stat().st_mtime < days * 86_400:
-            continue
-        with suppress(JournalError), lock(path), _translated(path):
-            with closing(Journal(path, read_only=True)) as journal:
-                if unfinished(journal.facts, journal.tally()):
-                    continue
-                files, batch = journal.files(), journal.facts.batch.id
-            for each in files:
-                each.unlink(missing_ok=True)
-            yield batch
-
-
-def clean(directory: Path) -> None:
-    """Removes what killed processes left while they loaded."""
-    with suppress(OSError):
-        for path in directory.glob(f"{LOADING}*"):
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink(missing_ok=True)
 
 
 def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
@@ -586,7 +488,8 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def translated(path: Path) -> Iterator[None]:
+    """Makes a `JournalError` of what the database or the system says about ``path``."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:

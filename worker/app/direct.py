@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Final, Protocol, TypeVar, assert_never
 
 from worker.app.dispatch import Dispatcher, Holds, Wishes
-from worker.app.sweep import Ended, Screen, failing
+from worker.app.sweep import AT_ONCE, Ended, Screen, failing
 from worker.core.breaker import State
 from worker.core.delivery import BATCH_ID, Delivery, Progress
 from worker.core.lanes import SWEEP
@@ -19,7 +19,6 @@ from worker.core.settlement import Crashed, Delay, Disposition, GiveBack, Hold, 
 from worker.core.sweep import Facts, Job, Recorded, Tally, Told, command_body, command_id, read_outcome
 
 TICK: Final = 0.1
-AT_ONCE: Final = 500  # results kept in one transaction
 AHEAD: Final = 4
 """Bills taken at once for each sender: what a crash leaves as *maybe sent*, against a write to disk for each bill."""
 

@@ -16,6 +16,7 @@ from worker.core.sweep import Bill, Facts, Recorded, Tally, Told, Watermark, com
 from worker.core.topology import Names
 from worker.core.words import plural
 
+AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits
 CHUNK: Final = 1000  # bills read from the journal at once
 SAVE_EVERY: Final = 0.2  # seconds between two records of how much is published; a crash repeats the rest
 CONFIRM_SECONDS: Final = 3.0  # the longest wait, once told to stop, for the confirms of what is on its way

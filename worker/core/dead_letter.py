@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from worker.core import jakarta
-from worker.core.command import parse, parse_rfc3339
+from worker.core.command import MAX_DETAIL, parse, parse_rfc3339
 from worker.core.delivery import (
     ATTEMPTS,
     BROKER_HEADERS,
@@ -43,7 +43,6 @@ UNKNOWN: Final = "unknown"
 
 MAX_REASON: Final = 64  # longer than any of ours; a foreign header must not fill a table
 MAX_KINDS: Final = 200  # reasons counted apart; a flood of foreign ones must not fill the memory
-MAX_DETAIL: Final = 300
 
 AGES: Final = (("1 h", 3600.0), ("1 day", 86_400.0), ("7 days", 7 * 86_400.0))
 """Dead letters are counted by age up to these seconds, and beyond."""

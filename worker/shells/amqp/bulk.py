@@ -18,7 +18,7 @@ from pika.adapters.select_connection import IOLoop
 from pika.exceptions import ChannelClosed, UnroutableError
 from pika.spec import BasicProperties
 
-from worker.app.sweep import Sweep
+from worker.app.sweep import AT_ONCE, Sweep
 from worker.core.delivery import BATCH_ID, text
 from worker.core.lanes import SWEEP
 from worker.core.sweep import STOP, follower_name
@@ -35,7 +35,6 @@ WINDOW: Final = 4000
 time, a few megabytes for both sides, and the most that a crash publishes again."""
 REFILL: Final = 3000  # few and large writes, yet never an idle broker
 PREFETCH: Final = 1000
-AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits in the prefetch window
 TICK: Final = 0.1
 LOOK_SECONDS: Final = 0.25  # between two looks at the lane
 CLOSE_SECONDS: Final = 3.0

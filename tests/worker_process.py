@@ -226,7 +226,7 @@ class WorkerProcess:
             connection.request("GET", path)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # it may end in the middle of its answer
             return 0, str(error)
         finally:
             connection.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
+from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.unit.test_dispatch import Dispatching
@@ -116,5 +117,5 @@ def test_a_mistake_is_seen(
 
     mistake(monkeypatch)
 
-    with pytest.raises((AssertionError, KeyError)):
+    with pytest.raises((AssertionError, KeyError, Flaky)):  # Flaky: seen, but not again, as with sets of objects
         run_state_machine_as_test(machine, settings=ENOUGH)

@@ -91,7 +91,7 @@ def json_line(line: dict[str, Any]) -> bytes:
 
 def begun(level: str, event: str) -> dict[str, Any]:
     """What stands first in every line: the time in Jakarta, the level, and what happened."""
-    return {"timestamp": _clock(), "level": level, "event": event}
+    return {"timestamp": jakarta.iso(time.time()), "level": level, "event": event}
 
 
 def redact(text: str) -> str:
@@ -107,19 +107,23 @@ class _Logger(structlog.BoundLoggerBase):
 
     def debug(self, event: str, **fields: Any) -> None:
         """A line for developers."""
-        self._log(logging.DEBUG, "debug", event, fields)
+        if self._logger.lowest <= logging.DEBUG:
+            self._logger.log("debug", event, {**self._context, **fields} if self._context else fields)
 
     def info(self, event: str, **fields: Any) -> None:
         """What happens."""
-        self._log(logging.INFO, "info", event, fields)
+        if self._logger.lowest <= logging.INFO:
+            self._logger.log("info", event, {**self._context, **fields} if self._context else fields)
 
     def warning(self, event: str, **fields: Any) -> None:
         """What somebody should look at."""
-        self._log(logging.WARNING, "warning", event, fields)
+        if self._logger.lowest <= logging.WARNING:
+            self._logger.log("warning", event, {**self._context, **fields} if self._context else fields)
 
     def error(self, event: str, **fields: Any) -> None:
         """What somebody has to repair."""
-        self._log(logging.ERROR, "error", event, fields)
+        if self._logger.lowest <= logging.ERROR:
+            self._logger.log("error", event, {**self._context, **fields} if self._context else fields)
 
     def exception(self, event: str, **fields: Any) -> None:
         """An error with the traceback of the exception that is being handled."""
@@ -128,10 +132,6 @@ class _Logger(structlog.BoundLoggerBase):
     def is_enabled_for(self, level: int) -> bool:
         """Whether lines of this level of `logging` are written."""
         return level >= self._logger.lowest
-
-    def _log(self, level: int, name: str, event: str, fields: dict[str, Any]) -> None:
-        if level >= self._logger.lowest:
-            self._logger.log(name, event, {**self._context, **fields} if self._context else fields)
 
 
 class _Lines:
@@ -259,21 +259,6 @@ class _Foreign(logging.Handler):
             self._lines.log(record.levelname.lower(), redact(record.getMessage()), fields)
         except Exception:  # noqa: BLE001  # logging must not end what it reports
             self.handleError(record)
-
-
-_second = (0, "")
-
-
-def _clock() -> str:
-    """Now, in Jakarta, to the millisecond. The part down to the second is made once a second."""
-    global _second
-    now = time.time_ns() // 1_000_000
-    whole, thousandths = divmod(now, 1000)
-    made, text = _second
-    if made != whole:
-        text = jakarta.iso(whole, milliseconds=False)[:-6]
-        _second = (whole, text)  # one assignment: threads may do it twice, never half
-    return f"{text}.{thousandths:03d}+07:00"
 
 
 def _add_exception(line: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from worker.core.lanes import LANES
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
 from worker.shells.amqp.consumer import Consumer
-from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.declaring import Declaring, prepare
 from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
@@ -205,13 +205,8 @@ class Broker(Generic[S]):
         return Declaring(connection, self._plan.topology, declare=declare, on_done=on_done, guard=self._owner.guard)
 
     def _prepare(self, connection: Any, link: Link, then: Callable[[], None]) -> None:
-        def done(wrong: str | None) -> None:
-            if wrong is None:
-                then()
-            else:
-                link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
-
-        self._declare(connection, done, declare=self._plan.declare)
+        plan = self._plan
+        prepare(connection, link, plan.topology, declare=plan.declare, guard=self._owner.guard, then=then)
 
     def _look(self) -> None:
         """Notices what vanished while we are connected, and declares it again where that is ours to do."""

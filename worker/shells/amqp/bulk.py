@@ -24,7 +24,7 @@ from worker.core.lanes import SWEEP
 from worker.core.sweep import STOP, follower_name
 from worker.core.topology import Names, Topology
 from worker.shells.amqp import codec
-from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.declaring import prepare
 from worker.shells.amqp.errors import LOCKED, MISMATCH
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
@@ -173,7 +173,8 @@ class Bulk:
             if self._route.inbox is not None:
                 connection.channel(on_open_callback=self._guard(self._looks_by))
 
-        self._declare(connection, link, self._route.topology, self._route.declare, declared)
+        route = self._route
+        prepare(connection, link, route.topology, declare=route.declare, guard=self._guard, then=declared)
 
     def _looks_by(self, channel: Any) -> None:
         def closed(_channel: Any, _reason: Any) -> None:
@@ -217,7 +218,15 @@ class Bulk:
         def alone() -> None:
             self._held = True
             self._listen(connection)
-            self._declare(connection, link, inbox, True, lambda: self._consume(connection, link, inbox.queues[0].name))
+            queue = inbox.queues[0].name
+            prepare(
+                connection,
+                link,
+                inbox,
+                declare=True,
+                guard=self._guard,
+                then=lambda: self._consume(connection, link, queue),
+            )
 
         self._hold(connection, link, alone)
 
@@ -311,21 +320,6 @@ class Bulk:
     def _consume_down(self) -> None:
         self._channel = None
         self._pending, self._last_tag, self._came = [], 0, 0  # the broker has them again
-
-    # -- both -------------------------------------------------------------------------------------------------------
-
-    def _declare(
-        self, connection: Any, link: Link, topology: Topology, declare: bool, then: Callable[[], None]
-    ) -> None:
-        """Both links see to what they need: it may have been deleted while they were away."""
-
-        def done(wrong: str | None) -> None:
-            if wrong is None:
-                then()
-            else:
-                link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
-
-        Declaring(connection, topology, declare=declare, on_done=done, guard=self._guard)
 
 
 def check_free(connection: Any, follower: str, batch: str) -> None:

@@ -9,7 +9,23 @@ from pika.exceptions import ChannelClosedByClient
 
 from worker.core.topology import Topology
 from worker.shells.amqp.errors import remedy
+from worker.shells.amqp.link import Guard, Link
 from worker.shells.amqp.steps import declarations, lookups
+
+
+def prepare(
+    connection: Any, link: Link, topology: Topology, *, declare: bool, guard: Guard, then: Callable[[], None]
+) -> None:
+    """What each link does first with a new connection, since something may have been deleted while it was away. Where
+    anything does not fit, the link tries again with another connection, and says why."""
+
+    def done(wrong: str | None) -> None:
+        if wrong is None:
+            then()
+        else:
+            link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
+
+    Declaring(connection, topology, declare=declare, on_done=done, guard=guard)
 
 
 class Declaring:
@@ -25,7 +41,7 @@ class Declaring:
         *,
         declare: bool,
         on_done: Callable[[str | None], None],
-        guard: Callable[..., Callable[..., None]],
+        guard: Guard,
     ) -> None:
         self.code: int | None = None
         self._steps = declarations(topology) if declare else lookups(topology)

@@ -25,7 +25,7 @@ from worker.app.fleet import Fleet
 from worker.core import jakarta
 from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, encode, newest
 from worker.core.topology import Names, Topology
-from worker.shells.amqp.declaring import Declaring
+from worker.shells.amqp.declaring import prepare
 from worker.shells.amqp.errors import LOCKED
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.fibers import Fibers
@@ -212,16 +212,14 @@ class FleetLink:
 
     def _up(self, connection: Any) -> None:
         self._connection = connection
-
-        def declared(wrong: str | None) -> None:
-            if connection is not self._connection:
-                return
-            if wrong is None:
-                self._open(self._opened)
-            else:
-                self._link.reconnect(f"topology: {wrong} (see `qris-expire topology`)")
-
-        Declaring(connection, self._topology, declare=self._declare, on_done=declared, guard=self._guard)
+        prepare(
+            connection,
+            self._link,
+            self._topology,
+            declare=self._declare,
+            guard=self._guard,
+            then=lambda: self._open(self._opened),
+        )
 
     def _open(self, then: Callable[[Any], None]) -> None:
         """Opens a channel, if there is a connection."""

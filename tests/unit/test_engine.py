@@ -38,7 +38,7 @@ from worker.core.settlement import (
     Task,
 )
 from worker.core.topology import Names
-from worker.shells.amqp.engine import PARK_AFTER, TICK, Engine, Order
+from worker.shells.amqp.engine import LINGER, PARK_AFTER, TICK, Engine, Order
 from worker.shells.amqp.publisher import Publication
 from worker.shells.metrics import Metrics
 from worker.shells.tracing import Tracing
@@ -116,6 +116,7 @@ class Wire:
     closed = False
 
     def __init__(self, settlement: Settlement) -> None:
+        self._settlement = settlement
         self.consumer = Consumer(settlement)
         self.publisher = Publisher(settlement)
 
@@ -126,6 +127,11 @@ class Wire:
         """Nothing to tell."""
 
     def close(self) -> None:
+        """Only when everything is confirmed and acked: what comes later is lost."""
+        self._settlement.flush()
+        assert not self._settlement.channel.unacked or not self.publisher.ready
+        assert not self._settlement.backlog
+        assert not self._settlement.outstanding
         self.closed = True
 
 
@@ -148,6 +154,7 @@ class Settlement(RuleBasedStateMachine):
         self.confirms: Confirms[Publication[Order]] = Confirms()
         self.backlog: deque[Publication[Order]] = deque()
         self.working: list[Task] = []
+        self.expired: set[int] = set()  # commands that the broker took back before we had expired their bills
         self.crashed: set[int] = set()  # tags that are rejected in a while
         self.may_ack: dict[int, Message] = {}
         self.clock = FakeClock()
@@ -209,15 +216,15 @@ class Settlement(RuleBasedStateMachine):
         self.engine.delivered(SWEEP, channel.number, None, method, properties, builders.body())
         self.turn()
 
-    @rule(what=st.sampled_from(["consumer lost", "publisher lost, all taken", "publisher lost, none taken", "alarm"]))
-    def trouble(self, what: str) -> None:
-        match what:
-            case "consumer lost":
-                self.consumer_lost()
-            case "alarm":
-                self.set_ready(not self.wire.publisher.ready)
-            case _:
-                self.publisher_lost(taken=what.endswith("all taken"))
+    @rule(what=st.sampled_from(["consumer lost", "publisher lost", "restart", "alarm"]), taken=st.booleans())
+    def trouble(self, what: str, taken: bool) -> None:
+        """``taken``: the broker has what it could not confirm any more."""
+        if what in ("consumer lost", "restart"):
+            self.consumer_lost()
+        if what in ("publisher lost", "restart"):
+            self.publisher_lost(taken=taken)
+        if what == "alarm":
+            self.set_ready(not self.wire.publisher.ready)
 
     # -- what senders do --------------------------------------------------------------------------------------------
 
@@ -227,6 +234,8 @@ class Settlement(RuleBasedStateMachine):
         """An outcome, maybe with a dead letter, a delayed round, the end of its lane, a command that may have been
         taken back, or a crash of its sender."""
         task = self.working.pop(data.draw(st.integers(0, len(self.working) - 1)))
+        if brings is Reason.SUCCESS and task.orphaned:
+            self.expired.add(int(task.delivery.batch_id or 0))
         if isinstance(brings, Reason):
             task.delivery.progress.sent("1" * 36)
             brings = self.outcome_of(task, brings)
@@ -345,10 +354,14 @@ class Settlement(RuleBasedStateMachine):
         self.turn()
 
     def turn(self) -> None:
-        """The loop turns, and senders take what they can."""
-        self.engine._take_results()
+        """The loop turns until no result waits for others, and senders take what they can."""
         self.engine._end_turn()
+        self.clock.sleep(LINGER)
+        self.engine._end_turn()
+        assert not self.engine._results, "an outcome waits for the slowest sender"
         while taken := self.dispatcher.take():
+            number = int(taken[0].delivery.batch_id or 0)
+            assert number not in self.expired - self.twins, "called again for a bill that we have expired"
             self.working.append(taken[0])
 
     def end_all(self, *, publishing: bool = True) -> None:
@@ -409,6 +422,7 @@ class Settlement(RuleBasedStateMachine):
         assert confirmed == promised
         assert again == [publication for publication in answered if publication not in promised]
         for publication in confirmed:
+            assert not self.wire.closed
             self.store(publication)
             self.engine.confirmed(publication)
         self.backlog.extend(again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.unit.test_dispatch import Dispatching
-from tests.unit.test_engine import Settlement
+from tests.unit.test_engine import Publisher, Settlement
 from worker.app.dispatch import Dispatcher, Wishes
 from worker.core.settlement import Desk, Entry, GiveBack, Ledger, Orders, Tag, Task
 from worker.shells.amqp.engine import PARK_AFTER, Engine
@@ -60,6 +61,26 @@ def publish_them_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Engine, "not_again", lambda *_: False)
 
 
+def forget_what_we_expired(patch: pytest.MonkeyPatch) -> None:
+    """A bill is expired again when its command comes back."""
+    patch.setattr(Desk, "_remember", lambda desk, task, _: desk.abandon(task))
+
+
+def wait_for_the_slowest_sender(patch: pytest.MonkeyPatch) -> None:
+    """Outcomes leave when no sender is busy any more."""
+
+    def finish(engine: Engine, task: Task, disposition: Any) -> None:
+        engine._settle_at = math.inf
+        engine._results.append((task, disposition))
+
+    patch.setattr(Engine, "finish", finish)
+
+
+def close_before_all_is_confirmed(patch: pytest.MonkeyPatch) -> None:
+    """A drain waits for nobody."""
+    patch.setattr(Publisher, "idle", True)
+
+
 def never_recover(patch: pytest.MonkeyPatch) -> None:
     """A lane whose breaker has closed stays held."""
     patch.setattr(Dispatcher, "_reason", lambda dispatcher, *_: "breaker" if dispatcher._recovering else None)
@@ -104,6 +125,9 @@ def hold_what_the_intake_was_to_take_back(patch: pytest.MonkeyPatch) -> None:
         (Settlement, say_of_a_refused_message_that_it_is_parked),
         (Settlement, publish_copies_of_what_the_broker_took_back),
         (Settlement, publish_them_again),
+        (Settlement, forget_what_we_expired),
+        (Settlement, wait_for_the_slowest_sender),
+        (Settlement, close_before_all_is_confirmed),
         (Dispatching, never_recover),
         (Dispatching, take_during_an_outage),
         (Dispatching, leave_chosen_probes_in_a_drain),

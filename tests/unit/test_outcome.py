@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import builders
+from worker.core.compact import compact
 from worker.core.lanes import LANES
 from worker.core.outcome import DEAD_LETTERED, OUTCOME_TYPE, REASONS, STATUS_OF, Reason, Status, encode, outcome_id
 
@@ -93,6 +94,16 @@ def test_any_text_is_encoded(command_id: str, reference: str | None, batch: str 
         batch,
         detail,
     )
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text()).map(tuple)
+
+
+@given(st.dictionaries(st.text(), VALUES))
+@example({"delete": "\x7f", "wide": 2**70, "half": "\ud800"})
+def test_compact_is_what_json_writes(value: dict[str, Any]) -> None:
+    """The same bytes, whichever of the two writes them."""
+    assert compact(value) == json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
 COMMANDS = st.tuples(

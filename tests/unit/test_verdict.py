@@ -327,6 +327,16 @@ def test_integer_codes(code: str, message: str) -> None:
     assert judge(reply(code, message)) == judge(reply(int(code), message))
 
 
+@pytest.mark.parametrize("again", ["responseCode", "respons\\u0065Code"])
+def test_an_answer_with_two_codes_has_none(again: str) -> None:
+    """Whichever comes last, and however its name is written."""
+    for first, second in (("2009300", "4049301"), ("4049301", "2009300")):
+        body = f'{{"responseCode": "{first}", "{again}": "{second}"}}'.encode()
+
+        assert read(body)[0] is None
+        assert judge(Reply(200, body)).kind is Kind.TRANSIENT
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -372,7 +372,8 @@ def json_object(body: bytes) -> dict[str, Any] | None:
     raw control characters in strings are accepted, and so are backslashes that escape nothing and NULs around the
     object. An object that gives its code twice is none.
     """
-    if body.count(b"responseCode") < 2:  # an answer with two codes says two things, and orjson would take the last
+    # An answer with two codes says two things, and orjson would take the last. A name may be written with escapes, too.
+    if body.count(b"responseCode") < 2 and b"\\u00" not in body:
         with suppress(ValueError):
             value = orjson.loads(body)
             return value if isinstance(value, dict) else None

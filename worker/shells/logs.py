@@ -127,7 +127,7 @@ class _Logger(structlog.BoundLoggerBase):
 
     def exception(self, event: str, **fields: Any) -> None:
         """An error with the traceback of the exception that is being handled."""
-        self.error(event, exc_info=True, **fields)
+        self.error(event, **{"exc_info": True, **fields})
 
     def is_enabled_for(self, level: int) -> bool:
         """Whether lines of this level of `logging` are written."""
@@ -295,7 +295,7 @@ def _console(*, colors: bool) -> Render:
     def render(line: dict[str, Any]) -> bytes:
         if "exc_info" in line:
             _add_exception(line)
-        line["timestamp"] = line["timestamp"].replace("T", " ")
-        return str(renderer(None, line["level"], line)).encode("utf-8", "backslashreplace")
+        line["timestamp"] = str(line["timestamp"]).replace("T", " ")
+        return str(renderer(None, str(line["level"]), line)).encode("utf-8", "backslashreplace")
 
     return render

@@ -353,7 +353,7 @@ def _ask(channel: Any, queue: str, question: str, seconds: float, **properties: 
     answers = channel.queue_declare("", exclusive=True).method.queue
     asked = BasicProperties(reply_to=answers, **properties)
     channel.basic_publish("", queue, question.encode(), asked, mandatory=True)
-    _, _, body = next(channel.consume(answers, auto_ack=True, inactivity_timeout=seconds))
+    _, _, body = next(channel.consume(answers, auto_ack=True, inactivity_timeout=seconds), (None, None, None))
     channel.cancel()
     return (body or b"").decode(errors="replace")
 

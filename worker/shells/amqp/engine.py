@@ -139,7 +139,7 @@ class Engine:
     def finish(self, task: Task, disposition: Disposition) -> None:
         """A sender, on the loop's thread, is done with a command."""
         if not self._results:
-            self._settle_at = time.monotonic() + LINGER
+            self._settle_at = self._clock.monotonic() + LINGER
         self._results.append((task, disposition))
 
     def _attend(self) -> None:
@@ -234,7 +234,7 @@ class Engine:
     def _end_turn(self) -> None:
         """What was brought leaves together: outcomes in one write, acks in few frames."""
         if self._results:
-            left = self._settle_at - time.monotonic()
+            left = self._settle_at - self._clock.monotonic()
             if left <= 0 or not self._dispatcher.in_hand():
                 self._take_results()
             elif not self._lingers:

@@ -305,10 +305,10 @@ class Settlement(RuleBasedStateMachine):
     def teardown(self) -> None:
         """A drain loses nothing, with a way to publish or without; with one it ends."""
         self.engine.drain()
-        for _ in range(20):
+        for tick in range(40):
             self.engine._tick()
             self.turn()
-            self.end_all(publishing=self.wire.publisher.ready)
+            self.end_all(publishing=self.wire.publisher.ready and tick > 10)  # a broker that is slow to confirm
             self.clock.sleep(TICK)
         if self.wire.publisher.ready:
             assert self.engine._stopped
@@ -323,6 +323,7 @@ class Settlement(RuleBasedStateMachine):
             message.redelivered = True
         self.ready.extendleft(reversed(self.channel.unacked.values()))
         self.engine.channel_lost(self.channel.number)
+        self.expired -= {message.number for message in self.channel.unacked.values()}  # those came back once
         self.channel = Channel(self.channel.number + 1)
         self.may_ack, self.crashed = {}, set()
         self.engine.disconnected()
@@ -470,3 +471,19 @@ def tags(task: Task) -> list[Tag]:
 
 TestSettlement = Settlement.TestCase
 TestSettlement.settings = settings(max_examples=150, stateful_step_count=50)
+
+
+def test_a_refused_copy_is_not_sent_again_when_the_broker_has_its_command() -> None:
+    """Its first try was refused, and meanwhile the broker took the command back: then there would be two."""
+    scene = Settlement()
+    scene.come(twin=False)
+    scene.bring(scene.working.pop(), Delay(30, 1))
+    scene.publish(routable=True)
+    scene.consumer_lost()
+    scene.confirm(1, multiple=False, ack=False)
+
+    scene.publish(routable=True)
+
+    assert not scene.outstanding
+    assert not scene.backlog
+    assert not scene.engine.unsettled()

@@ -56,11 +56,6 @@ def publish_copies_of_what_the_broker_took_back(patch: pytest.MonkeyPatch) -> No
     patch.setattr(Engine, "disconnected", Engine.changed)
 
 
-def publish_them_again(patch: pytest.MonkeyPatch) -> None:
-    """The same, where the broker refused the first try."""
-    patch.setattr(Engine, "not_again", lambda *_: False)
-
-
 def forget_what_we_expired(patch: pytest.MonkeyPatch) -> None:
     """A bill is expired again when its command comes back."""
     patch.setattr(Desk, "_remember", lambda desk, task, _: desk.abandon(task))
@@ -124,7 +119,6 @@ def hold_what_the_intake_was_to_take_back(patch: pytest.MonkeyPatch) -> None:
         (Settlement, forget_what_is_given_back),
         (Settlement, say_of_a_refused_message_that_it_is_parked),
         (Settlement, publish_copies_of_what_the_broker_took_back),
-        (Settlement, publish_them_again),
         (Settlement, forget_what_we_expired),
         (Settlement, wait_for_the_slowest_sender),
         (Settlement, close_before_all_is_confirmed),

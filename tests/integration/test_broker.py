@@ -24,7 +24,7 @@ def binaries() -> None:
 
 
 ORPHAN_MAKER = """
-import sys, threading, time
+import signal, sys, threading
 from pathlib import Path
 from tests.brokers import PrivateBroker
 
@@ -33,7 +33,7 @@ starter = threading.Thread(target=broker.launch)
 starter.start()
 starter.join()
 print(broker.pid, flush=True)
-time.sleep(600)
+signal.pause()
 """
 
 

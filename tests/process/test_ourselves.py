@@ -284,11 +284,11 @@ if not pathlib.Path("patient").exists():
 """The loop's patience ends first: a sender that blocks it is no sender that waits."""
 
 LOOP_HANGS = """
-import time, pathlib, worker.shells.amqp.engine as e
+import threading, pathlib, worker.shells.amqp.engine as e
 take = e.Engine._take_results
 def hang(self):
     if pathlib.Path("hang").exists():
-        time.sleep(600)
+        threading.Event().wait()  # for ever
     take(self)
 e.Engine._take_results = hang
 """
@@ -304,7 +304,7 @@ def hang(self, *arguments):
 g.GatewayClient.send = hang
 """
 
-SENDER_BLOCKS = SENDER_WAITS.replace("getcurrent().parent.switch()", "import time; time.sleep(600)")
+SENDER_BLOCKS = SENDER_WAITS.replace("getcurrent().parent.switch()", "import threading; threading.Event().wait()")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.scrapes import values
+from tests.waiting import wait_until
 from worker import processes
 from worker.processes import backoff
 from worker.sandbox.broker import free_port
@@ -121,12 +121,8 @@ PARENT = """
 """
 
 
-def eventually(fact: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := fact()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-    return found
+def eventually(fact: Callable[[], Any]) -> Any:
+    return wait_until(fact, 30, "it comes true")
 
 
 def is_alive(pid: int) -> bool:

@@ -17,6 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Final, Literal, TextIO
 
 import structlog
@@ -36,7 +37,6 @@ MAX_TRACEBACK: Final = 3_000
 MOST_WAITING: Final = 10_000
 """Lines that wait for a reader of the log: some 3 MB. `log.lost` counts those beyond."""
 
-_GATHERED: Final = ("info", "debug")
 LAST_WORDS: Final = 1.0  # seconds that the end of the process waits for a reader of the log
 
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)|(?<=Bearer )\S+", re.IGNORECASE)
@@ -107,23 +107,19 @@ class _Logger(structlog.BoundLoggerBase):
 
     def debug(self, event: str, **fields: Any) -> None:
         """A line for developers."""
-        if self._logger.lowest <= logging.DEBUG:
-            self._logger.log("debug", event, {**self._context, **fields} if self._context else fields)
+        self._logger.log(logging.DEBUG, event, self._context, fields)
 
     def info(self, event: str, **fields: Any) -> None:
         """What happens."""
-        if self._logger.lowest <= logging.INFO:
-            self._logger.log("info", event, {**self._context, **fields} if self._context else fields)
+        self._logger.log(logging.INFO, event, self._context, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
         """What somebody should look at."""
-        if self._logger.lowest <= logging.WARNING:
-            self._logger.log("warning", event, {**self._context, **fields} if self._context else fields)
+        self._logger.log(logging.WARNING, event, self._context, fields)
 
     def error(self, event: str, **fields: Any) -> None:
         """What somebody has to repair."""
-        if self._logger.lowest <= logging.ERROR:
-            self._logger.log("error", event, {**self._context, **fields} if self._context else fields)
+        self._logger.log(logging.ERROR, event, self._context, fields)
 
     def exception(self, event: str, **fields: Any) -> None:
         """An error with the traceback of the exception that is being handled."""
@@ -160,12 +156,15 @@ class _Lines:
         except (OSError, ValueError):  # a stream in memory
             self._fd = None
 
-    def log(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
-        """Writes a line; one of level info or debug in company, where this thread gathers lines."""
-        line = self._line(level, event, fields)
+    def log(self, level: int, event: str, *fields: Mapping[str, Any]) -> None:
+        """Writes a line of this level of `logging`, if it is not too low; one of info or debug in company, where this
+        thread gathers lines."""
+        if level < self.lowest:
+            return
+        line = self._line(level, event, *fields)
         if self._gatherer != threading.get_ident():
             self._write(line)
-        elif level in _GATHERED:
+        elif level <= logging.INFO:
             self._size += len(line)
             if self._size > select.PIPE_BUF or self._waiting:  # or a reader is awaited: then each line waits by itself
                 self.bring_out()
@@ -191,8 +190,11 @@ class _Lines:
             lines, self._gathered, self._size = self._gathered, [], 0
             self._write(b"".join(lines))
 
-    def _line(self, level: str, event: str, fields: Mapping[str, Any]) -> bytes:
-        return self._render({**begun(level, event), **self._signature, **fields}) + b"\n"
+    def _line(self, level: int, event: str, *fields: Mapping[str, Any]) -> bytes:
+        line = begun(_name(level), event)
+        for more in (self._signature, *fields):
+            line.update(more)
+        return self._render(line) + b"\n"
 
     def _write(self, data: bytes) -> None:
         """A full disk or a closed pipe loses the line, never the command that is worked on."""
@@ -228,9 +230,14 @@ class _Lines:
             with self._lock:
                 self._waiting.popleft()
                 if self._lost:
-                    self._waiting.append(self._line("warning", "log.lost", {"lines": self._lost}))
+                    self._waiting.append(self._line(logging.WARNING, "log.lost", {"lines": self._lost}))
                     self._lost = 0
                 waiting = self._catching_up = bool(self._waiting)
+
+
+@cache
+def _name(level: int) -> str:
+    return logging.getLevelName(level).lower()
 
 
 _lines: _Lines | None = None
@@ -256,7 +263,7 @@ class _Foreign(logging.Handler):
             fields: dict[str, Any] = {"logger": record.name}
             if record.exc_info:
                 fields["exc_info"] = record.exc_info
-            self._lines.log(record.levelname.lower(), redact(record.getMessage()), fields)
+            self._lines.log(record.levelno, redact(record.getMessage()), fields)
         except Exception:  # noqa: BLE001  # logging must not end what it reports
             self.handleError(record)
 

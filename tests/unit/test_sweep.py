@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.builders import NOON, outcome
 from tests.fakes import FakeClock
-from worker.app.sweep import CONFIRM_SECONDS, Ended, Sweep
+from worker.app.sweep import LAST_CONFIRMS_SECONDS, Ended, Sweep
 from worker.core.command import Command, parse
 from worker.core.delivery import COPY_ID, EFFECT_UNKNOWN
 from worker.core.fleet.messages import Beat, BreakerState, Letter, Orders, Pause
@@ -730,7 +730,7 @@ def test_interrupted_sweep_waits_for_the_confirms_of_what_is_out() -> None:
     stage.signals = 1
 
     assert stage.sweep.next() is None
-    assert stage.look(after=CONFIRM_SECONDS / 2)
+    assert stage.look(after=LAST_CONFIRMS_SECONDS / 2)
     stage.sweep.confirmed(1)
     assert not stage.look()
     assert stage.sweep.ended is Ended.STOPPED
@@ -747,7 +747,7 @@ def test_interrupted_sweep_does_not_wait_for_a_silent_broker(more: str) -> None:
     assert stage.look()
     stage.signals += more == "signal"
 
-    assert not stage.look(after=CONFIRM_SECONDS + 1 if more == "time" else 0.1)
+    assert not stage.look(after=LAST_CONFIRMS_SECONDS + 1 if more == "time" else 0.1)
 
 
 def test_no_more_bills_than_the_window_are_without_an_outcome() -> None:

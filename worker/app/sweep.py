@@ -19,7 +19,7 @@ from worker.core.words import plural
 AT_ONCE: Final = 500  # outcomes that are kept in one transaction; the rest waits
 CHUNK: Final = 1000  # bills read from the journal at once
 SAVE_EVERY: Final = 0.2  # seconds between two records of how much is published; a crash repeats the rest
-CONFIRM_SECONDS: Final = 3.0  # the longest wait, once told to stop, for the confirms of what is on its way
+LAST_CONFIRMS_SECONDS: Final = 3.0  # the longest wait, once told to stop, for the confirms of what is on its way
 QUIET_SECONDS: Final = 20.0
 """Seconds without any outcome after which people are asked whether a worker runs."""
 
@@ -199,7 +199,7 @@ class Sweep:
                 return Ended.CUT
         if not self._stop():
             return None
-        self._give_up_at = self._give_up_at or now + CONFIRM_SECONDS
+        self._give_up_at = self._give_up_at or now + LAST_CONFIRMS_SECONDS
         if self._watermark and now < self._give_up_at and self._stop() < 2:
             return None
         return Ended.STOPPED

@@ -22,7 +22,7 @@ STARTING_SECONDS: Final = 10.0
 """A process that is younger and not connected yet is starting, not in trouble."""
 STUCK_SECONDS: Final = 120.0
 """Commands in hand and no outcome for so long: more than a round with its budget and a last call takes."""
-CONFIRM_SECONDS: Final = 10.0
+UNCONFIRMED_SECONDS: Final = 10.0
 """A broker that confirms nothing for so long has a trouble; usual are milliseconds."""
 OLD_SECONDS: Final = 60.0
 """A cancelled order's QR code can be paid meanwhile: nobody should wait so long in the real-time lane."""
@@ -434,7 +434,7 @@ def _undated(situation: Situation) -> Concern | None:
 def _unconfirmed(situation: Situation) -> Concern | None:
     waiting = situation.now.value("publishes_unconfirmed")
     change = situation.change
-    if not waiting or change is None or change.seconds < CONFIRM_SECONDS:
+    if not waiting or change is None or change.seconds < UNCONFIRMED_SECONDS:
         return None
     if change.value("publish_confirm_seconds_count") or situation.wrong("consumer")[0]:
         return None

@@ -78,7 +78,7 @@ class Terms:
     _locking: int | None = None
     _highest: int = 0
     """The highest term of which we know that somebody had its queue."""
-    _proven: bool = False
+    _leader_gone: bool = False
     """The leader before us cannot say anything any more."""
     _sent: dict[int, float] = field(default_factory=dict)
     _look: float = 0.0
@@ -109,19 +109,19 @@ class Terms:
             self._echo(term, number, now)
             return False
         if term <= self.term and self.role is Role.CLAIMS:
-            self.heard, self._proven = now, False  # an old leader that is still heard; our first slot comes later
+            self.heard, self._leader_gone = now, False  # an old leader that is still heard; our first slot comes later
         if term < self.term or (term == self.term and self.leader not in (None, sender)):
             return False
         if self.role in (Role.CLAIMS, Role.LEADS):
             self._step_down()
-        self.term, self.leader, self.heard, self._proven = term, sender, now, False
+        self.term, self.leader, self.heard, self._leader_gone = term, sender, now, False
         self._look = now + CHECK + 0.1 * self.jitter()
         return True
 
     def heard_goodbye(self, sender: str, now: float) -> None:
         """The leader leads no more, or its queue is gone."""
         if sender == self.leader and self.role is Role.FOLLOWS:
-            self.leader, self._proven = None, True
+            self.leader, self._leader_gone = None, True
             self._look = now
 
     def took(self, term: int, now: float) -> None:
@@ -132,7 +132,7 @@ class Terms:
         self._locking = None
         if term <= self.term and self.leader is not None:
             if term == self.term:  # its holder's connection is gone
-                self._proven, self.leader = True, None
+                self._leader_gone, self.leader = True, None
                 self._lock()
             self.ask(Unlock(term))
             return
@@ -146,7 +146,7 @@ class Terms:
         """Another connection has it."""
         if self._locking != term:
             return
-        self._locking, self._proven = None, False
+        self._locking, self._leader_gone = None, False
         self._highest = max(self._highest, term)
         self._look = now + CHECK + 0.1 * self.jitter()
 
@@ -185,8 +185,8 @@ class Terms:
         if self.role is Role.CLAIMS:
             self.role = Role.LEADS
             # Nobody can have heard another leader later than we did: its beats are before our own in our queue.
-            self.begins = now + SETTLE if self._proven else max(now + SETTLE, self.heard + SILENT)
-            self._proven = False
+            self.begins = now + SETTLE if self._leader_gone else max(now + SETTLE, self.heard + SILENT)
+            self._leader_gone = False
         if self.role is Role.LEADS:
             self.lease = max(self.lease, sent + LEASE)
 

@@ -21,6 +21,7 @@ from worker.shells.amqp.declaring import Declaring, prepare
 from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.link import Link, Parameters
 from worker.shells.amqp.publisher import Publication, Publisher
+from worker.shells.amqp.publisher import Watch as PublisherWatch
 from worker.shells.fibers import Loop
 
 LOOK_EVERY: Final = 10.0
@@ -56,11 +57,9 @@ class Owner(Protocol[S]):
     def changed(self) -> None: ...
 
 
-class Watch(Protocol):
+class Watch(PublisherWatch, Protocol):
     """What is measured here."""
 
-    def confirm_took(self, seconds: float) -> None: ...
-    def unconfirmed(self, count: int) -> None: ...
     def paused(self, reason: str, on: bool) -> None: ...
     def broker_connected(self, up: bool) -> None: ...
     def broker_reconnected(self) -> None: ...

@@ -186,6 +186,7 @@ def test_a_memory_alarm(scene: Scene, broker: PrivateBroker) -> None:
         called = sum(bill.startswith("before-") for bill in scene.gateway.report().calls_by_bill)
     scene.gateway.replace(SCRIPT)
     scene.wait_ready()
+    scene.wait_said("broker.unblocked", "")  # a line of level info comes a little later than what it tells
     since, until = (moment(scene.lines(f"broker.{event}")[0]) for event in ("blocked", "unblocked"))
     during = [call for call in scene.gateway.report().calls if since < call.at < until]
     assert len(during) <= CONCURRENCY

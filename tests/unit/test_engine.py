@@ -182,6 +182,7 @@ class Settlement(RuleBasedStateMachine):
             parks=True,
         )
         self.engine.begin()
+        self.engine._tick()  # and from then on by its own timer
         self.engine._end_turn()
 
     # -- what the world does ----------------------------------------------------------------------------------------
@@ -305,7 +306,6 @@ class Settlement(RuleBasedStateMachine):
     def teardown(self) -> None:
         """A drain loses nothing, with a way to publish or without; with one it ends."""
         self.engine.drain()
-        self.engine._tick()  # and from then on by its own timer
         for tick in range(20):
             self.turn()
             self.end_all(publishing=self.wire.publisher.ready and tick > 10)  # a broker that is slow to confirm
@@ -471,7 +471,7 @@ def tags(task: Task) -> list[Tag]:
 
 
 TestSettlement = Settlement.TestCase
-TestSettlement.settings = settings(max_examples=150, stateful_step_count=50)
+TestSettlement.settings = settings(max_examples=400, stateful_step_count=50)
 
 
 def test_a_refused_copy_is_not_sent_again_when_the_broker_has_its_command() -> None:
@@ -488,3 +488,17 @@ def test_a_refused_copy_is_not_sent_again_when_the_broker_has_its_command() -> N
     assert not scene.outstanding
     assert not scene.backlog
     assert not scene.engine.unsettled()
+
+
+def test_what_crashed_its_sender_goes_back_before_a_drain_ends() -> None:
+    """Else its delivery would not be counted, and a command that crashes every sender would never be parked."""
+    scene = Settlement()
+    scene.come(twin=False)
+    task = scene.working.pop()
+    scene.crashed.add(1)
+    scene.bring(task, Crashed())
+
+    scene.teardown()
+
+    assert [message.number for message in scene.ready] == [1]
+    assert not scene.channel.unacked

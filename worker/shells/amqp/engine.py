@@ -114,6 +114,8 @@ class Engine:
         self._results: deque[Order] = deque()
         self._settle_at = 0.0
         self._lingers = False
+        self._rejects: deque[tuple[float, Tag]] = deque()
+        """What has crashed its sender, and when it is rejected."""
         self._ticked = time.monotonic()
         self._tell_at = 0.0
         self._write_log: Callable[[], None] = _nothing
@@ -256,6 +258,7 @@ class Engine:
         self._write_log()
         self._attention = True
         self._broker.tick(now)
+        self._reject()
         if now >= self._tell_at:
             self._tell_at = now + TELL_EVERY
             self._tell_lanes()
@@ -352,8 +355,7 @@ class Engine:
             self._left(task.delivery, TakenBack())
         if orders.again:
             self._dispatcher.offer(task)
-        for tag in orders.reject:
-            self._fibers.loop.call_later(REJECT_AFTER, self.guard(lambda tag=tag: self._consumer.reject(tag)))
+        self._rejects.extend((self._clock.monotonic() + REJECT_AFTER, tag) for tag in orders.reject)
         return [Publication(message, (task, disposition)) for message in orders.publish]
 
     def _give_back(self, task: Task) -> None:
@@ -400,6 +402,12 @@ class Engine:
             action="remove that reason, then redrive it: qris-expire dead redrive",
         )
         return True
+
+    def _reject(self) -> None:
+        """What has crashed its sender goes back as a failed delivery: after a while, or when we consume no more."""
+        leaving = self._dispatcher.draining and not self._dispatcher.settling
+        while self._rejects and (leaving or self._clock.monotonic() >= self._rejects[0][0]):
+            self._consumer.reject(self._rejects.popleft()[1])
 
     def _left(self, delivery: Delivery, disposition: Disposition, seconds: float | None = None) -> None:
         """The command has left this process."""

@@ -693,7 +693,7 @@ class Dispatching(RuleBasedStateMachine):
         self.bench = Bench(3)
         self.dispatcher = self.bench.dispatcher
         self.out: list[tuple[Task, bool]] = []
-        self.offered: set[Task] = set()
+        self.offered: list[Task] = []  # in this order, or a failure could not be repeated
         self.ready = True
         self.parked = 0
         self.queue: list[Task] = []  # what the intake was given back
@@ -703,7 +703,7 @@ class Dispatching(RuleBasedStateMachine):
     @rule(lane=st.sampled_from(LANES), merchant=st.sampled_from("ab"))
     def offer(self, lane: str, merchant: str) -> None:
         (task,) = self.bench.offer(lane, f"m-{len(self.offered)}", merchant=merchant)
-        self.offered.add(task)
+        self.offered.append(task)
 
     @rule(seconds=st.sampled_from([0.1, 2.0, 15.0, 61.0, 700.0]))
     def time_passes(self, seconds: float) -> None:
@@ -716,6 +716,13 @@ class Dispatching(RuleBasedStateMachine):
     def calls_fail(self, lane: str) -> None:
         """An outage of the lane begins, or goes on."""
         self.bench.fail(lane)
+
+    @rule(lane=st.sampled_from(LANES))
+    def probes_are_due(self, lane: str) -> None:
+        """An outage lasts until commands of the lane are chosen to test the gateway."""
+        self.offer(lane, "a")
+        self.calls_fail(lane)
+        self.time_passes(15.0)
 
     @rule(ready=st.booleans())
     def broker(self, ready: bool) -> None:
@@ -732,7 +739,7 @@ class Dispatching(RuleBasedStateMachine):
             for task in mine:
                 self.queue.remove(task)
                 task.probed, task.round = False, None
-                self.offered.add(task)
+                self.offered.append(task)
                 self.dispatcher.offer(task)
             self.dispatcher.fetched(lane)
 
@@ -740,8 +747,7 @@ class Dispatching(RuleBasedStateMachine):
     @rule(data=st.data())
     def taken_back(self, data: st.DataObject) -> None:
         """The broker takes a delivery back."""
-        waiting = sorted(self.offered, key=lambda task: task.delivery.command_id)
-        data.draw(st.sampled_from(waiting)).entry = builders.orphan()
+        data.draw(st.sampled_from(self.offered)).entry = builders.orphan()
 
     # -- senders -----------------------------------------------------------------------------------------------------
 

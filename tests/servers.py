@@ -413,8 +413,8 @@ class SimulatedPartner:
 
     def __init__(self, simulator: Simulator) -> None:
         self._key = _key(simulator.private_key_pem)
-        self._partner = Partner(simulator.rules.client_id, simulator.rules.channel_id)
-        self._sign = signer("hmac-sha512", simulator.rules.client_secret.decode(), self._key)
+        self._partner = Partner(simulator.registration.client_id, simulator.registration.channel_id)
+        self._sign = signer("hmac-sha512", simulator.registration.client_secret.decode(), self._key)
 
     def token(self, client: GatewayClient) -> Grant:
         """One token request."""

@@ -206,7 +206,9 @@ def _check_credentials(worker: Worker) -> int | None:
 
 def _cure(gateway: GatewaySettings, failure: TokenUnavailable) -> str:
     answer = failure.answer or NoReply(False, failure.verdict.message)
-    return diagnosis.token(answer, diagnosis.Call(gateway.base_url + gateway.token_path, "GATEWAY_TOKEN_PATH")).cure
+    return diagnosis.token(
+        answer, diagnosis.CalledService(gateway.base_url + gateway.token_path, "GATEWAY_TOKEN_PATH")
+    ).cure
 
 
 def _drain(worker: Worker) -> int:

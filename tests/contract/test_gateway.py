@@ -366,14 +366,14 @@ def test_a_page_that_repeats_our_headers_shows_no_secret(
         client.close()
 
     assert isinstance(reply, Reply)
-    call = diagnosis.Call(server.url, "GATEWAY_EXPIRE_PATH")
+    service = diagnosis.CalledService(server.url, "GATEWAY_EXPIRE_PATH")
     told = [
         repr(reply),
         repr(judge(reply)),
-        diagnosis.expire(reply, call).text,
+        diagnosis.expire(reply, service).text,
         repr(failure.value.verdict),
         repr(failure.value.answer),
-        diagnosis.token(failure.value.answer or reply, call).text,
+        diagnosis.token(failure.value.answer or reply, service).text,
     ]
     for text in told:
         assert not any(secret[:20] in text for secret in (TOKEN, SIGNATURE, SECRET, json.dumps(SECRET)[1:-1]))
@@ -525,7 +525,9 @@ def test_a_client_certificate_is_shown_to_a_gateway_that_asks_for_one(client_for
     assert shown == Reply(200, b"{}")
     assert isinstance(silent, NoReply)
     assert not silent.sent
-    assert "GATEWAY_CERT_FILE" in diagnosis.expire(silent, diagnosis.Call(server.url, "GATEWAY_EXPIRE_PATH")).text
+    assert (
+        "GATEWAY_CERT_FILE" in diagnosis.expire(silent, diagnosis.CalledService(server.url, "GATEWAY_EXPIRE_PATH")).text
+    )
 
 
 @pytest.mark.parametrize(
@@ -570,7 +572,7 @@ def test_what_is_wrong_with_tls_is_told_apart(client_for: Build, tmp_path: Path,
     assert isinstance(reply, NoReply)
     assert not reply.sent
     assert server.requests == []
-    assert cure in diagnosis.expire(reply, diagnosis.Call(base, "GATEWAY_EXPIRE_PATH")).text
+    assert cure in diagnosis.expire(reply, diagnosis.CalledService(base, "GATEWAY_EXPIRE_PATH")).text
 
 
 # -- proxies --------------------------------------------------------------------------------------------------------

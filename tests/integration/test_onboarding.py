@@ -400,7 +400,7 @@ def test_sign_is_what_the_gateway_checks(run: Run, simulated: Simulator, scheme:
     if scheme == "hmac-sha512":
         assert checks.hmac_signed(SECRET.encode(), signed, headers["X-SIGNATURE"])
     else:
-        assert checks.rsa_signed(simulated.rules.public_key, signed, headers["X-SIGNATURE"])
+        assert checks.rsa_signed(simulated.registration.public_key, signed, headers["X-SIGNATURE"])
 
 
 def test_sign_without_a_token(run: Run) -> None:

@@ -134,7 +134,7 @@ class Partner:
         return str(self.expire(bill, **replaced).json()["responseCode"])
 
     def _signature(self, path: str, token: str, body: bytes, timestamp: str) -> str:
-        scheme = self.simulator.rules.signature
+        scheme = self.simulator.registration.signature
         digest = hashlib.sha256(body).hexdigest()
         middle = digest if scheme == "rsa-sha256-no-token" else f"{token}:{digest}"
         message = f"POST:{path}:{middle}:{timestamp}".encode()
@@ -823,7 +823,7 @@ def test_the_secret_is_in_no_repr() -> None:
 
     simulator = Simulator(client_secret="hush")
 
-    assert "hush" not in repr(simulator) + repr(simulator.rules)
+    assert "hush" not in repr(simulator) + repr(simulator.registration)
 
 
 # The command.

@@ -135,7 +135,7 @@ def test_a_wrong_signature_costs_few_tokens(amqp_url: str, prefix: str, tmp_path
         Simulator() as gateway,
         working(amqp_url, prefix, gateway, tmp_path, **QUICK) as (worker, producer),
     ):
-        gateway.rules = replace(gateway.rules, client_secret=b"another")
+        gateway.registration = replace(gateway.registration, client_secret=b"another")
         producer.publish_many(bills("b", 20))
         wait_until(lambda: gateway.report().signature_failures >= 16, 30, "probes fail, too")
         asked = gateway.report().token_calls

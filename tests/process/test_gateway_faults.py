@@ -583,7 +583,7 @@ def test_a_rotated_client_secret_is_taken_over(vault: Vault) -> None:
     gateway, file = vault.shop.gateway, vault.folder / "secret"
     vault.mount(file, b"\n")
     vault.is_kept("GATEWAY_CLIENT_SECRET")
-    gateway.rules = replace(gateway.rules, client_secret=b"rotated")
+    gateway.registration = replace(gateway.registration, client_secret=b"rotated")
     vault.recovers("secret", lambda: vault.mount(file, b"rotated\n"))
 
 
@@ -593,7 +593,7 @@ def test_a_rotated_private_key_is_taken_over(vault: Vault) -> None:
     gateway, key = vault.shop.gateway, rsa.generate_private_key(public_exponent=65537, key_size=2048)
     vault.mount(vault.key_file, private_pem(key)[:200])
     vault.is_kept("GATEWAY_PRIVATE_KEY_FILE")
-    gateway.rules = replace(gateway.rules, public_key=key.public_key())
+    gateway.registration = replace(gateway.registration, public_key=key.public_key())
     gateway.books._tokens.clear()
     vault.recovers("key", lambda: vault.mount(vault.key_file, private_pem(key)))
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from tests.builders import no_reply, reply
 from worker.core import diagnosis, verdict
-from worker.core.diagnosis import Call, Way, clock, expire, other_ways, token
+from worker.core.diagnosis import CalledService, Way, clock, expire, other_ways, token
 from worker.core.verdict import NoReply, Reply
 from worker.settings import reference
 
 Cases = dict[str, tuple[Reply | NoReply, str]]
 
 BASE = "https://gateway.example/v1.0"
-CALL = Call(f"{BASE}/qr/qr-mpm-expire-billnumber", "GATEWAY_EXPIRE_PATH", 0.4)
+SERVICE = CalledService(f"{BASE}/qr/qr-mpm-expire-billnumber", "GATEWAY_EXPIRE_PATH", 0.4)
 PAGE = b"<html><head><title>Request Rejected</title></head></html>"
 
 OF_TOKENS: Cases = {
@@ -93,7 +93,7 @@ def test_token_service(case: str) -> None:
 
     answer, cure = (OF_TOKENS | OF_BOTH)[case]
 
-    found = token(answer, CALL)
+    found = token(answer, SERVICE)
 
     assert cure in found.text
     assert not found.fine
@@ -105,7 +105,7 @@ def test_expire_service(case: str) -> None:
 
     answer, cure = (OF_EXPIRES | OF_BOTH)[case]
 
-    found = expire(answer, CALL)
+    found = expire(answer, SERVICE)
 
     assert cure in found.text
     assert (found.fine, found.signature) == (False, case == "signature")
@@ -132,15 +132,15 @@ def test_expire_service(case: str) -> None:
 def test_silence_is_not_blamed_on_the_wrong_setting(sent: bool, error: str, word: str) -> None:
     """What the other side or the system says about it leads to the cure that helps."""
 
-    assert word in token(NoReply(sent, error), CALL).cure
-    assert "http://" not in token(NoReply(sent, error), CALL).cure
+    assert word in token(NoReply(sent, error), SERVICE).cure
+    assert "http://" not in token(NoReply(sent, error), SERVICE).cure
 
 
 @pytest.mark.parametrize("case", FINE)
 def test_answers_about_the_bill_are_fine(case: str) -> None:
     """An answer about the bill itself shows that all our settings are right."""
 
-    found = expire(FINE[case], CALL)
+    found = expire(FINE[case], SERVICE)
 
     assert (found.fine, found.taken) == (True, True)
 
@@ -160,8 +160,10 @@ def test_mistakes_are_told_apart() -> None:
         "name",
     )
 
-    told = [token((OF_TOKENS | OF_BOTH)[case][0], CALL).text.partition(" (")[0] for case in apart]
-    told += [expire(OF_EXPIRES[case][0], CALL).text.partition(" (")[0] for case in ("signature", "channel", "merchant")]
+    told = [token((OF_TOKENS | OF_BOTH)[case][0], SERVICE).text.partition(" (")[0] for case in apart]
+    told += [
+        expire(OF_EXPIRES[case][0], SERVICE).text.partition(" (")[0] for case in ("signature", "channel", "merchant")
+    ]
 
     assert len(set(told)) == len(told)
 
@@ -171,7 +173,10 @@ def test_clock_that_is_off_is_no_wrong_signature(judge: object) -> None:
     """Where the Date header shows that our clock is far off, a refused signature is laid to it."""
 
     answer = reply("4019300", "Unauthorized. Invalid Signature")
-    far, near = Call(CALL.url, "GATEWAY_EXPIRE_PATH", -400.0), Call(CALL.url, "GATEWAY_EXPIRE_PATH", 20.0)
+    far, near = (
+        CalledService(SERVICE.url, "GATEWAY_EXPIRE_PATH", -400.0),
+        CalledService(SERVICE.url, "GATEWAY_EXPIRE_PATH", 20.0),
+    )
 
     assert callable(judge)
     assert "our clock is -400 s off" in judge(answer, far).text
@@ -189,13 +194,13 @@ def test_clock_is_warned_of_above_half_a_minute(skew: float, fine: bool) -> None
 def test_success_needs_both() -> None:
     """A success code in an HTTP error is no proof that anything is right."""
 
-    assert not expire(reply("2009300", "Successful", status=500), CALL).fine
+    assert not expire(reply("2009300", "Successful", status=500), SERVICE).fine
 
 
 def test_token_is_never_shown() -> None:
     """An answer that holds a token we cannot use is not quoted."""
 
-    found = token(Reply(200, b'{"accessToken": "top secret"}'), CALL)
+    found = token(Reply(200, b'{"accessToken": "top secret"}'), SERVICE)
 
     assert "top secret" not in found.text
 
@@ -218,7 +223,7 @@ def test_every_answer_has_its_line(answer: Reply | NoReply, skew: float | None) 
     """Whatever comes, there is one line about it."""
 
     for judge in (token, expire):
-        found = judge(answer, Call(CALL.url, "GATEWAY_EXPIRE_PATH", skew))
+        found = judge(answer, CalledService(SERVICE.url, "GATEWAY_EXPIRE_PATH", skew))
         assert found.text.isprintable()
         assert not (found.fine and found.signature)
 

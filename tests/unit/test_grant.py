@@ -12,7 +12,7 @@ from worker.core import diagnosis
 from worker.core.grant import Grant, granted, judge_token, said
 from worker.core.verdict import NoReply, Reply
 
-CALL = diagnosis.Call("https://gateway.example/v1.0/access-token/b2b", "GATEWAY_TOKEN_PATH")
+SERVICE = diagnosis.CalledService("https://gateway.example/v1.0/access-token/b2b", "GATEWAY_TOKEN_PATH")
 
 
 def answer(body: object, status: int = 200) -> Reply:
@@ -45,7 +45,7 @@ def test_the_rule_that_an_answer_breaks_is_named(body: object, rule: str) -> Non
     """Of a 2xx nothing else is reported: not by the verdict, not by the diagnosis."""
     reply = answer(body)
 
-    told = (granted(reply, 0.0), judge_token(reply).message, diagnosis.token(reply, CALL).text)
+    told = (granted(reply, 0.0), judge_token(reply).message, diagnosis.token(reply, SERVICE).text)
 
     assert all(isinstance(text, str) and rule in text and "hush" not in text for text in told)
 
@@ -53,7 +53,7 @@ def test_the_rule_that_an_answer_breaks_is_named(body: object, rule: str) -> Non
 @pytest.mark.parametrize("text", [b"hush", b"", b"<html>hush</html>", b"accessToken=hush", b'{"accessToken":"hush'])
 def test_a_2xx_that_is_no_json_is_not_quoted(text: bytes) -> None:
     """The whole body could be the token."""
-    for told in (judge_token(Reply(200, text)).message, diagnosis.token(Reply(200, text), CALL).text):
+    for told in (judge_token(Reply(200, text)).message, diagnosis.token(Reply(200, text), SERVICE).text):
         assert "HTTP 200" in told
         assert "hush" not in told
 
@@ -67,7 +67,7 @@ def test_a_token_in_a_failure_is_not_quoted(body: object, status: int) -> None:
     """Whatever the field is called."""
     reply = answer(body, status)
 
-    assert "hush" not in judge_token(reply).message + diagnosis.token(reply, CALL).text
+    assert "hush" not in judge_token(reply).message + diagnosis.token(reply, SERVICE).text
 
 
 def test_a_refusal_with_a_code_is_quoted() -> None:
@@ -75,7 +75,7 @@ def test_a_refusal_with_a_code_is_quoted() -> None:
     reply = answer({"responseCode": "4017300", "responseMessage": f"Invalid Signature {'aB3' * 20}"}, 401)
 
     assert said(reply) == "Invalid Signature ***"
-    assert "4017300 Invalid Signature ***" in diagnosis.token(reply, CALL).text
+    assert "4017300 Invalid Signature ***" in diagnosis.token(reply, SERVICE).text
 
 
 def test_a_2xx_with_a_refusal_in_it_tells_its_code_only() -> None:
@@ -83,7 +83,7 @@ def test_a_2xx_with_a_refusal_in_it_tells_its_code_only() -> None:
     reply = answer({"responseCode": "4017300", "responseMessage": "hush"})
 
     assert judge_token(reply).code == "4017300"
-    assert "hush" not in judge_token(reply).message + diagnosis.token(reply, CALL).text
+    assert "hush" not in judge_token(reply).message + diagnosis.token(reply, SERVICE).text
 
 
 def test_a_token_is_in_no_representation() -> None:

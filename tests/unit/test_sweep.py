@@ -24,7 +24,7 @@ from worker.core.fleet.messages import encode as encode_letter
 from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
 from worker.core.pace import WINDOW, Pace, Speed
-from worker.core.rows import BadRow, InputError, InputRows, Row, Rules, read
+from worker.core.rows import BadRow, InputError, InputRows, Row, RowRules, read
 from worker.core.sweep import (
     Batch,
     Bill,
@@ -49,7 +49,7 @@ BATCH = Batch("b-1", 3)
 
 
 def reading(text: str, **options: object) -> InputRows:
-    return read(re.findall(r"[^\n]*\n|[^\n]+", text), Rules(**options))  # type: ignore[arg-type]
+    return read(re.findall(r"[^\n]*\n|[^\n]+", text), RowRules(**options))  # type: ignore[arg-type]
 
 
 def rows(text: str, **options: object) -> list[Row | BadRow]:

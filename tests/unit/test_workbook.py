@@ -11,7 +11,7 @@ from pathlib import Path
 import openpyxl
 import pytest
 
-from worker.core.rows import BadRow, InputError, Row, Rules
+from worker.core.rows import BadRow, InputError, Row, RowRules
 from worker.shells.workbook import Workbook, opened, write
 
 HEADER = ("No", "Bill Number", "Merchant Id")
@@ -33,7 +33,7 @@ def saved(path: Path, rows: Sequence[Sequence[object]], formats: dict[str, str] 
 
 def read(path: Path) -> list[Row | BadRow]:
     with opened(str(path)) as source:
-        return list(source.reading(Rules()))
+        return list(source.reading(RowRules()))
 
 
 def test_bills_are_read_from_the_sheet_that_has_them(tmp_path: Path) -> None:
@@ -141,4 +141,4 @@ def test_report_keeps_texts(tmp_path: Path) -> None:
     path = tmp_path / "again.xlsx"
     path.write_bytes(file.getvalue())
     with Workbook(str(path)) as book, pytest.raises(InputError, match="no sheet"):
-        book.reading(Rules())
+        book.reading(RowRules())

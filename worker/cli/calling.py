@@ -13,7 +13,7 @@ from worker.settings import GatewaySettings
 from worker.shells.clock import SystemClock
 
 if TYPE_CHECKING:
-    from worker.core.diagnosis import Call, Finding
+    from worker.core.diagnosis import CalledService, Finding
     from worker.core.grant import Grant
     from worker.shells.gateway import GatewayClient
 
@@ -74,7 +74,7 @@ class Calling:
             grant = fetcher(self._client, credentials, gateway, SystemClock())()
         except TokenUnavailable as failure:
             answer = failure.answer or NoReply(False, failure.verdict.message)
-            raise Trouble(diagnosis.token(answer, self._call("TOKEN", gateway.token_path)).text) from None
+            raise Trouble(diagnosis.token(answer, self._service("TOKEN", gateway.token_path)).text) from None
         self.token = grant.value
         return grant
 
@@ -90,7 +90,7 @@ class Calling:
         sign = Credentials(gateway, gateway.reread).sign
         token = "" if gateway.signature == NO_TOKEN else self.token
         signed = request.sign(command, partner(gateway), sign, token, clock.epoch(), external_ids(clock)())
-        return diagnosis.expire(self._client.send(signed), self._call("EXPIRE", gateway.expire_path))
+        return diagnosis.expire(self._client.send(signed), self._service("EXPIRE", gateway.expire_path))
 
     def can_sign(self, scheme: str) -> bool:
         """Whether there is what ``scheme`` signs with: a token for all but one, and for one the client secret."""
@@ -98,10 +98,10 @@ class Calling:
             return False
         return scheme == NO_TOKEN or bool(self.token)
 
-    def _call(self, which: str, path: str) -> Call:
-        from worker.core.diagnosis import Call
+    def _service(self, which: str, path: str) -> CalledService:
+        from worker.core.diagnosis import CalledService
 
-        return Call(self.gateway.base_url + path, f"GATEWAY_{which}_PATH", self.skew)
+        return CalledService(self.gateway.base_url + path, f"GATEWAY_{which}_PATH", self.skew)
 
     # -- the client's observer -----------------------------------------------------------------------------------------
 

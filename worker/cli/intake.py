@@ -14,7 +14,7 @@ from worker.cli import INVALID, Trouble
 from worker.cli.batches import check_batch_id
 from worker.cli.meter import Meter
 from worker.cli.screen import note
-from worker.core.rows import BadRow, Form, InputError, Row, Rules
+from worker.core.rows import BadRow, Form, InputError, Row, RowRules
 from worker.core.sweep import Home, batch_id, belongs, unfinished
 from worker.core.words import plural
 from worker.shells.journal import Journal, Load
@@ -133,7 +133,7 @@ class _Reading:
         self._meter = meter
         self.count = 0
         self.invalid = 0
-        self.read = source.reading(Rules(given.merchant_id, as_is=given.as_is))
+        self.read = source.reading(RowRules(given.merchant_id, as_is=given.as_is))
 
     def rows(self) -> Iterator[Row | BadRow]:
         source = self._source

@@ -50,7 +50,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CalledService:
     """What was called: its URL, and the settings that lead there. ``skew``: seconds our clock is ahead, if known."""
 
     url: str
@@ -172,12 +172,12 @@ _SENT: Final = {
 }
 
 
-def token(answer: Reply | NoReply, call: Call) -> Finding:
+def token(answer: Reply | NoReply, service: CalledService) -> Finding:
     """What the token service's answer is a sign of, where it was no token."""
     if _grants_nothing(answer):
         text = f"{said(answer)}: ask the provider how it names its token; else correct GATEWAY_BASE_URL"
         return Finding(False, text, text)
-    return _found(answer, call, _OF_TOKENS, said(answer))
+    return _found(answer, service, _OF_TOKENS, said(answer))
 
 
 def _grants_nothing(answer: Reply | NoReply) -> bool:
@@ -188,9 +188,9 @@ def _grants_nothing(answer: Reply | NoReply) -> bool:
     return code is None or code.startswith("2")
 
 
-def expire(answer: Reply | NoReply, call: Call) -> Finding:
+def expire(answer: Reply | NoReply, service: CalledService) -> Finding:
     """What an expire call's answer is a sign of."""
-    return _found(answer, call, None, None)
+    return _found(answer, service, None, None)
 
 
 def clock(skew: float) -> Finding:
@@ -216,7 +216,7 @@ def other_ways(way: Way, base_url: str, expire_path: str) -> Iterator[Way]:
                 yield Way(path, scheme)
 
 
-def _found(answer: Reply | NoReply, call: Call, table: Table | None, shown: str | None) -> Finding:
+def _found(answer: Reply | NoReply, service: CalledService, table: Table | None, shown: str | None) -> Finding:
     """``table``: the rows for answers with a code; None for those of the verdict table. ``shown``: what may be shown of
     the answer; None for all of it."""
     fine = signature = False
@@ -237,13 +237,13 @@ def _found(answer: Reply | NoReply, call: Call, table: Table | None, shown: str 
         else:
             said = f"{code} {shown}"
             text = _first(table, f"{code} {message}")
-    text = text.format(setting=call.path_setting)
+    text = text.format(setting=service.path_setting)
     if fine and isinstance(answer, Reply) and judge(answer).reason is None:
         text = f"HTTP {answer.status} and its code contradict each other: ask the provider"
         return Finding(False, f"{text} ({said})", text)
-    if (signature or "signature" in message.lower()) and (late := _signed_late(call)):
+    if (signature or "signature" in message.lower()) and (late := _signed_late(service)):
         text, signature = late, False
-    told = f"{text} ({said}, from {call.url})"
+    told = f"{text} ({said}, from {service.url})"
     return Finding(fine, told, text, signature, judge(answer).kind in _TAKEN)
 
 
@@ -252,11 +252,11 @@ def _first(table: Table, answer: str) -> str:
     return next((text for pattern, text in table.items() if re.search(pattern, answer, re.IGNORECASE)), "")
 
 
-def _signed_late(call: Call) -> str | None:
+def _signed_late(service: CalledService) -> str | None:
     """A wrong clock can be reported as a wrong signature."""
-    if call.skew is None or abs(call.skew) < SKEW_REFUSED:
+    if service.skew is None or abs(service.skew) < SKEW_REFUSED:
         return None
-    return f"our clock is {call.skew:+.0f} s off the gateway's: set it by NTP, then look again"
+    return f"our clock is {service.skew:+.0f} s off the gateway's: set it by NTP, then look again"
 
 
 def _text(reply: Reply) -> str:

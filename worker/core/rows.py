@@ -79,7 +79,7 @@ JSON_FORM: Final = Form(("input",), {})
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RowRules:
     """What a row must be. ``merchant`` serves where a row has none; without either, the row is bad. ``as_is``: whatever
     looks mangled is meant so."""
 
@@ -111,7 +111,7 @@ class InputRows:
         return [remark for column in self._columns for remark in column.remarks()]
 
 
-def read(lines: Iterable[str], rules: Rules, *, json_lines: bool = False) -> InputRows:
+def read(lines: Iterable[str], rules: RowRules, *, json_lines: bool = False) -> InputRows:
     """The rows of a text. ``json_lines`` says so of the whole input; otherwise its first character decides.
 
     Raises `InputError`.
@@ -131,7 +131,7 @@ def is_header(cells: Sequence[str]) -> bool:
     return any(_COLUMNS.get(_NEEDLESS.sub("", cell).lower()) == "bill" for cell in cells)
 
 
-def read_table(table: Iterable[tuple[int, Sequence[str]]], rules: Rules) -> InputRows:
+def read_table(table: Iterable[tuple[int, Sequence[str]]], rules: RowRules) -> InputRows:
     """The rows of a spreadsheet, from (line, cells), the header first. Raises `InputError`."""
     rows = ((line, cells) for line, cells in table if any(cell.strip() for cell in cells))
     line, cells = next(rows, (0, ()))
@@ -174,7 +174,7 @@ class _Numbered:
         return None
 
 
-def _csv_rows(form: Form, lines: _Numbered, rules: Rules) -> Iterator[Row | BadRow]:
+def _csv_rows(form: Form, lines: _Numbered, rules: RowRules) -> Iterator[Row | BadRow]:
     rows = csv.reader(lines, delimiter=form.delimiter)
     while True:
         lines.held.clear()
@@ -191,14 +191,14 @@ def _csv_rows(form: Form, lines: _Numbered, rules: Rules) -> Iterator[Row | BadR
             yield _row(form, cells, start, rules)
 
 
-def _row(form: Form, cells: Sequence[str], line: int, rules: Rules) -> Row | BadRow:
+def _row(form: Form, cells: Sequence[str], line: int, rules: RowRules) -> Row | BadRow:
     try:
         return _good_row(form, cells, line, rules)
     except _Bad as bad:
         return BadRow(line, str(bad), cells)
 
 
-def _good_row(form: Form, cells: Sequence[str], line: int, rules: Rules) -> Row:
+def _good_row(form: Form, cells: Sequence[str], line: int, rules: RowRules) -> Row:
     width = len(form.columns)
     if any(cell.strip() for cell in cells[width:]):
         raise _Bad(f"has {len(cells)} fields where the header has {width}; quote the one that holds the delimiter")
@@ -219,7 +219,7 @@ def _good_row(form: Form, cells: Sequence[str], line: int, rules: Rules) -> Row:
     return Row(line, bill, merchant, reference, not_after, cells)
 
 
-def _check_identifier(name: str, value: str, rules: Rules) -> None:
+def _check_identifier(name: str, value: str, rules: RowRules) -> None:
     """Raises `_Bad` for what the worker would refuse, and for what nobody meant."""
     cause = None if rules.as_is else mangled.cause(value)
     if cause is not None:
@@ -231,7 +231,7 @@ def _check_identifier(name: str, value: str, rules: Rules) -> None:
         raise _Bad(f"{name} must be {IDENTIFIER_RULE}; {mangled.intruder(value, MAX_IDENTIFIER)}")
 
 
-def _merchant(own: str | None, rules: Rules) -> str:
+def _merchant(own: str | None, rules: RowRules) -> str:
     """The row's own merchant, or the one that serves in its place."""
     if own is not None:
         _check_identifier("merchantId", own, rules)
@@ -303,7 +303,7 @@ def _shape(text: str) -> str:
 # -- JSON lines -----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: _Numbered, first: str, rules: Rules) -> Iterator[Row | BadRow]:
+def _json_rows(lines: _Numbered, first: str, rules: RowRules) -> Iterator[Row | BadRow]:
     for line in itertools.chain([first], lines):
         number, text = lines.number, line.strip()
         lines.held.clear()
@@ -314,7 +314,7 @@ def _json_rows(lines: _Numbered, first: str, rules: Rules) -> Iterator[Row | Bad
                 yield BadRow(number, str(bad), (text,))
 
 
-def _json_row(line: str, number: int, rules: Rules) -> Row:
+def _json_row(line: str, number: int, rules: RowRules) -> Row:
     """A command as the queue takes it, on one line; ``merchantId`` may also be beside the bill."""
     command = parse(line.encode(), default_merchant="-")
     if isinstance(command, Invalid):

@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Final, Self, cast
 
-from worker.core.rows import InputError, InputRows, Rules, read
+from worker.core.rows import InputError, InputRows, RowRules, read
 
 STDIN: Final = "-"
 MAX_LINE_BYTES: Final = 1 << 20  # what is no text at all (a disk image, an archive) has no line ends
@@ -84,7 +84,7 @@ class Source:
                 )
             yield text
 
-    def reading(self, rules: Rules) -> InputRows:
+    def reading(self, rules: RowRules) -> InputRows:
         """The rows, as they are read. Raises `InputError`."""
         return read(self.lines(), rules, json_lines=self.json_lines)
 

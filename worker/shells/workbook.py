@@ -12,7 +12,7 @@ from io import BufferedReader
 from typing import IO, Any, Final, cast
 
 from worker.core.mangled import LONGEST_NUMBER
-from worker.core.rows import InputError, InputRows, Rules, is_header, read_table
+from worker.core.rows import InputError, InputRows, RowRules, is_header, read_table
 from worker.shells.source import STDIN, Source
 
 SUFFIX: Final = ".xlsx"
@@ -58,7 +58,7 @@ class Workbook(Source):
         self._book.close()
         self.close()
 
-    def reading(self, rules: Rules) -> InputRows:
+    def reading(self, rules: RowRules) -> InputRows:
         """The rows of the first sheet that has a column billnumber. Raises `InputError`."""
         for sheet in self._book.worksheets:
             sheet.reset_dimensions()  # some programs write wrong ones

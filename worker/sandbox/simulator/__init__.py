@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey, generate_private_key
 
 from worker.sandbox.simulator.books import Books, Call, SimulatorReport
-from worker.sandbox.simulator.checks import SIGNATURES, Rules
+from worker.sandbox.simulator.checks import SIGNATURES, Registration
 from worker.sandbox.simulator.script import PLAIN, Fault, Pattern, Rate, Script, ScriptError
 from worker.sandbox.simulator.server import Server
 
@@ -96,7 +96,7 @@ class Simulator:
         if signature not in SIGNATURES:
             raise ValueError(f"signature is one of {', '.join(SIGNATURES)}, not {signature!r}")
         self.books = Books(script, keep_calls)
-        self.rules = Rules(
+        self.registration = Registration(
             client_id=client_id,
             client_secret=client_secret.encode(),
             channel_id=channel_id,
@@ -166,12 +166,12 @@ class Simulator:
         allowed = {} if loopback else {"GATEWAY_ALLOW_HTTP": "true"}
         return allowed | {
             "GATEWAY_BASE_URL": self.base_url,
-            "GATEWAY_CLIENT_ID": self.rules.client_id,
-            "GATEWAY_CLIENT_SECRET": self.rules.client_secret.decode(),
+            "GATEWAY_CLIENT_ID": self.registration.client_id,
+            "GATEWAY_CLIENT_SECRET": self.registration.client_secret.decode(),
             "GATEWAY_PRIVATE_KEY_FILE": str(key_file.absolute()),
-            "GATEWAY_CHANNEL_ID": self.rules.channel_id,
-            "GATEWAY_SIGNATURE": self.rules.signature,
-            "GATEWAY_SIGN_PATH": self.rules.sign_path,
+            "GATEWAY_CHANNEL_ID": self.registration.channel_id,
+            "GATEWAY_SIGNATURE": self.registration.signature,
+            "GATEWAY_SIGN_PATH": self.registration.sign_path,
         }
 
     def report(self, *, bills: bool = True) -> SimulatorReport:

@@ -40,7 +40,7 @@ class Request(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class Registration:
     """What the gateway knows about its one client, and which signatures it accepts."""
 
     client_id: str
@@ -113,7 +113,7 @@ def _is_json(content_type: str) -> bool:
     return content_type == "application/json" or (content_type.partition(";")[0].strip().lower() == "application/json")
 
 
-def _header_refusal(headers: Mapping[str, str], rules: Rules, now: float, skew: float) -> Fault | None:
+def _header_refusal(headers: Mapping[str, str], registration: Registration, now: float, skew: float) -> Fault | None:
     moment = _moment(headers.get("x-timestamp", ""))
     external_id = headers.get("x-external-id", "")
     channels = {headers[name] for name in ("channel-id", "x-channel-id") if name in headers}
@@ -122,11 +122,11 @@ def _header_refusal(headers: Mapping[str, str], rules: Rules, now: float, skew: 
         or not _is_json(headers.get("content-type", ""))
         or not headers.get("x-partner-id")
         or not headers.get("x-signature")
-        or channels != {rules.channel_id}
+        or channels != {registration.channel_id}
         or not (external_id.isascii() and external_id.isdigit() and len(external_id) <= 36)
     ):
         return BAD_HEADER
-    if headers["x-partner-id"] != rules.client_id:
+    if headers["x-partner-id"] != registration.client_id:
         return UNKNOWN_CLIENT
     return OUT_OF_TIME if abs(moment - now) > skew else None
 
@@ -156,24 +156,26 @@ def _asked(body: bytes) -> tuple[Fault | None, str, str]:
     return None, bill, merchant
 
 
-def claim_of(request: Request, rules: Rules, now: float, skew: float) -> Claim:
+def claim_of(request: Request, registration: Registration, now: float, skew: float) -> Claim:
     """An expire call, checked as far as that goes without memory. `now` and `skew` in seconds."""
     headers = request.headers
-    refusal = _header_refusal(headers, rules, now, skew)
+    refusal = _header_refusal(headers, registration, now, skew)
     kind, _, token = headers.get("authorization", "").partition(" ")
     token = token.strip() if kind.lower() == "bearer" else ""
     signed = False
     if refusal is None:
-        message = string_to_sign(rules.signature, rules.sign_path, token, request.body, headers["x-timestamp"])
-        if rules.signature == "hmac-sha512":
-            signed = hmac_signed(rules.client_secret, message, headers["x-signature"])
+        message = string_to_sign(
+            registration.signature, registration.sign_path, token, request.body, headers["x-timestamp"]
+        )
+        if registration.signature == "hmac-sha512":
+            signed = hmac_signed(registration.client_secret, message, headers["x-signature"])
         else:
-            signed = rsa_signed(rules.public_key, message, headers["x-signature"])
-    asked = None if rules.signature == NO_TOKEN else token
+            signed = rsa_signed(registration.public_key, message, headers["x-signature"])
+    asked = None if registration.signature == NO_TOKEN else token
     return Claim(refusal, asked, signed, headers.get("x-external-id", ""), *_asked(request.body))
 
 
-def token_refusal(request: Request, rules: Rules, now: float, skew: float) -> Fault | None:
+def token_refusal(request: Request, registration: Registration, now: float, skew: float) -> Fault | None:
     """What is wrong with a call of the token service, None if nothing is."""
     headers = request.headers
     for name in ("X-CLIENT-KEY", "X-TIMESTAMP", "X-SIGNATURE"):
@@ -184,12 +186,12 @@ def token_refusal(request: Request, rules: Rules, now: float, skew: float) -> Fa
     moment = _moment(headers["x-timestamp"])
     if moment is None:
         return Fault(code="4007301", message="Invalid Field Format X-TIMESTAMP")
-    if headers["x-client-key"] != rules.client_id:
+    if headers["x-client-key"] != registration.client_id:
         return Fault(code="4017300", message="Unauthorized. Unknown Client")
     if abs(moment - now) > skew:
         return Fault(code="4017300", message="Unauthorized. X-TIMESTAMP Out Of Range")
-    message = f"{rules.client_id}|{headers['x-timestamp']}".encode()
-    if not rsa_signed(rules.public_key, message, headers["x-signature"]):
+    message = f"{registration.client_id}|{headers['x-timestamp']}".encode()
+    if not rsa_signed(registration.public_key, message, headers["x-signature"]):
         return BAD_TOKEN_SIGNATURE
     return _grant_refusal(request.body)
 

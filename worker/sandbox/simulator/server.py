@@ -116,7 +116,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def _expire(self, request: Request, simulator: Simulator) -> bool:
         books = simulator.books
         script = books.script
-        fault = books.expire(claim_of(request, simulator.rules, books.now(), script.skew), self._came)
+        fault = books.expire(claim_of(request, simulator.registration, books.now(), script.skew), self._came)
         self._in_flight = True
         try:
             return self._act(fault, SUCCESS, request.keep, script.latency)
@@ -136,7 +136,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def _token(self, request: Request, simulator: Simulator) -> bool:
         books = simulator.books
         script = books.script
-        fault, success = books.token(token_refusal(request, simulator.rules, books.now(), script.skew))
+        fault, success = books.token(token_refusal(request, simulator.registration, books.now(), script.skew))
         return self._act(fault, success, request.keep, script.latency)
 
     def _admin(self, request: Request, simulator: Simulator) -> bool:

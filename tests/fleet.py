@@ -18,7 +18,7 @@ from worker.core.breaker import Breakers, State
 from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Letter, Ordered, Orders
 from worker.core.fleet.own import Changed, MemberSettings, Permit, ReadOrders, Say
-from worker.core.fleet.terms import Lock, Role, Unlock
+from worker.core.fleet.terms import AcquireTerm, ReleaseTerm, Role
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
 
@@ -85,10 +85,10 @@ class Node:
             match action:
                 case Say(to, message):
                     self.world.publish(self, to, Letter(self.name, "client", message))
-                case Lock(term):
-                    self.world.lock(self, term)
-                case Unlock(term):
-                    self.world.unlock(self, term)
+                case AcquireTerm(term):
+                    self.world.acquire_term(self, term)
+                case ReleaseTerm(term):
+                    self.world.release_term(self, term)
                 case Permit(_, until):
                     self.permitted(until)
                 case ReadOrders():
@@ -263,7 +263,7 @@ class World:
         self.total = 0
         self.most = 0
         self.probes: dict[str, deque[float]] = {lane: deque() for lane in LANES}
-        self.locks: dict[int, tuple[str, int]] = {}
+        self.holders: dict[int, tuple[str, int]] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self.events = 0
@@ -380,14 +380,14 @@ class World:
 
         self.at(node.last_in, come)
 
-    def lock(self, node: Node, term: int) -> None:
+    def acquire_term(self, node: Node, term: int) -> None:
         connection = node.connection
         node.last_out = max(node.last_out, self.now + self.rng.uniform(0.0003, 0.003), node.held_back)
 
         def ask() -> None:
             if node.connection != connection:
                 return
-            if self.locks.setdefault(term, (node.name, connection)) == (node.name, connection):
+            if self.holders.setdefault(term, (node.name, connection)) == (node.name, connection):
                 self.terms = max(self.terms, term)
                 self.later(node, lambda: node.member.took(node.clock, term))
             else:
@@ -395,19 +395,19 @@ class World:
 
         self.at(node.last_out, ask)
 
-    def unlock(self, node: Node, term: int) -> None:
+    def release_term(self, node: Node, term: int) -> None:
         connection = node.connection
         node.last_out = max(node.last_out, self.now + self.rng.uniform(0.0003, 0.003), node.held_back)
 
         def give() -> None:
-            if self.locks.get(term) == (node.name, connection):
-                del self.locks[term]
+            if self.holders.get(term) == (node.name, connection):
+                del self.holders[term]
 
         self.at(node.last_out, give)
 
     def closed(self, node: Node) -> None:
-        for term in [term for term, holder in self.locks.items() if holder == (node.name, node.connection)]:
-            del self.locks[term]
+        for term in [term for term, holder in self.holders.items() if holder == (node.name, node.connection)]:
+            del self.holders[term]
 
     # -- what happens to them -----------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from worker.core.fleet.messages import (
 )
 from worker.core.fleet.own import Changed, MemberSettings, Permit, ReadOrders, Say
 from worker.core.fleet.permits import HORIZON, LATE, PACE, Need, Offset, Permits, Shares, Slots, whole
-from worker.core.fleet.terms import ASK, LEASE, RELUCTANT, SETTLE, SILENT, Lock, Role, Terms, Unlock
+from worker.core.fleet.terms import ASK, LEASE, RELUCTANT, SETTLE, SILENT, AcquireTerm, ReleaseTerm, Role, Terms
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
 
@@ -143,7 +143,7 @@ class Asking(Terms):
     """Terms that keep what the broker is to be asked."""
 
     def __init__(self, me: str) -> None:
-        self.steps: list[Lock | Unlock] = []
+        self.steps: list[AcquireTerm | ReleaseTerm] = []
         super().__init__(me, self.steps.append)
 
 
@@ -151,7 +151,7 @@ def led(terms: Asking, now: float, term: int = 1) -> float:
     """It joins, takes the term, and leads; the moment when it may give slots."""
     terms.joined(now)
     terms.tick(now + ASK + 0.2)
-    assert terms.steps == [Lock(term)]
+    assert terms.steps == [AcquireTerm(term)]
     terms.steps.clear()
     terms.took(term, now + 0.5)
     terms.beat_sent(1, now + 0.5)
@@ -189,7 +189,7 @@ def test_a_higher_term_deposes() -> None:
     led(terms, 100.0)
     assert terms.heard_beat("b", 2, 7, 101.0)
 
-    assert (terms.role, terms.leader, terms.steps) == (Role.FOLLOWS, "b", [Unlock(1)])
+    assert (terms.role, terms.leader, terms.steps) == (Role.FOLLOWS, "b", [ReleaseTerm(1)])
     assert not terms.heard_beat("c", 1, 9, 101.1)
     assert not terms.leads(101.0)
 
@@ -207,10 +207,10 @@ def test_a_dead_leader() -> None:
 
     terms = follower(100.0)
     terms.tick(100.7)
-    assert terms.steps == [Lock(4)]
+    assert terms.steps == [AcquireTerm(4)]
     terms.steps.clear()
     terms.took(4, 100.71)
-    assert terms.steps == [Lock(5), Unlock(4)]
+    assert terms.steps == [AcquireTerm(5), ReleaseTerm(4)]
     terms.took(5, 100.72)
     terms.beat_sent(1, 100.72)
     terms.heard_beat("a", 5, 1, 100.73)
@@ -228,7 +228,7 @@ def test_a_silent_leader() -> None:
     terms.tick(100.9)
     assert terms.steps == []
     terms.tick(101.4)
-    assert terms.steps == [Lock(5)]
+    assert terms.steps == [AcquireTerm(5)]
 
 
 def test_a_lost_race() -> None:
@@ -242,7 +242,7 @@ def test_a_lost_race() -> None:
     terms.tick(100.3)
     assert terms.steps == []
     terms.tick(101.0)
-    assert terms.steps == [Lock(6)]
+    assert terms.steps == [AcquireTerm(6)]
 
 
 def test_a_reluctant_member() -> None:
@@ -254,7 +254,7 @@ def test_a_reluctant_member() -> None:
     terms.tick(104.0)
     assert terms.steps == []
     terms.tick(100.0 + RELUCTANT + 1.0)
-    assert terms.steps == [Lock(5)]
+    assert terms.steps == [AcquireTerm(5)]
 
 
 def test_a_lost_connection() -> None:
@@ -275,7 +275,7 @@ def test_a_queue_that_comes_too_late() -> None:
     terms.joined(100.0)
     terms.took(9, 100.1)
 
-    assert terms.steps == [Unlock(9)]
+    assert terms.steps == [ReleaseTerm(9)]
     assert terms.role is Role.FOLLOWS
 
 
@@ -427,7 +427,7 @@ def leading(now: float, **options: Any) -> Member:
     found = member(**options)
     found.joined(now - 2.0)
     found.tick(now - 1.5)
-    assert Lock(1) in found.actions
+    assert AcquireTerm(1) in found.actions
     found.took(now - 1.4, 1)
     beat = next(message for message in said(found) if isinstance(message, Beat))
     found.received(now - 1.39, Letter(found.me, "client", beat))
@@ -809,7 +809,7 @@ def test_an_undelivered_message() -> None:
     one = following(100.0)
     one.undelivered(100.1, "b")
 
-    assert Lock(4) in one.actions
+    assert AcquireTerm(4) in one.actions
 
 
 # -- any order of events ----------------------------------------------------------------------------------------------
@@ -822,7 +822,7 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.now = 100.0
         self.one = member("a", limit=10.0)
-        self.locks: list[int] = []
+        self.asked: list[int] = []
         self.numbers: list[tuple[int, int]] = []
         self.slots: list[float] = []
         self.joined = False
@@ -830,8 +830,8 @@ class AnyOrder(RuleBasedStateMachine):
     def look(self) -> None:
         for action in self.one.actions:
             match action:
-                case Lock(term):
-                    self.locks.append(term)
+                case AcquireTerm(term):
+                    self.asked.append(term)
                 case Permit(_, until):
                     assert until - LATE - 1e-9 <= self.now <= until
                     self.slots.append(self.now)
@@ -856,15 +856,15 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def lose(self) -> None:
         self.joined = False
-        self.locks.clear()
+        self.asked.clear()
         self.numbers.clear()
         self.one.lost(self.now)
         self.look()
 
-    @precondition(lambda self: self.locks)
+    @precondition(lambda self: self.asked)
     @rule(given_=st.booleans())
-    def answer_lock(self, given_: bool) -> None:
-        term = self.locks.pop(0)
+    def answer_acquire(self, given_: bool) -> None:
+        term = self.asked.pop(0)
         (self.one.took if given_ else self.one.taken)(self.now, term)
         self.look()
 

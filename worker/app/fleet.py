@@ -9,7 +9,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, assert_never
 from worker.core.fleet.member import Member
 from worker.core.fleet.messages import Card, FleetMessage, Letter, Orders
 from worker.core.fleet.own import Changed, Permit, ReadOrders, Say
-from worker.core.fleet.terms import Lock, Unlock
+from worker.core.fleet.terms import AcquireTerm, ReleaseTerm
 from worker.core.ports import Clock
 from worker.core.verdict import Kind
 
@@ -23,10 +23,10 @@ class Wire(Protocol):
     def say(self, to: str | None, letter: Letter) -> None:
         """To one member, or to all."""
 
-    def lock(self, term: int) -> None:
+    def acquire_term(self, term: int) -> None:
         """Tries to take the queue of a term: `Fleet.took` or `Fleet.taken` follows."""
 
-    def unlock(self, term: int) -> None:
+    def release_term(self, term: int) -> None:
         """Gives it back."""
 
     def read_orders(self) -> None:
@@ -195,12 +195,12 @@ class Fleet:
                         changed = True
                     case Letter():
                         self.on_token(action)
-                    case Lock(term):
+                    case AcquireTerm(term):
                         if self.wire is not None:
-                            self.wire.lock(term)
-                    case Unlock(term):
+                            self.wire.acquire_term(term)
+                    case ReleaseTerm(term):
                         if self.wire is not None:
-                            self.wire.unlock(term)
+                            self.wire.release_term(term)
                     case ReadOrders():
                         if self.wire is not None:
                             self.wire.read_orders()

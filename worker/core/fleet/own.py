@@ -12,7 +12,7 @@ from typing import Final
 from worker.core.breaker import Breakers
 from worker.core.fleet.messages import FleetMessage, Goodbye, Letter, Orders
 from worker.core.fleet.permits import Permits, zeros
-from worker.core.fleet.terms import Lock, Role, Terms, Unlock
+from worker.core.fleet.terms import AcquireTerm, ReleaseTerm, Role, Terms
 from worker.core.lanes import LANES
 from worker.core.retry import MAX_RETRY_AFTER
 
@@ -64,7 +64,7 @@ class Changed:
     """Senders have to look again."""
 
 
-Action = Say | Permit | ReadOrders | Changed | Letter | Lock | Unlock
+Action = Say | Permit | ReadOrders | Changed | Letter | AcquireTerm | ReleaseTerm
 """A letter is a message about tokens, for those who know them."""
 
 

@@ -44,15 +44,15 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Lock:
+class AcquireTerm:
     """To the broker: try to take the exclusive queue of this term."""
 
     term: int
 
 
 @dataclass(frozen=True, slots=True)
-class Unlock:
-    """To the broker: give it back."""
+class ReleaseTerm:
+    """To the broker: give the queue of this term back."""
 
     term: int
 
@@ -63,7 +63,7 @@ class Terms:
     asked, in order."""
 
     me: str
-    ask: Callable[[Lock | Unlock], None]
+    ask: Callable[[AcquireTerm | ReleaseTerm], None]
     role: Role = Role.APART
     term: int = 0
     leader: str | None = None
@@ -75,7 +75,7 @@ class Terms:
     lease: float = 0.0
     begins: float = 0.0
     """When our own term's first slot may be."""
-    _locking: int | None = None
+    _acquiring: int | None = None
     _highest: int = 0
     """The highest term of which we know that somebody had its queue."""
     _leader_gone: bool = False
@@ -92,7 +92,7 @@ class Terms:
 
     def lost(self) -> None:
         """The connection is gone, and with it every queue of ours."""
-        self.role, self.leader, self._locking = Role.APART, None, None
+        self.role, self.leader, self._acquiring = Role.APART, None, None
         self._sent.clear()
 
     def leads(self, now: float) -> bool:
@@ -126,27 +126,27 @@ class Terms:
 
     def took(self, term: int, now: float) -> None:
         """The broker gave us the queue of this term."""
-        if self._locking != term:
-            self.ask(Unlock(term))  # it was asked for on an earlier connection, or too late
+        if self._acquiring != term:
+            self.ask(ReleaseTerm(term))  # it was asked for on an earlier connection, or too late
             return
-        self._locking = None
+        self._acquiring = None
         if term <= self.term and self.leader is not None:
             if term == self.term:  # its holder's connection is gone
                 self._leader_gone, self.leader = True, None
-                self._lock()
-            self.ask(Unlock(term))
+                self._acquire()
+            self.ask(ReleaseTerm(term))
             return
         if term < self.term or self.role is not Role.FOLLOWS:
-            self.ask(Unlock(term))
+            self.ask(ReleaseTerm(term))
             return
         self.role, self.term, self.leader = Role.CLAIMS, term, self.me
         self._sent.clear()
 
     def taken(self, term: int, now: float) -> None:
         """Another connection has it."""
-        if self._locking != term:
+        if self._acquiring != term:
             return
-        self._locking, self._leader_gone = None, False
+        self._acquiring, self._leader_gone = None, False
         self._highest = max(self._highest, term)
         self._look = now + CHECK + 0.1 * self.jitter()
 
@@ -164,19 +164,19 @@ class Terms:
             for number in [number for number, sent in self._sent.items() if now - sent > 10 * LEASE]:
                 del self._sent[number]
             return
-        if self.role is not Role.FOLLOWS or self._locking is not None or now < self._look:
+        if self.role is not Role.FOLLOWS or self._acquiring is not None or now < self._look:
             return
         silence = now - self.heard
         if self.reluctant and silence < RELUCTANT:
             self._look = now + CHECK
         elif self.leader is None or silence > SILENT:
-            self._lock()
+            self._acquire()
         else:
-            self._lock(self.term)
+            self._acquire(self.term)
 
-    def _lock(self, term: int | None = None) -> None:
-        self._locking = term = max(self.term, self._highest) + 1 if term is None else term
-        self.ask(Lock(term))
+    def _acquire(self, term: int | None = None) -> None:
+        self._acquiring = term = max(self.term, self._highest) + 1 if term is None else term
+        self.ask(AcquireTerm(term))
 
     def _echo(self, term: int, number: int, now: float) -> None:
         sent = self._sent.pop(number, None)
@@ -191,6 +191,6 @@ class Terms:
             self.lease = max(self.lease, sent + LEASE)
 
     def _step_down(self) -> None:
-        self.ask(Unlock(self.term))
+        self.ask(ReleaseTerm(self.term))
         self.role, self.lease = Role.FOLLOWS, 0.0
         self._sent.clear()

@@ -126,7 +126,7 @@ class FleetLink:
         exchange, key = (self._names.fleet, "") if to is None else ("", self._names.member(to))
         self._publish(exchange, key, letter, mandatory=to is not None)
 
-    def lock(self, term: int) -> None:
+    def acquire_term(self, term: int) -> None:
         """On a channel of its own, which the broker closes when somebody else has the queue."""
         connection, queue = self._connection, self._names.leader(self._fleet.member.client, term)
         told: list[bool] = []
@@ -147,7 +147,7 @@ class FleetLink:
 
         self._errand(opened)
 
-    def unlock(self, term: int) -> None:
+    def release_term(self, term: int) -> None:
         if self._joined and self._channel.is_open:
             self._channel.queue_delete(self._names.leader(self._fleet.member.client, term), callback=lambda _: None)
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from worker.core.breaker import Breakers, State
 from worker.core.fleet.member import Member
-from worker.core.fleet.messages import Letter, Ordered, Orders
+from worker.core.fleet.messages import Letter, OperatorOrders, Ordered
 from worker.core.fleet.own import Changed, MemberSettings, Permit, ReadOrders, Say
 from worker.core.fleet.terms import AcquireTerm, ReleaseTerm, Role
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
@@ -253,7 +253,7 @@ class World:
         self.limit = limit
         self.loss = loss
         self.senders = senders
-        self.orders: Orders | None = None
+        self.orders: OperatorOrders | None = None
         self.outage = False
         self.broker_down = 0.0
         self.connections = itertools.count(1)
@@ -411,7 +411,7 @@ class World:
 
     # -- what happens to them -----------------------------------------------------------------------------------------
 
-    def order(self, orders: Orders) -> None:
+    def order(self, orders: OperatorOrders) -> None:
         """An operator's tool speaks."""
         self.orders = orders
         for node in self.nodes:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.rabbit import Rabbit
 from tests.waiting import wait_until
-from worker.core.fleet.messages import Limit, Orders
+from worker.core.fleet.messages import Limit, OperatorOrders
 from worker.core.topology import Names, QueueType
 from worker.settings import AmqpSettings, Secret
 from worker.shells.amqp.fleet_tool import fleet_tool
@@ -13,11 +13,11 @@ from worker.shells.amqp.fleet_tool import fleet_tool
 @pytest.mark.parametrize("kind", ["quorum", "classic"])
 def test_an_order_while_somebody_looks(amqp_url: str, prefix: str, kind: QueueType) -> None:
     """An order that is given while somebody has the one before in hand is not lost, and replaces it."""
-    old, new = Orders(1, {}, Limit(10.0, "ana@desk")), Orders(2, {}, Limit(20.0, "budi@desk"))
+    old, new = OperatorOrders(1, {}, Limit(10.0, "ana@desk")), OperatorOrders(2, {}, Limit(20.0, "budi@desk"))
     names = Names(prefix)
     settings = AmqpSettings(url=Secret(amqp_url), prefix=prefix, queue_type=kind)
     with fleet_tool(settings) as tool, Rabbit(amqp_url) as rabbit, Rabbit(amqp_url) as other:
-        assert tool.orders() == Orders()
+        assert tool.orders() == OperatorOrders()
         tool.order(old, {})
         in_hand = other.plain_channel()
         assert in_hand.basic_get(names.orders)[0]
@@ -32,7 +32,7 @@ def test_what_is_no_order_is_replaced(amqp_url: str, prefix: str) -> None:
     """A message of somebody else says nothing, and goes when an order comes."""
     with fleet_tool(AmqpSettings(url=Secret(amqp_url), prefix=prefix)) as tool, Rabbit(amqp_url) as rabbit:
         rabbit.publish("", Names(prefix).orders, b"no order")
-        assert tool.orders() == Orders()
-        tool.order(Orders(1, {}, Limit(10.0)), {})
-        assert tool.orders() == Orders(1, {}, Limit(10.0))
+        assert tool.orders() == OperatorOrders()
+        tool.order(OperatorOrders(1, {}, Limit(10.0)), {})
+        assert tool.orders() == OperatorOrders(1, {}, Limit(10.0))
         wait_until(lambda: rabbit.depth(Names(prefix).orders) == 1, 10, "only the order is left")

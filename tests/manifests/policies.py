@@ -20,7 +20,7 @@ from worker.core.lanes import CANCELLATION, LANES, SWEEP, sweep_cap
 from worker.core.topology import Names
 from worker.processes import MARGIN_SECONDS
 from worker.service import LOOP_SILENT, MISCONFIGURED
-from worker.settings import AmqpSettings, GatewaySettings, Group, RetrySettings, WorkerSettings
+from worker.settings import AmqpSettings, GatewaySettings, RetrySettings, SettingsGroup, WorkerSettings
 from worker.wiring import PREFETCH_PER_SENDER
 
 Complaints = Iterator[str]
@@ -352,7 +352,7 @@ def _mounted(manifests: Manifests, pod: Pod, container: Manifest, path: PurePosi
     return False
 
 
-def setting(manifests: Manifests, group: type[Group], name: str) -> Any:
+def setting(manifests: Manifests, group: type[SettingsGroup], name: str) -> Any:
     """A setting as the worker would have it, default included; those that are secrets or files aside."""
     value = manifests.settings().get(group.variable(name), "")
     field = group.declared()[name]

@@ -12,7 +12,7 @@ from tests.brokers import PrivateBroker, PrivateCluster
 from tests.load import Scene, confirm_seconds, under_load
 from tests.rabbit import delete_topology, new_prefix
 from tests.worker_process import Producer, WorkerProcess
-from worker.core.fleet.messages import Limit, Orders
+from worker.core.fleet.messages import Limit, OperatorOrders
 from worker.core.lanes import CANCELLATION
 from worker.core.topology import Names
 from worker.sandbox.simulator import Script, Simulator
@@ -156,7 +156,7 @@ def test_a_worker_starts_while_a_node_is_down(cluster: PrivateCluster, tmp_path:
 
     with under_load(cluster.urls[0], tmp_path, urls=cluster.urls) as scene:
         with fleet_tool(AmqpSettings(url=Secret(cluster.urls[0]), prefix=scene.names.prefix)) as tool:
-            tool.order(Orders(1, {}, Limit(90.0, "ana@desk")), {})
+            tool.order(OperatorOrders(1, {}, Limit(90.0, "ana@desk")), {})
         for number, victim in enumerate(cluster.nodes):
             left = [node.url for node in others(cluster, victim)]
             directory = tmp_path / f"second-{number}"

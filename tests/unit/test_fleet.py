@@ -29,8 +29,8 @@ from worker.core.fleet.messages import (
     Limit,
     MemberGrant,
     MemberReport,
+    OperatorOrders,
     Ordered,
-    Orders,
     Pause,
     Probe,
     Probed,
@@ -41,7 +41,7 @@ from worker.core.fleet.messages import (
     encode_orders,
 )
 from worker.core.fleet.own import Changed, MemberSettings, Permit, ReadOrders, Say
-from worker.core.fleet.permits import HORIZON, LATE, PACE, Need, Offset, Permits, Shares, Slots, whole
+from worker.core.fleet.permits import HORIZON, LATE, PACE, Demand, Offset, Permits, Shares, Slots, whole
 from worker.core.fleet.terms import ASK, LEASE, RELUCTANT, SETTLE, SILENT, AcquireTerm, ReleaseTerm, Role, Terms
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
@@ -131,7 +131,7 @@ def test_too_long_a_message() -> None:
 def test_orders_come_back() -> None:
     """What rests at the broker is read again."""
 
-    orders = Orders(3, {SWEEP: Pause("me@host", "why", 5.0, 60.0)}, Limit(5.0, "me@host", "slow", 6.0))
+    orders = OperatorOrders(3, {SWEEP: Pause("me@host", "why", 5.0, 60.0)}, Limit(5.0, "me@host", "slow", 6.0))
 
     assert decode_orders(encode_orders(orders)) == orders
 
@@ -299,8 +299,8 @@ def test_cancellations_come_first() -> None:
     """Every eighth slot is the sweep's while cancellations of any member wait, all of them when none does."""
 
     shares = Shares(Slots(100_000.0))
-    shares.need("a").reported({SWEEP: 1000}, {})
-    shares.need("b").reported({CANCELLATION: 64}, {})
+    shares.demand("a").reported({SWEEP: 1000}, {})
+    shares.demand("b").reported({CANCELLATION: 64}, {})
     given = shares.give("x", 0.0, 1.0)
 
     assert [lane for _, lane in given["b"]] == [CANCELLATION] * 64
@@ -313,7 +313,7 @@ def test_members_have_their_turns() -> None:
 
     shares = Shares(Slots(100.0))
     for name in "abcd":
-        shares.need(name).reported({SWEEP: 50}, {})
+        shares.demand(name).reported({SWEEP: 50}, {})
     given = shares.give("a", 0.0, 1.0)
 
     assert {len(slots) for slots in given.values()} <= {3, 4}
@@ -325,13 +325,13 @@ def test_a_lanes_turns_do_not_hang_on_the_other_lane() -> None:
 
     shares = Shares(Slots(100.0))
     for name in "abcd":
-        shares.need(name).reported({SWEEP: 50}, {})
+        shares.demand(name).reported({SWEEP: 50}, {})
     for second in range(60):
-        shares.need("b").wanted[CANCELLATION] = int(second % 3 == 0)
+        shares.demand("b").wanted[CANCELLATION] = int(second % 3 == 0)
         shares.give("x", second, second + 0.031)  # one slot
-        for need in shares.needs.values():
-            need.seen = dict(need.given)
-    swept = {name: need.given[SWEEP] for name, need in shares.needs.items()}
+        for demand in shares.demands.values():
+            demand.seen = dict(demand.given)
+    swept = {name: demand.given[SWEEP] for name, demand in shares.demands.items()}
 
     assert max(swept.values()) - min(swept.values()) <= 1
 
@@ -340,7 +340,7 @@ def test_a_silent_member_wastes_little() -> None:
     """A member that shows no sign of having seen its slots gets no more than a part of a second's."""
 
     shares, now, total = Shares(Slots(100.0)), 0.0, 0
-    shares.need("a").reported({SWEEP: 1000}, {})
+    shares.demand("a").reported({SWEEP: 1000}, {})
     for _ in range(100):
         now += 0.05
         total += len(shares.give("x", now, now + 1).get("a", ()))
@@ -351,13 +351,13 @@ def test_a_silent_member_wastes_little() -> None:
 def test_a_report_that_crosses_slots() -> None:
     """Slots that were on their way when a member reported are not given twice."""
 
-    need = Need()
-    need.reported({SWEEP: 5}, {})
-    need.given[SWEEP], need.wanted[SWEEP] = 3, 2
-    need.reported({SWEEP: 5}, {SWEEP: 1})
+    demand = Demand()
+    demand.reported({SWEEP: 5}, {})
+    demand.given[SWEEP], demand.wanted[SWEEP] = 3, 2
+    demand.reported({SWEEP: 5}, {SWEEP: 1})
 
-    assert need.wanted[SWEEP] == 3
-    assert need.unseen() == 2
+    assert demand.wanted[SWEEP] == 3
+    assert demand.unseen() == 2
 
 
 @given(
@@ -733,7 +733,7 @@ def test_the_smallest_limit_holds() -> None:
     assert one.limit(103.0) == 20.0
     one.received(103.0, Letter("b", "client", Goodbye()))
     assert one.limit(103.1) == 50.0
-    one.received(104.0, Letter("tool", "", Ordered(Orders(1, limit=Limit(80.0)))))
+    one.received(104.0, Letter("tool", "", Ordered(OperatorOrders(1, limit=Limit(80.0)))))
     assert one.limit(104.1) == 80.0
 
 
@@ -741,8 +741,8 @@ def test_old_orders_change_nothing() -> None:
     """Of two orders the later revision holds, in whatever order they come."""
 
     one = leading(100.0)
-    one.received(100.1, Letter("tool", "", Ordered(Orders(2, {SWEEP: Pause()}))))
-    one.received(100.2, Letter("tool", "", Ordered(Orders(1))))
+    one.received(100.1, Letter("tool", "", Ordered(OperatorOrders(2, {SWEEP: Pause()}))))
+    one.received(100.2, Letter("tool", "", Ordered(OperatorOrders(1))))
     assert one.own.standing.paused(SWEEP, 100.3)
     assert not one.own.standing.paused(CANCELLATION, 100.3)
 
@@ -751,7 +751,7 @@ def test_a_pause_ends_by_itself() -> None:
     """A pause for some seconds is over after them, for those too who heard of it from the leader."""
 
     one = following(100.0)
-    orders = Orders(1, {SWEEP: Pause(seconds=60.0)})
+    orders = OperatorOrders(1, {SWEEP: Pause(seconds=60.0)})
     one.received(100.1, Letter("b", "client", Beat(3, 2, 50.1, sure=True, orders=orders, pauses={SWEEP: 20.0})))
     assert one.own.standing.paused(SWEEP, 120.0)
     one.tick(120.2)
@@ -800,7 +800,7 @@ def test_a_member_that_comes_back_gets_slots() -> None:
     one.received(101.1, Letter("b", "client", MemberReport(1, 1, wanted={SWEEP: 1})))
     keep(one, 101.2)
 
-    assert one.leader.shares.needs["b"].unseen() <= 1
+    assert one.leader.shares.demands["b"].unseen() <= 1
 
 
 def test_an_undelivered_message() -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.fleet import Broken, World
 from worker.core.breaker import Breakers, State
 from worker.core.fleet import follower, permits, terms
-from worker.core.fleet.messages import Limit, Orders, Pause
+from worker.core.fleet.messages import Limit, OperatorOrders, Pause
 from worker.core.lanes import LANES, SWEEP
 
 
@@ -138,7 +138,7 @@ def test_an_operators_pause_reaches_all() -> None:
     late = world.nodes[0]
     late.kill()
     pauses = {lane: Pause("ops@host", "maintenance", 0.0, 30.0) for lane in LANES}
-    world.order(Orders(1, pauses))
+    world.order(OperatorOrders(1, pauses))
     world.run(12.0)
     before = world.total
     late.restart()
@@ -154,7 +154,7 @@ def test_an_operators_limit_reaches_all() -> None:
 
     world = World(4, 5, 50.0, faults=False)
     world.run(10.0)
-    world.order(Orders(1, limit=Limit(10.0, "ops@host")))
+    world.order(OperatorOrders(1, limit=Limit(10.0, "ops@host")))
     world.run(12.0)
     before = world.total
     world.run(42.0)

@@ -19,7 +19,7 @@ from tests.fakes import FakeClock
 from worker.app.sweep import LAST_CONFIRMS_SECONDS, Ended, Sweep
 from worker.core.command import Command, parse
 from worker.core.delivery import COPY_ID, EFFECT_UNKNOWN
-from worker.core.fleet.messages import Beat, BreakerState, Letter, Orders, Pause
+from worker.core.fleet.messages import Beat, BreakerState, Letter, OperatorOrders, Pause
 from worker.core.fleet.messages import encode as encode_letter
 from worker.core.needs import NEEDS, settled
 from worker.core.outcome import Outcome, Reason, encode
@@ -930,10 +930,10 @@ def test_silence_is_put_as_a_question() -> None:
         (Beat(1, 1, 0.0, breakers={"cancellation": BreakerState(2, 60.0, 40.0)}), ""),
         (Beat(1, 1, 0.0, hold=12.0), "paused: the gateway asks for fewer calls, for 12 s more"),
         (
-            Beat(1, 1, 0.0, orders=Orders(1, {"sweep": Pause("ana@desk", "maintenance")})),
+            Beat(1, 1, 0.0, orders=OperatorOrders(1, {"sweep": Pause("ana@desk", "maintenance")})),
             "paused by ana@desk (maintenance): `qris-expire fleet resume` ends it",
         ),
-        (Beat(1, 1, 0.0, orders=Orders(1, {"sweep": Pause("ana@desk")}), pauses={"sweep": 0.0}), ""),
+        (Beat(1, 1, 0.0, orders=OperatorOrders(1, {"sweep": Pause("ana@desk")}), pauses={"sweep": 0.0}), ""),
         (Beat(1, 1, 0.0), ""),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, assert_never
 
 from worker.core.fleet.member import Member
-from worker.core.fleet.messages import Card, FleetMessage, Letter, Orders
+from worker.core.fleet.messages import Card, FleetMessage, Letter, OperatorOrders
 from worker.core.fleet.own import Changed, Permit, ReadOrders, Say
 from worker.core.fleet.terms import AcquireTerm, ReleaseTerm
 from worker.core.ports import Clock
@@ -148,7 +148,7 @@ class Fleet:
         """We test ourselves: `tested` or `probe_lost` follows."""
         self.member.own.health.testing = True
 
-    def rested(self, orders: Orders | None) -> None:
+    def rested(self, orders: OperatorOrders | None) -> None:
         """What rested at the broker."""
         self._rested(orders, {} if orders is None else orders.left(self._clock.epoch()))
 

@@ -16,12 +16,12 @@ from worker.core.fitness import hides_commands, version_problem
 from worker.core.lanes import LANES
 from worker.core.scheme import NO_TOKEN, oddity_of
 from worker.core.topology import topology
-from worker.settings import GROUPS, AmqpSettings, GatewaySettings, Group, RetrySettings, SettingsError, load
+from worker.settings import GROUPS, AmqpSettings, GatewaySettings, RetrySettings, SettingsError, SettingsGroup, load
 
 if TYPE_CHECKING:
     from worker.core.diagnosis import Finding
 
-G = TypeVar("G", bound="Group")
+G = TypeVar("G", bound="SettingsGroup")
 Say = Callable[[str, str, str], None]
 
 

@@ -20,7 +20,7 @@ from worker.settings import AmqpSettings, load
 from worker.shells import operator
 
 if TYPE_CHECKING:
-    from worker.core.fleet.messages import Card, Limit, Orders, Pause
+    from worker.core.fleet.messages import Card, Limit, OperatorOrders, Pause
     from worker.shells.amqp.fleet_tool import FleetTool
 
 ACTS_WITHIN: Final = 2.0  # seconds in which every member obeys
@@ -140,7 +140,7 @@ def _tool() -> AbstractContextManager[FleetTool]:
     return fleet_tool(load(AmqpSettings))
 
 
-def _order(change: Callable[[Orders], Orders]) -> int:
+def _order(change: Callable[[OperatorOrders], OperatorOrders]) -> int:
     """Changes what operators want, and waits until all that answer obey."""
 
     with _tool() as tool:
@@ -220,7 +220,7 @@ def _name(card: Card) -> str:
     return f"{card.host} process {card.process}"
 
 
-def _in_words(orders: Orders) -> list[str]:
+def _in_words(orders: OperatorOrders) -> list[str]:
     """What operators want: who, when and why."""
     now, lines = time.time(), []
     for lane, wanted in sorted(orders.pauses.items()):

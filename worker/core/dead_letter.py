@@ -177,8 +177,9 @@ def redriven(names: Names, letter: DeadLetter, parcel: Parcel, copy_id: str, now
 
 
 @dataclass(slots=True)
-class Group:
-    """Dead letters of one reason and lane. ``ages`` counts them by `AGES` and beyond; of unknown age are the rest."""
+class AgeCounts:
+    """How many dead letters there are, and how old they are. ``ages`` counts them by `AGES` and beyond; of unknown age
+    are the rest."""
 
     count: int = 0
     ages: list[int] = field(default_factory=lambda: [0] * (len(AGES) + 1))
@@ -199,18 +200,18 @@ class Census:
     """Counts by reason and lane, in bounded memory."""
 
     now: float
-    kinds: dict[tuple[str, str], Group] = field(default_factory=dict)
-    total: Group = field(default_factory=Group)
+    kinds: dict[tuple[str, str], AgeCounts] = field(default_factory=dict)
+    total: AgeCounts = field(default_factory=AgeCounts)
 
     def add(self, letter: DeadLetter) -> None:
         """One more."""
         key = (letter.reason, letter.lane or UNKNOWN)
         if key not in self.kinds and len(self.kinds) >= MAX_KINDS:
             key = ("other", UNKNOWN)
-        self.kinds.setdefault(key, Group()).add(letter.parked_at, self.now)
+        self.kinds.setdefault(key, AgeCounts()).add(letter.parked_at, self.now)
         self.total.add(letter.parked_at, self.now)
 
-    def lines(self) -> list[tuple[str, str, Group]]:
+    def lines(self) -> list[tuple[str, str, AgeCounts]]:
         """The largest first."""
         ordered = sorted(self.kinds.items(), key=lambda item: (-item[1].count, item[0]))
         return [(reason, lane, kind) for (reason, lane), kind in ordered]

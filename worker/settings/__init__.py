@@ -6,7 +6,7 @@ README's table. No library does this work: the rules and their words would be ou
 one costs a short command such as ``publish`` as much CPU time as everything else that it does.
 """
 
-from worker.settings.group import Group, Secret, SettingsError, read_secret_file
+from worker.settings.group import Secret, SettingsError, SettingsGroup, read_secret_file
 from worker.settings.groups import (
     GROUPS,
     AmqpSettings,
@@ -28,13 +28,13 @@ __all__ = [
     "BreakerSettings",
     "DefaultMerchant",
     "GatewaySettings",
-    "Group",
     "LogSettings",
     "MetricsSettings",
     "RetrySettings",
     "Secret",
     "Settings",
     "SettingsError",
+    "SettingsGroup",
     "WorkerSettings",
     "load",
     "read_secret_file",

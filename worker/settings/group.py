@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self, TypeVar, dataclass_transform
 
-G = TypeVar("G", bound="Group")
+G = TypeVar("G", bound="SettingsGroup")
 
 MAX_SECRET_BYTES: Final = 65_536
 """The path of a secret may lead to a log or a device; reading it must not fill the memory."""
@@ -85,7 +85,7 @@ def mounted(variable: str, *, default: None) -> Any:
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting, mounted))
-class Group:
+class SettingsGroup:
     """Settings whose variables begin with one prefix. `load` makes them from text; a direct call takes values."""
 
     variables: ClassVar[str]
@@ -151,7 +151,9 @@ def read_secret_file(path: Path) -> Secret:
     return Secret(text)
 
 
-def read_mounted(group: type[Group], name: str, path: Path, texts: dict[str, str], wrong: dict[str, str]) -> None:
+def read_mounted(
+    group: type[SettingsGroup], name: str, path: Path, texts: dict[str, str], wrong: dict[str, str]
+) -> None:
     """Puts the text of a mounted secret and its path into ``texts``, or what is wrong with it into ``wrong``."""
     file_field = group.file_forms()[name]
     try:

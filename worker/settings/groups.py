@@ -12,13 +12,13 @@ from worker.core.scheme import WITH_SECRET, Scheme, oddity_of
 from worker.core.topology import Names, QueueType
 from worker.core.urls import is_loopback, is_tls, split_amqp_urls
 from worker.settings import rules
-from worker.settings.group import Group, Secret, mounted, setting
+from worker.settings.group import Secret, SettingsGroup, mounted, setting
 
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class AmqpSettings(Group, variables="AMQP_"):
+class AmqpSettings(SettingsGroup, variables="AMQP_"):
     """The broker."""
 
     url: Secret = setting(
@@ -73,13 +73,13 @@ def _merchant() -> Any:
     return setting(rules.identifier, "Merchant of the commands that carry none.", default=None)
 
 
-class DefaultMerchant(Group, variables="GATEWAY_MERCHANT_"):
+class DefaultMerchant(SettingsGroup, variables="GATEWAY_MERCHANT_"):
     """The one setting of the gateway that a sweep through the broker looks at."""
 
     id: str | None = _merchant()
 
 
-class GatewaySettings(Group, variables="GATEWAY_"):
+class GatewaySettings(SettingsGroup, variables="GATEWAY_"):
     """The payment gateway."""
 
     allow_http: bool = setting(rules.flag, "`true` allows plain http to other hosts than this one.", default=False)
@@ -151,7 +151,7 @@ class GatewaySettings(Group, variables="GATEWAY_"):
 
     @classmethod
     def file_forms(cls) -> dict[str, str]:
-        """See `Group`. The file of the private key is not text: it is read by its content, see `core.signing`."""
+        """See `SettingsGroup`. The file of the private key is not text: `core.signing` reads it by its content."""
         return {name: file for name, file in super().file_forms().items() if name != "private_key"}
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ class GatewaySettings(Group, variables="GATEWAY_"):
             yield "cert_file", "is only used with https; correct GATEWAY_BASE_URL, or unset it"
 
 
-class RetrySettings(Group, variables="RETRY_"):
+class RetrySettings(SettingsGroup, variables="RETRY_"):
     """How one command is retried: attempts in process, and delayed rounds in the broker."""
 
     max_attempts: int = setting(rules.whole(least=1, most=100), "Most calls in a round; all of them count.", default=4)
@@ -205,7 +205,7 @@ class RetrySettings(Group, variables="RETRY_"):
             yield "max_seconds", "must not be below RETRY_INITIAL_SECONDS"
 
 
-class BreakerSettings(Group, variables="BREAKER_"):
+class BreakerSettings(SettingsGroup, variables="BREAKER_"):
     """When to stop calling a gateway that fails."""
 
     failures: int = setting(
@@ -223,7 +223,7 @@ class BreakerSettings(Group, variables="BREAKER_"):
             yield "max_cooldown_seconds", "must not be below BREAKER_COOLDOWN_SECONDS"
 
 
-class WorkerSettings(Group, variables="WORKER_"):
+class WorkerSettings(SettingsGroup, variables="WORKER_"):
     """How much is done at once."""
 
     concurrency: int = setting(rules.whole(least=1, most=1024), "Requests in flight per process.", default=32)
@@ -234,7 +234,7 @@ class WorkerSettings(Group, variables="WORKER_"):
     processes: int = setting(rules.whole(least=1, most=64), "Processes under one parent.", default=1)
 
 
-class MetricsSettings(Group, variables="METRICS_"):
+class MetricsSettings(SettingsGroup, variables="METRICS_"):
     """Where metrics and health are served."""
 
     host: str = setting(
@@ -243,7 +243,7 @@ class MetricsSettings(Group, variables="METRICS_"):
     port: int = setting(rules.whole(least=1, most=65_535), "Their port.", default=9108)
 
 
-class LogSettings(Group, variables="LOG_"):
+class LogSettings(SettingsGroup, variables="LOG_"):
     """What is logged, and how."""
 
     format: LogFormat | None = setting(
@@ -306,7 +306,7 @@ class Settings:
                 yield f"{self.gateway.variable(name)}: {oddity}"
 
 
-GROUPS: Final[tuple[type[Group], ...]] = tuple(get_type_hints(Settings).values())
+GROUPS: Final[tuple[type[SettingsGroup], ...]] = tuple(get_type_hints(Settings).values())
 """Those of `Settings`, in its order."""
 
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from worker.settings.group import SERVICE_LINK, Group, SettingsError, build, is_service_link, read_mounted
+from worker.settings.group import SERVICE_LINK, SettingsError, SettingsGroup, build, is_service_link, read_mounted
 from worker.settings.groups import GROUPS, Settings
 
-G = TypeVar("G", bound=Group)
-H = TypeVar("H", bound=Group)
+G = TypeVar("G", bound=SettingsGroup)
+H = TypeVar("H", bound=SettingsGroup)
 Variables = Mapping[str, str]
 
 
@@ -26,7 +26,7 @@ def load(group: type[G], /, *, environ: Variables = ..., env_file: Path | None =
 def load(
     group: type[G], other: type[H], /, *, environ: Variables = ..., env_file: Path | None = ...
 ) -> tuple[G, H]: ...
-def load(*groups: type[Group], environ: Variables = os.environ, env_file: Path | None = Path(".env")) -> Any:
+def load(*groups: type[SettingsGroup], environ: Variables = os.environ, env_file: Path | None = Path(".env")) -> Any:
     """All `Settings`; with one group named that group, with two both.
 
     The environment wins over ``env_file``; an empty variable is unset. Only variables of the wanted groups
@@ -35,7 +35,7 @@ def load(*groups: type[Group], environ: Variables = os.environ, env_file: Path |
     problems: list[str] = []
     sources = [_set_ones(environ), _set_ones(_env_file(env_file, problems))]
     problems += _unknown(groups or GROUPS, sources)
-    made: list[Group] = []
+    made: list[SettingsGroup] = []
     for group in groups or GROUPS:
         try:
             made.append(build(group, *_texts(group, sources)))
@@ -88,7 +88,7 @@ def _untrusted(status: os.stat_result) -> str:
     return ""
 
 
-def _unknown(groups: Iterable[type[Group]], sources: Iterable[Variables]) -> Iterator[str]:
+def _unknown(groups: Iterable[type[SettingsGroup]], sources: Iterable[Variables]) -> Iterator[str]:
     known = {group.variable(name) for group in groups for name in group.declared()}
     prefixes = tuple(group.variables for group in groups)
     given = {name: value for source in sources for name, value in source.items()}
@@ -104,7 +104,7 @@ def _suggestion(name: str, value: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]}?" if nearest else "remove it, no setting has a name like it"
 
 
-def _texts(group: type[Group], sources: Iterable[Variables]) -> tuple[dict[str, str], dict[str, str]]:
+def _texts(group: type[SettingsGroup], sources: Iterable[Variables]) -> tuple[dict[str, str], dict[str, str]]:
     """Field → text, and field → what is wrong with how it was given."""
     texts: dict[str, str] = {}
     wrong: dict[str, str] = {}
@@ -124,7 +124,7 @@ def _texts(group: type[Group], sources: Iterable[Variables]) -> tuple[dict[str, 
     return texts, wrong
 
 
-def _given(group: type[Group], names: Iterable[str], source: Variables) -> dict[str, str]:
+def _given(group: type[SettingsGroup], names: Iterable[str], source: Variables) -> dict[str, str]:
     return {name: source[group.variable(name)] for name in names if group.variable(name) in source}
 
 

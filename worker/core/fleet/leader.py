@@ -135,7 +135,7 @@ class Leader:
         self.count(member, report.failures, now)
         self.judge(now)
         if member not in self.sick:
-            self.shares.need(member).reported(report.wanted, report.seen)
+            self.shares.demand(member).reported(report.wanted, report.seen)
 
     def tick(self, now: float) -> None:
         """Beats, and forgets members that are silent and probes that do not come back."""
@@ -153,7 +153,7 @@ class Leader:
         """It is gone."""
         if self.peers.pop(member, None) is None:
             return
-        self.shares.needs.pop(member, None)
+        self.shares.demands.pop(member, None)
         self.sick.discard(member)
         self._suspects = {lane: suspect for lane, suspect in self._suspects.items() if suspect != member}
         self._lose(now, [number for number, probe in self._probes.items() if probe.member == member])
@@ -243,7 +243,7 @@ class Leader:
         for name, peer in self.peers.items():
             if name not in self.sick and self._fails_alone(name, peer):
                 self.sick.add(name)
-                self.shares.needs.pop(name, None)
+                self.shares.demands.pop(name, None)
                 self.beat_soon(now)
 
     def _fails_alone(self, name: str, peer: Peer) -> bool:
@@ -362,7 +362,7 @@ class Leader:
     def share(self, now: float, until: float) -> None:
         """Gives out slots up to the moment ``until``, our own ones to ourselves."""
         own = self._own
-        self.shares.need(own.me).wanted = own.wanted()
+        self.shares.demand(own.me).wanted = own.wanted()
         limit = own.standing.limit(self.limit(now))
         if not limit or now >= until:
             return

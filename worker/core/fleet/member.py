@@ -24,8 +24,8 @@ from worker.core.fleet.messages import (
     Letter,
     MemberGrant,
     MemberReport,
+    OperatorOrders,
     Ordered,
-    Orders,
     Probe,
     Probed,
     Throttled,
@@ -217,7 +217,7 @@ class Member:
         elif self._leads:
             self.leader.forget(to, now)
 
-    def rested(self, now: float, orders: Orders | None, left: Mapping[str, float]) -> None:
+    def rested(self, now: float, orders: OperatorOrders | None, left: Mapping[str, float]) -> None:
         """What operators want, as it rested at the broker; ``left``: seconds left of pauses that end by themselves."""
         self._know(orders, left, now)
         if self._leads:
@@ -345,7 +345,7 @@ class Member:
         elif not listed and self.own.health.sick:
             self._recover()
 
-    def _know(self, orders: Orders | None, left: Mapping[str, float], now: float) -> None:
+    def _know(self, orders: OperatorOrders | None, left: Mapping[str, float], now: float) -> None:
         """What operators want, by the broker or a leader that is sure of it."""
         if orders is not None and orders.revision >= self.own.standing.orders.revision:
             self._obey(orders, left, now)
@@ -353,7 +353,7 @@ class Member:
             self.own.standing.sure = True
             self.own.changed()
 
-    def _obey(self, orders: Orders, left: Mapping[str, float], now: float) -> None:
+    def _obey(self, orders: OperatorOrders, left: Mapping[str, float], now: float) -> None:
         if self.own.standing.obey(orders, left, now):
             if self._leads:
                 self.leader.beat_soon(now)

@@ -51,7 +51,7 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class OperatorOrders:
     """All that operators want at one time. The highest ``revision`` holds."""
 
     revision: int = 0
@@ -62,15 +62,15 @@ class Orders:
         """Of each pause that ends by itself, see `Pause.left`."""
         return {lane: left for lane, pause in self.pauses.items() if (left := pause.left(now)) is not None}
 
-    def paused(self, lanes: Iterable[str], by: str, reason: str, since: float, seconds: float | None) -> Orders:
+    def paused(self, lanes: Iterable[str], by: str, reason: str, since: float, seconds: float | None) -> OperatorOrders:
         """With a `Pause` of these lanes."""
         return replace(self, pauses={**self.pauses, **dict.fromkeys(lanes, Pause(by, reason, since, seconds))})
 
-    def resumed(self, lanes: Container[str]) -> Orders:
+    def resumed(self, lanes: Container[str]) -> OperatorOrders:
         """Without the pauses of these lanes."""
         return replace(self, pauses={lane: pause for lane, pause in self.pauses.items() if lane not in lanes})
 
-    def limited(self, rate: float, by: str, reason: str, since: float) -> Orders:
+    def limited(self, rate: float, by: str, reason: str, since: float) -> OperatorOrders:
         """With a `Limit`."""
         return replace(self, limit=Limit(rate, by, reason, since))
 
@@ -113,7 +113,7 @@ class Beat:
     used: float = 0.0
     breakers: Mapping[str, BreakerState] = field(default_factory=dict)
     sick: tuple[str, ...] = ()
-    orders: Orders = field(default_factory=Orders)
+    orders: OperatorOrders = field(default_factory=OperatorOrders)
     pauses: Seconds = field(default_factory=dict)
 
 
@@ -199,7 +199,7 @@ class Goodbye:
 class Ordered:
     """From an operator's tool to all. ``probe``: test the gateway now."""
 
-    orders: Orders | None = None
+    orders: OperatorOrders | None = None
     pauses: Seconds = field(default_factory=dict)
     probe: bool = False
 
@@ -229,7 +229,7 @@ class Card:
     hold: float = 0.0
     waiting: Counts = field(default_factory=dict)
     breakers: Mapping[str, BreakerState] = field(default_factory=dict)
-    orders: Orders = field(default_factory=Orders)
+    orders: OperatorOrders = field(default_factory=OperatorOrders)
     pauses: Seconds = field(default_factory=dict)
 
 
@@ -329,23 +329,23 @@ def decode(body: bytes) -> Letter | None:
         return None
 
 
-def encode_orders(orders: Orders) -> bytes:
+def encode_orders(orders: OperatorOrders) -> bytes:
     """Orders as they rest at the broker."""
     return json.dumps({"v": VERSION, **asdict(orders)}, separators=(",", ":"), allow_nan=False).encode()
 
 
-def newest(bodies: Sequence[bytes]) -> tuple[int, Orders | None]:
+def newest(bodies: Sequence[bytes]) -> tuple[int, OperatorOrders | None]:
     """Which of the messages that rest in the queue of the orders holds, and what it says; None for what is not one."""
     read = [decode_orders(body) for body in bodies]
     index = max(range(len(read)), key=lambda each: -1 if (it := read[each]) is None else it.revision)
     return index, read[index]
 
 
-def decode_orders(body: bytes) -> Orders | None:
+def decode_orders(body: bytes) -> OperatorOrders | None:
     """The same back; None for what is not a message."""
     try:
         document = json.loads(body[:LARGEST], parse_constant=_no_constant)
-        return None if document.get("v") != VERSION else typing.cast(Orders, _read(Orders, document))
+        return None if document.get("v") != VERSION else typing.cast(OperatorOrders, _read(OperatorOrders, document))
     except (ValueError, RecursionError, AttributeError, _DoesNotFitError):
         return None
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from worker.core.breaker import Breakers
-from worker.core.fleet.messages import FleetMessage, Goodbye, Letter, Orders
+from worker.core.fleet.messages import FleetMessage, Goodbye, Letter, OperatorOrders
 from worker.core.fleet.permits import Permits, zeros
 from worker.core.fleet.terms import AcquireTerm, ReleaseTerm, Role, Terms
 from worker.core.lanes import LANES
@@ -72,7 +72,7 @@ Action = Say | Permit | ReadOrders | Changed | Letter | AcquireTerm | ReleaseTer
 
 
 @dataclass(slots=True)
-class Health:
+class OwnHealth:
     """How our own calls end, and whether we are sick: whether they fail where those of others succeed."""
 
     cooldown: float
@@ -152,7 +152,7 @@ class Health:
 class Standing:
     """What everybody obeys: what operators want, as far as we know, and the hold of a throttled answer."""
 
-    orders: Orders = field(default_factory=Orders)
+    orders: OperatorOrders = field(default_factory=OperatorOrders)
     sure: bool = False
     """Whether we know what operators want."""
     held_until: float = 0.0
@@ -175,7 +175,7 @@ class Standing:
         """Seconds left of the pauses that end by themselves."""
         return {lane: max(0.0, end - now) for lane, end in self.ends.items()}
 
-    def obey(self, orders: Orders, left: Mapping[str, float], now: float) -> bool:
+    def obey(self, orders: OperatorOrders, left: Mapping[str, float], now: float) -> bool:
         """What operators want now; ``left``: seconds left of pauses. Whether it is something else than before."""
         changed = orders != self.orders
         self.orders = orders
@@ -247,7 +247,7 @@ class Own:
         self.breakers = breakers
         self.actions: list[Action] = []
         self.terms = Terms(me, self.actions.append, jitter=jitter)
-        self.health = Health(settings.cooldown)
+        self.health = OwnHealth(settings.cooldown)
         self.standing = Standing()
         self.permits = Permits()
         self.probes = Probes()

@@ -56,7 +56,7 @@ class Slots:
 
 
 @dataclass(slots=True)
-class Need:
+class Demand:
     """What one member wants, as the leader knows it: calls without a slot for each lane, by its last report and what
     was given since."""
 
@@ -81,17 +81,17 @@ class Shares:
     members of a lane in turn."""
 
     slots: Slots = field(default_factory=Slots)
-    needs: dict[str, Need] = field(default_factory=dict)
+    demands: dict[str, Demand] = field(default_factory=dict)
     _turn: int = 0
     _last: dict[str, str] = field(default_factory=dict)  # by lane: who was served last
 
-    def need(self, member: str) -> Need:
+    def demand(self, member: str) -> Demand:
         """What the member wants."""
-        return self.needs.setdefault(member, Need())
+        return self.demands.setdefault(member, Demand())
 
     def waits(self) -> bool:
         """Whether anybody wants a slot."""
-        return any(any(need.wanted.values()) for need in self.needs.values())
+        return any(any(demand.wanted.values()) for demand in self.demands.values())
 
     def give(self, me: str, now: float, until: float) -> dict[str, list[tuple[float, str]]]:
         """Slots for the members, from now on and up to ``until``. Those of ``me`` need no time to travel."""
@@ -104,11 +104,11 @@ class Shares:
                 break
             member, lane = chosen
             slot = self.slots.take(now if member == me else now + LEAD)
-            need = self.needs[member]
-            need.wanted[lane] -= 1
-            need.given[lane] += 1
+            demand = self.demands[member]
+            demand.wanted[lane] -= 1
+            demand.given[lane] += 1
             if member == me:
-                need.seen[lane] += 1
+                demand.seen[lane] += 1
             given.setdefault(member, []).append((slot, lane))
         return given
 
@@ -116,8 +116,8 @@ class Shares:
         wanting = {
             lane: [
                 member
-                for member, need in self.needs.items()
-                if need.wanted[lane] and (member == me or need.unseen() < allowed)
+                for member, demand in self.demands.items()
+                if demand.wanted[lane] and (member == me or demand.unseen() < allowed)
             ]
             for lane in LANES
         }

@@ -23,7 +23,7 @@ from pika.exceptions import ChannelClosed
 from worker import __version__
 from worker.app.fleet import Fleet
 from worker.core import jakarta
-from worker.core.fleet.messages import Card, Letter, Orders, Who, decode, encode, newest
+from worker.core.fleet.messages import Card, Letter, OperatorOrders, Who, decode, encode, newest
 from worker.core.topology import Names, Topology
 from worker.shells.amqp.declaring import prepare
 from worker.shells.amqp.errors import LOCKED
@@ -157,7 +157,7 @@ class FleetLink:
         connection, looks = self._connection, iter(range(LOOKS - 1))
         held: list[tuple[int, bytes]] = []
 
-        def told(orders: Orders | None) -> None:
+        def told(orders: OperatorOrders | None) -> None:
             if connection is self._connection:
                 self._fleet.rested(orders)
 

@@ -14,8 +14,8 @@ from worker.core.fleet.messages import (
     Card,
     FleetMessage,
     Letter,
+    OperatorOrders,
     Ordered,
-    Orders,
     Who,
     decode,
     encode,
@@ -64,7 +64,7 @@ class FleetTool:
         self._channel.queue_delete(inbox)
         return sorted(cards, key=lambda card: (card.client, card.host, card.process))
 
-    def orders(self) -> Orders:
+    def orders(self) -> OperatorOrders:
         """What operators want now, by what rests at the broker."""
         for look in range(LOOKS):
             held = []
@@ -76,12 +76,12 @@ class FleetTool:
                 self._channel.basic_nack(held.pop(index)[0], requeue=True)
                 for tag, _ in held:
                     self._channel.basic_ack(tag)
-                return orders or Orders()
+                return orders or OperatorOrders()
             if look < LOOKS - 1:
                 self._channel.connection.sleep(LOOK_AGAIN)
-        return Orders()
+        return OperatorOrders()
 
-    def order(self, orders: Orders, left: Mapping[str, float]) -> None:
+    def order(self, orders: OperatorOrders, left: Mapping[str, float]) -> None:
         """Lays it down at the broker, where it survives everybody, and tells all; ``left``: seconds left of pauses that
         end by themselves."""
         resting = pika.BasicProperties(content_type="application/json", delivery_mode=2)

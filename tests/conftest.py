@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.brokers import PrivateBroker, PrivateCluster
 from tests.rabbit import delete_topology, new_prefix
-from worker.sandbox.broker import Answer, BrokerUnavailable, answers
+from worker.sandbox.broker import BrokerUnavailable, LoginResult, try_login
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@127.0.0.1:5672/%2F"
 
@@ -91,7 +91,7 @@ def amqp_url() -> Iterator[str]:
     """
     url = (os.environ.get("AMQP_URL") or DEFAULT_AMQP_URL).partition(",")[0]
     chosen = "RABBITMQ_HOME" in os.environ and "AMQP_URL" not in os.environ
-    if not chosen and answers(url, timeout=10) is Answer.READY:
+    if not chosen and try_login(url, timeout=10) is LoginResult.READY:
         yield url
         return
     with running(PrivateBroker()) as broker:

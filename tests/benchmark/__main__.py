@@ -22,7 +22,7 @@ from tests.benchmark.contenders import CONTENDERS, BenchmarkError, Contender, he
 from tests.benchmark.scenarios import Plan
 from tests.benchmark.tables import Table
 from tests.brokers import PrivateBroker
-from worker.sandbox.broker import Answer, BrokerUnavailable, answers
+from worker.sandbox.broker import BrokerUnavailable, LoginResult, try_login
 
 LOCAL: Final = "amqp://guest:guest@127.0.0.1:5672/%2F"
 
@@ -123,7 +123,7 @@ def _list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 def _broker() -> Iterator[str]:
     """The one that is here, else a private node, gone at the end."""
     url = (os.environ.get("AMQP_URL") or LOCAL).partition(",")[0]
-    if answers(url, 10) is Answer.READY:
+    if try_login(url, 10) is LoginResult.READY:
         yield url
         return
     with PrivateBroker() as broker:

@@ -30,7 +30,7 @@ from worker.core.command import IDENTIFIER, MAX_REFERENCE, RFC3339, Command, par
 from worker.core.contract import asyncapi, command_schema, outcome_schema
 from worker.core.delivery import BATCH_ID, MAX_BATCH_ID, MAX_EXTERNAL_IDS
 from worker.core.lanes import LANES
-from worker.core.outcome import REASONS, STATUS_OF, Outcome, Reason, Status, encode
+from worker.core.outcome import REASONS, STATUS_OF, Outcome, Reason, Status, encode_outcome
 from worker.core.topology import topology
 from worker.core.verdict import KNOWN
 
@@ -218,14 +218,14 @@ _OUTCOMES = st.builds(
 def test_every_outcome_fits_its_schema(outcome: Outcome) -> None:
     """Whatever the encoder writes is valid, and the schema knows every field of it and no other."""
 
-    told = json.loads(encode(outcome))
+    told = json.loads(encode_outcome(outcome))
 
     OUTCOME.validate(told)
     assert told.keys() == outcome_schema()["properties"].keys()
 
 
 def _encoded() -> dict[str, Any]:
-    whole: dict[str, Any] = json.loads(encode(_an_outcome()))
+    whole: dict[str, Any] = json.loads(encode_outcome(_an_outcome()))
     return whole
 
 
@@ -249,7 +249,7 @@ def test_other_types_do_not_fit(name: str, value: Any) -> None:
 def test_reason_belongs_to_its_status(reason: Reason) -> None:
     """A status with a reason of another one is refused."""
 
-    told = json.loads(encode(_an_outcome(reason)))
+    told = json.loads(encode_outcome(_an_outcome(reason)))
 
     assert OUTCOME.is_valid(told)
     for status in Status:

@@ -12,7 +12,7 @@ from tests.brokers import INSTALLER, VERSIONS, PrivateBroker, PrivateCluster
 from tests.conftest import in_ci, running
 from tests.rabbit import Rabbit, by_way_of, new_prefix
 from tests.waiting import wait_until
-from worker.sandbox.broker import Answer, BrokerUnavailable, answers, find_server, free_port, install
+from worker.sandbox.broker import BrokerUnavailable, LoginResult, find_server, free_port, install_server, try_login
 
 
 @pytest.fixture
@@ -73,10 +73,10 @@ def test_answers_tells_refused_from_absent(amqp_url: str) -> None:
     host, _, _ = amqp_url.rpartition("/")
     wrong_login = amqp_url.replace(amqp_url.rpartition("@")[0], "amqp://guest:wrong")
 
-    assert answers(amqp_url, timeout=30) is Answer.READY
-    assert answers(wrong_login, timeout=30) is Answer.REFUSED_LOGIN
-    assert answers(f"{host}/{new_prefix()}", timeout=30) is Answer.REFUSED_LOGIN
-    assert answers(by_way_of(free_port(), amqp_url), timeout=30) is Answer.NOT_THERE
+    assert try_login(amqp_url, timeout=30) is LoginResult.READY
+    assert try_login(wrong_login, timeout=30) is LoginResult.REFUSED_LOGIN
+    assert try_login(f"{host}/{new_prefix()}", timeout=30) is LoginResult.REFUSED_LOGIN
+    assert try_login(by_way_of(free_port(), amqp_url), timeout=30) is LoginResult.NOT_THERE
 
 
 def test_rabbitmq_home_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_install_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
 
     with pytest.raises(BrokerUnavailable, match=r"^RabbitMQ .*apt-get install .* rabbitmq-server$"):
-        install()
+        install_server()
 
 
 def test_free_ports_are_not_for_outgoing_connections() -> None:
@@ -134,7 +134,7 @@ def test_data_survive_a_kill(fresh: PrivateBroker) -> None:
         rabbit.publish("", "kept", b"worth keeping")
     wait_until(lambda: fresh.would_remember("kept"), 30, "the queue is on disk")
     fresh.kill()
-    assert answers(url, timeout=30) is Answer.NOT_THERE
+    assert try_login(url, timeout=30) is LoginResult.NOT_THERE
 
     fresh.start()
 

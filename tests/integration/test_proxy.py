@@ -10,7 +10,7 @@ import pytest
 from tests.proxy import FaultProxy
 from tests.rabbit import address, by_way_of
 from tests.waiting import wait_until
-from worker.sandbox.broker import Answer, answers, free_port
+from worker.sandbox.broker import LoginResult, free_port, try_login
 
 SECONDS = 30.0
 
@@ -271,6 +271,6 @@ def test_amqp_passes_through(amqp_url: str) -> None:
     with FaultProxy(*address(amqp_url)) as between:
         url = by_way_of(between.port, amqp_url)
 
-        assert answers(url, timeout=SECONDS) is Answer.READY
+        assert try_login(url, timeout=SECONDS) is LoginResult.READY
         between.stall()
-        assert answers(url, timeout=0.3) is Answer.NOT_THERE
+        assert try_login(url, timeout=0.3) is LoginResult.NOT_THERE

@@ -29,7 +29,7 @@ from tests.rabbit import Rabbit, address, by_way_of, delete_topology
 from tests.waiting import wait_until
 from tests.worker_process import WorkerProcess
 from worker.cli import main
-from worker.core.outcome import Reason, encode
+from worker.core.outcome import Reason, encode_outcome
 from worker.core.sweep import inbox_name
 from worker.core.topology import Names, topology
 from worker.sandbox.simulator import Script, Simulator
@@ -681,9 +681,9 @@ def test_followed_sweep_adds_up(desk: Desk, rabbit: Rabbit) -> None:
     assert "'0 0' has a blank" in report[41]["detail"]
 
     redriven = outcome(Reason.SUCCESS, command_id=report[2]["commandId"], billnumber="00000003", batch_id="b")
-    rabbit.publish(desk.names.outcomes, "sweep.expired", encode(redriven), headers={"batch-id": "b"})
+    rabbit.publish(desk.names.outcomes, "sweep.expired", encode_outcome(redriven), headers={"batch-id": "b"})
     late = outcome(Reason.RETRIES_EXHAUSTED, command_id=report[4]["commandId"], billnumber="00000005", batch_id="b")
-    rabbit.publish(desk.names.outcomes, "sweep.unresolved", encode(late), headers={"batch-id": "b"})
+    rabbit.publish(desk.names.outcomes, "sweep.unresolved", encode_outcome(late), headers={"batch-id": "b"})
     again = desk("sweep", "--follow", "b", "--report", "out.csv")
 
     assert again.returncode == 1, again.stderr
@@ -1385,7 +1385,7 @@ def tell(desk: Desk, rabbit: Rabbit, commands: list[tuple[str, str]]) -> None:
 
     channel = rabbit.plain_channel()
     for bill, command in commands:
-        body = encode(outcome(Reason.SUCCESS, command_id=command, billnumber=bill, batch_id="b"))
+        body = encode_outcome(outcome(Reason.SUCCESS, command_id=command, billnumber=bill, batch_id="b"))
         properties = pika.BasicProperties(delivery_mode=2, headers={"batch-id": "b"})
         channel.basic_publish(desk.names.outcomes, "sweep.expired", body, properties)
     channel.queue_declare(desk.names.queue("sweep"), passive=True)

@@ -81,8 +81,8 @@ def test_without_any_broker_it_goes_direct_by_itself(tmp_path: Path) -> None:
     """Nobody set AMQP_URL, none answers, and there are no binaries: the demo says so, and still shows something."""
     no_binaries = {"RABBITMQ_HOME": "/nowhere", "PATH": str(tmp_path / "bin")}
     script = (
-        "import sys; from worker.sandbox import broker, demo; from worker.sandbox.broker import Answer\n"
-        "demo.answers = lambda *_: Answer.NOT_THERE; demo.find_server = lambda: None\n"
+        "import sys; from worker.sandbox import broker, demo; from worker.sandbox.broker import LoginResult\n"
+        "demo.try_login = lambda *_: LoginResult.NOT_THERE; demo.find_server = lambda: None\n"
         "from worker.cli import main; sys.exit(main(['demo', '--commands', '20']))"
     )
 

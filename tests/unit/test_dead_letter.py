@@ -21,7 +21,7 @@ from worker.core.dead_letter import (
     escaped,
     export_json,
     pretty,
-    read,
+    read_dead_letter,
     redriven,
 )
 from worker.core.delivery import COPY_ID, PROGRESS_HEADERS, dead_letter, delayed
@@ -87,7 +87,7 @@ def letter(**changed: Any) -> DeadLetter:
 
 def test_what_the_worker_parked() -> None:
     """Reason, detail, time, lane, attempts and code are read as the worker wrote them."""
-    assert read(NAMES, parked()) == DeadLetter(
+    assert read_dead_letter(NAMES, parked()) == DeadLetter(
         command_id="m-1",
         lane="cancellation",
         reason="retries_exhausted",
@@ -107,7 +107,7 @@ def test_what_the_broker_moved() -> None:
         "qris-attempts": 8,
         "qris-last-code": "5049300",
     }
-    found = read(NAMES, parcel(headers=headers, key="sweep"))
+    found = read_dead_letter(NAMES, parcel(headers=headers, key="sweep"))
 
     assert (found.reason, found.lane, found.parked_at) == ("delivery_limit", "sweep", NOON)
     assert (found.attempts, found.response_code) == (8, "5049300")
@@ -117,7 +117,7 @@ def test_what_the_broker_moved() -> None:
 def test_the_broker_has_the_last_word() -> None:
     """The worker takes x-death off what it parks, so dead-* beside it was some producer's."""
     headers = {"x-death": [death(count=2)], "dead-reason": "forged", "dead-lane": "cancellation", "attempts": 99}
-    found = read(NAMES, parcel(headers=headers, key="sweep"))
+    found = read_dead_letter(NAMES, parcel(headers=headers, key="sweep"))
 
     assert (found.reason, found.lane, found.attempts) == ("delivery_limit", "sweep", None)
 
@@ -129,7 +129,7 @@ def test_the_broker_has_the_last_word() -> None:
 )
 def test_foreign_message(headers: Any) -> None:
     """A message that nobody of ours parked is listed; without a lane, there is no way back for it."""
-    found = read(NAMES, parcel(headers=headers, key="somewhere", message_id=None))
+    found = read_dead_letter(NAMES, parcel(headers=headers, key="somewhere", message_id=None))
 
     assert found.lane is None
     assert found.reason in ("unknown", "expired")
@@ -160,7 +160,7 @@ NAMED = st.sampled_from(
 def test_nothing_breaks_it(headers: Any, message_id: Any, payload: bytes) -> None:
     """Whatever lies there can be read, exported and brought back, or is known to have no lane."""
     there = parcel(payload, headers=headers, message_id=message_id)
-    found = read(NAMES, there)
+    found = read_dead_letter(NAMES, there)
 
     json.loads(json.dumps(export_json(found, there)))
     Census(NOON).add(found)
@@ -174,7 +174,7 @@ def test_nothing_breaks_it(headers: Any, message_id: Any, payload: bytes) -> Non
 def test_fresh_start() -> None:
     """Nothing of its death or its progress comes along; body, properties and foreign headers do."""
     there = parked()
-    message = redriven(NAMES, read(NAMES, there), there, "copy-1", NOON)
+    message = redriven(NAMES, read_dead_letter(NAMES, there), there, "copy-1", NOON)
 
     assert (message.exchange, message.routing_key, message.body) == ("p.commands", "cancellation", body())
     assert message.properties["headers"] == {"batch-id": "B-1", "traceparent": "00-1", "mine": 7, COPY_ID: "copy-1"}
@@ -196,7 +196,7 @@ def test_fresh_start_of_the_brokers_own() -> None:
         "BCC": ["elsewhere"],
     }
     there = parcel(headers=headers, expiration="1000", user_id="guest", priority=3)
-    message = redriven(NAMES, read(NAMES, there), there, "new", NOON)
+    message = redriven(NAMES, read_dead_letter(NAMES, there), there, "new", NOON)
 
     assert message.routing_key == "sweep"
     assert message.properties["headers"] == {COPY_ID: "new"}
@@ -206,7 +206,7 @@ def test_fresh_start_of_the_brokers_own() -> None:
 def test_redriven_is_another_message() -> None:
     """A worker that remembers the parked one must not take a redelivery of the redriven one for it."""
     there = parked()
-    message = redriven(NAMES, read(NAMES, there), there, "copy-1", NOON)
+    message = redriven(NAMES, read_dead_letter(NAMES, there), there, "copy-1", NOON)
     properties = {name: value for name, value in message.properties.items() if name != "delivery_mode"}
     again = delivery(message.body, **properties)
 
@@ -222,7 +222,7 @@ def test_a_redriven_command_is_as_old_as_its_redrive(dated: dict[str, Any]) -> N
     """Its age counts from the redrive, so that thirty redriven commands are not two hours late."""
     headers = {"dead-reason": "credentials", "dead-lane": "sweep", **dated.get("headers", {})}
     there = parcel(**{**dated, "headers": headers})
-    message = redriven(NAMES, read(NAMES, there), there, "copy-1", NOON)
+    message = redriven(NAMES, read_dead_letter(NAMES, there), there, "copy-1", NOON)
     properties = {name: value for name, value in message.properties.items() if name != "delivery_mode"}
 
     assert delivery(message.body, epoch=NOON + 5, **properties).since >= NOON
@@ -232,7 +232,9 @@ def test_no_message_id() -> None:
     """One that never had an id comes back under the id that was derived from its body."""
     there = parcel(headers={"x-death": [death()]}, message_id=None)
 
-    assert redriven(NAMES, read(NAMES, there), there, "h", NOON).properties["message_id"] == command_id(None, body())
+    message = redriven(NAMES, read_dead_letter(NAMES, there), there, "h", NOON)
+
+    assert message.properties["message_id"] == command_id(None, body())
 
 
 def test_no_lane_no_way_back() -> None:
@@ -240,7 +242,7 @@ def test_no_lane_no_way_back() -> None:
     there = parcel(key="somewhere")
 
     with pytest.raises(ValueError, match="no lane"):
-        redriven(NAMES, read(NAMES, there), there, "h", NOON)
+        redriven(NAMES, read_dead_letter(NAMES, there), there, "h", NOON)
 
 
 # -- choosing and counting
@@ -319,8 +321,8 @@ def test_export() -> None:
     """An exported line has the body as it came, as text or as base64."""
     there = parcel(b"\xff", headers={"raw": b"\xff", "when": datetime.fromtimestamp(0, UTC), "nan": float("nan")})
 
-    assert export_json(read(NAMES, there), there)["bodyBase64"] == "/w=="
-    assert export_json(read(NAMES, there), there)["headers"] == {
+    assert export_json(read_dead_letter(NAMES, there), there)["bodyBase64"] == "/w=="
+    assert export_json(read_dead_letter(NAMES, there), there)["headers"] == {
         "raw": "\\xff",
         "when": "1970-01-01T00:00:00+00:00",
         "nan": "nan",

@@ -35,13 +35,13 @@ from worker.core.fleet.messages import (
     Probe,
     Probed,
     Throttled,
-    decode,
+    decode_letter,
     decode_orders,
-    encode,
+    encode_letter,
     encode_orders,
 )
 from worker.core.fleet.own import Changed, MemberSettings, Permit, ReadOrders, Say
-from worker.core.fleet.permits import HORIZON, LATE, PACE, Demand, Offset, Permits, Shares, Slots, whole
+from worker.core.fleet.permits import HORIZON, LATE, PACE, Demand, Offset, Permits, Shares, Slots, whole_limit
 from worker.core.fleet.terms import ASK, LEASE, RELUCTANT, SETTLE, SILENT, AcquireTerm, ReleaseTerm, Role, Terms
 from worker.core.lanes import CANCELLATION, LANES, SWEEP
 from worker.core.verdict import Kind
@@ -77,7 +77,7 @@ def test_messages_come_back(message: Any, sender: str, client: str) -> None:
 
     letter = Letter(sender, client, message)
 
-    assert decode(encode(letter)) == letter
+    assert decode_letter(encode_letter(letter)) == letter
 
 
 @given(
@@ -87,7 +87,7 @@ def test_messages_come_back(message: Any, sender: str, client: str) -> None:
 def test_garbage_is_no_message(body: bytes) -> None:
     """Whatever arrives, decoding never raises."""
 
-    assert decode(body) is None
+    assert decode_letter(body) is None
     assert decode_orders(body) is None
 
 
@@ -106,26 +106,26 @@ def test_wrong_fields_are_no_message(kind: str, fields: dict[str, Any]) -> None:
     """A message with fields of other types is skipped; one that is read has the right ones."""
 
     document = {"v": 1, "type": kind, "sender": "a", "client": "", "body": fields}
-    letter = decode(json.dumps(document).encode())
+    letter = decode_letter(json.dumps(document).encode())
 
-    assert letter is None or decode(encode(letter)) == letter
+    assert letter is None or decode_letter(encode_letter(letter)) == letter
 
 
 def test_other_versions() -> None:
     """Unknown fields are ignored; unknown kinds and other versions are skipped."""
 
-    document = json.loads(encode(Letter("a", "c", Hello(5.0))))
+    document = json.loads(encode_letter(Letter("a", "c", Hello(5.0))))
     newer = {**document, "colour": "red", "body": {**document["body"], "mood": "good"}}
-    assert decode(json.dumps(newer).encode()) == Letter("a", "c", Hello(5.0))
-    assert decode(json.dumps({**document, "type": "waltz"}).encode()) is None
-    assert decode(json.dumps({**document, "v": 2}).encode()) is None
-    assert decode(json.dumps({**document, "body": {"limit": 10**400}}).encode()) is None
+    assert decode_letter(json.dumps(newer).encode()) == Letter("a", "c", Hello(5.0))
+    assert decode_letter(json.dumps({**document, "type": "waltz"}).encode()) is None
+    assert decode_letter(json.dumps({**document, "v": 2}).encode()) is None
+    assert decode_letter(json.dumps({**document, "body": {"limit": 10**400}}).encode()) is None
 
 
 def test_too_long_a_message() -> None:
     """What is longer than any message of ours is not even read."""
 
-    assert decode(encode(Letter("a" * LARGEST, "", Hello()))) is None
+    assert decode_letter(encode_letter(Letter("a" * LARGEST, "", Hello()))) is None
 
 
 def test_orders_come_back() -> None:
@@ -291,7 +291,7 @@ def test_slots_are_even(limit: float, pauses: list[float]) -> None:
         now += pause
         taken.append(slots.take(now))
 
-    least = 1 / (whole(limit) * PACE)
+    least = 1 / (whole_limit(limit) * PACE)
     assert all(later - earlier > least * 0.999 - 1e-9 for earlier, later in pairwise(taken))
 
 

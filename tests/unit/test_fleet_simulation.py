@@ -60,8 +60,8 @@ def test_the_limit_is_used(limit: float) -> None:
     before = world.total
     world.run(25.0)
 
-    assert (world.total - before) / 20.0 >= 0.95 * permits.whole(limit) - 1 / 20
-    assert world.most <= max(1, permits.whole(limit))
+    assert (world.total - before) / 20.0 >= 0.95 * permits.whole_limit(limit) - 1 / 20
+    assert world.most <= max(1, permits.whole_limit(limit))
 
 
 def longest_gap(world: World, seconds: float) -> float:

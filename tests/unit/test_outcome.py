@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from tests import builders
 from worker.core.compact import compact
 from worker.core.lanes import LANES
-from worker.core.outcome import DEAD_LETTERED, OUTCOME_TYPE, REASONS, STATUS_OF, Reason, Status, encode, outcome_id
+from worker.core.outcome import (
+    DEAD_LETTERED,
+    OUTCOME_TYPE,
+    REASONS,
+    STATUS_OF,
+    Reason,
+    Status,
+    encode_outcome,
+    outcome_id,
+)
 
 CONTRACT = {
     "expired": {"success", "already_expired"},
@@ -56,7 +65,7 @@ def test_type() -> None:
 def test_json() -> None:
     """The JSON has the documented fields, in their order, with Jakarta's times."""
 
-    text = encode(builders.outcome(attempts=2, effect_unknown=True))
+    text = encode_outcome(builders.outcome(attempts=2, effect_unknown=True))
 
     assert json.loads(text) == {
         "outcomeId": builders.outcome().outcome_id,
@@ -86,7 +95,7 @@ def test_any_text_is_encoded(command_id: str, reference: str | None, batch: str 
 
     made = builders.outcome(command_id=command_id, reference=reference, batch_id=batch, detail=detail)
 
-    read = json.loads(encode(made).decode("ascii"))
+    read = json.loads(encode_outcome(made).decode("ascii"))
 
     assert (read["commandId"], read["reference"], read["batchId"], read["detail"]) == (
         command_id,
@@ -139,4 +148,4 @@ def test_outcome_id_is_the_same_everywhere() -> None:
 def test_outcome_id_survives_a_redelivery(changed: dict[str, Any]) -> None:
     """What differs from one redelivery to the next does not change the id."""
 
-    assert json.loads(encode(builders.outcome(**changed)))["outcomeId"] == builders.outcome().outcome_id
+    assert json.loads(encode_outcome(builders.outcome(**changed)))["outcomeId"] == builders.outcome().outcome_id

@@ -19,12 +19,11 @@ from tests.fakes import FakeClock
 from worker.app.sweep import LAST_CONFIRMS_SECONDS, Ended, Sweep
 from worker.core.command import Command, parse
 from worker.core.delivery import COPY_ID, EFFECT_UNKNOWN
-from worker.core.fleet.messages import Beat, BreakerState, Letter, OperatorOrders, Pause
-from worker.core.fleet.messages import encode as encode_letter
+from worker.core.fleet.messages import Beat, BreakerState, Letter, OperatorOrders, Pause, encode_letter
 from worker.core.needs import NEEDS, settled
-from worker.core.outcome import Outcome, Reason, encode
+from worker.core.outcome import Outcome, Reason, encode_outcome
 from worker.core.pace import WINDOW, Pace, Speed
-from worker.core.rows import BadRow, InputError, InputRows, Row, RowRules, read
+from worker.core.rows import BadRow, InputError, InputRows, Row, RowRules, read_lines
 from worker.core.sweep import (
     Batch,
     Bill,
@@ -33,9 +32,9 @@ from worker.core.sweep import (
     Tally,
     Told,
     Watermark,
+    batch_command_id,
     batch_id,
     command_body,
-    command_id,
     command_message,
     inbox,
     is_batch_id,
@@ -49,7 +48,7 @@ BATCH = Batch("b-1", 3)
 
 
 def reading(text: str, **options: object) -> InputRows:
-    return read(re.findall(r"[^\n]*\n|[^\n]+", text), RowRules(**options))  # type: ignore[arg-type]
+    return read_lines(re.findall(r"[^\n]*\n|[^\n]+", text), RowRules(**options))  # type: ignore[arg-type]
 
 
 def rows(text: str, **options: object) -> list[Row | BadRow]:
@@ -325,8 +324,11 @@ def test_a_merchant_is_needed(text: str) -> None:
 def test_ids_are_those_of_batch_bill_and_merchant() -> None:
     """The same three give the same id for ever; another of any of them gives another."""
 
-    assert command_id("b", "1", "M") == "3d15a15c-4209-59fa-84ec-8d08c48cb5d7"
-    assert len({command_id(*each) for each in [("b", "1", "M"), ("c", "1", "M"), ("b", "2", "M"), ("b", "1", "")]}) == 4
+    assert batch_command_id("b", "1", "M") == "3d15a15c-4209-59fa-84ec-8d08c48cb5d7"
+    assert (
+        len({batch_command_id(*each) for each in [("b", "1", "M"), ("c", "1", "M"), ("b", "2", "M"), ("b", "1", "")]})
+        == 4
+    )
 
 
 def test_default_batch_id_is_content_and_jakarta_day() -> None:
@@ -359,7 +361,7 @@ def test_command_is_what_the_worker_parses() -> None:
     assert message.properties == {
         "content_type": "application/json",
         "delivery_mode": 2,
-        "message_id": command_id("b-1", "007", "M1"),
+        "message_id": batch_command_id("b-1", "007", "M1"),
         "timestamp": int(NOON),
         "headers": {"batch-id": "b-1", "batch-size": 3},
     }
@@ -405,11 +407,11 @@ def told(reason: Reason = Reason.SUCCESS, at: float = NOON, bill: str = "1", mer
 
 
 def outcome_body(reason: Reason = Reason.SUCCESS, at: float = NOON, bill: str = "1", merchant: str = "M") -> bytes:
-    return encode(made(reason, at, bill, merchant))
+    return encode_outcome(made(reason, at, bill, merchant))
 
 
 def made(reason: Reason, at: float, bill: str, merchant: str) -> Outcome:
-    identity = command_id(BATCH.id, bill, merchant)
+    identity = batch_command_id(BATCH.id, bill, merchant)
     return outcome(
         reason, command_id=identity, billnumber=bill, merchant_id=merchant, completed_at=at, batch_id=BATCH.id
     )

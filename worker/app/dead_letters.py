@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
-from worker.core.dead_letter import DeadLetter, Filter, Parcel, read, redriven
+from worker.core.dead_letter import DeadLetter, Filter, Parcel, read_dead_letter, redriven
 from worker.core.delivery import Message
 from worker.core.outcome import Status
 from worker.core.ports import Clock
@@ -321,7 +321,7 @@ class Redrive:
 
     def _sort(self, held: HeldLetter) -> DeadLetter | None:
         """The letter if it is to be brought back. Each is counted once, however many passes see it."""
-        letter = read(self._names, held.parcel)
+        letter = read_dead_letter(self._names, held.parcel)
         matches = self._plan.filter.matches(letter)
         if self._first_pass:
             self.report.seen += 1
@@ -425,7 +425,7 @@ def rehearse(
     report = RedriveReport()
 
     def sort(held: HeldLetter) -> None:
-        letter = read(names, held.parcel)
+        letter = read_dead_letter(names, held.parcel)
         if plan.filter.matches(letter):
             report.matching += 1
             if letter.lane is None:

@@ -13,10 +13,10 @@ from worker.app.sweep import AT_ONCE, Ended, Screen, failing
 from worker.core.breaker import State
 from worker.core.delivery import BATCH_ID, Delivery, Progress
 from worker.core.lanes import SWEEP
-from worker.core.outcome import encode
+from worker.core.outcome import encode_outcome
 from worker.core.ports import Clock
 from worker.core.settlement import Crashed, Delay, Disposition, GiveBack, Hold, Report, TakenBack, Task
-from worker.core.sweep import Facts, Job, Recorded, Tally, Told, command_body, command_id, read_outcome
+from worker.core.sweep import Facts, Job, Recorded, Tally, Told, batch_command_id, command_body, read_outcome
 
 TICK: Final = 0.1
 AHEAD: Final = 4
@@ -147,7 +147,7 @@ class Direct:
             properties=SimpleNamespace(),  # only what is published looks at them
             redelivered=job.begun,
             arrived=self._clock.monotonic(),
-            command_id=command_id(self._batch, bill.bill, bill.merchant),
+            command_id=batch_command_id(self._batch, bill.bill, bill.merchant),
             copy_id="",
             progress=progress,
             published_at=None,
@@ -170,7 +170,7 @@ class Direct:
             number, progress = self._numbers.pop(task), task.delivery.progress
             match disposition:
                 case Report(outcome):
-                    found = read_outcome(encode(outcome))
+                    found = read_outcome(encode_outcome(outcome))
                     assert found is not None
                     told.append(found)
                 case Delay(seconds, round_):

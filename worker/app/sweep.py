@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from worker.core.delivery import Message
-from worker.core.fleet.messages import Beat, decode
+from worker.core.fleet.messages import Beat, decode_letter
 from worker.core.lanes import SWEEP
 from worker.core.pace import WINDOW, Pace
 from worker.core.ports import Clock
@@ -158,7 +158,7 @@ class Sweep:
 
     def fleet(self, body: bytes) -> None:
         """What the fleet's leader tells its members, several times a second."""
-        letter = decode(body)
+        letter = decode_letter(body)
         if letter is not None and isinstance(letter.message, Beat):
             self._fleet, self._fleet_at = letter.message, self._clock.monotonic()
 

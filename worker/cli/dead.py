@@ -36,7 +36,7 @@ from worker.core.dead_letter import (
     DeadLetter,
     Filter,
     export_json,
-    read,
+    read_dead_letter,
 )
 from worker.core.lanes import LANES
 from worker.core.pace import Speed
@@ -87,7 +87,7 @@ class Selection:
         )
 
 
-Limit = Annotated[
+LimitOption = Annotated[
     int | None, Option("--limit", help="Above 20,000 dead letters: look at the first N only.", min=1, metavar="N")
 ]
 
@@ -118,7 +118,7 @@ def list_(
     rows: list[DeadLetter] = []
 
     def each(held: HeldLetter) -> None:
-        letter = read(amqp.names, held.parcel)
+        letter = read_dead_letter(amqp.names, held.parcel)
         there.add(letter)
         if chosen.matches(letter):
             census.add(letter)
@@ -138,7 +138,7 @@ def list_(
 @dead.command()
 def show(
     message_id: Annotated[str, Argument(metavar="MESSAGE-ID", help="As `dead list` shows it.")],
-    limit: Limit = None,
+    limit: LimitOption = None,
     as_data: Annotated[bool, Option("--json", help="Print JSON lines as `dead export` writes them.")] = False,
 ) -> int:
     """Shows one dead letter: its reason, time, attempts, properties and body. Several with the same id are all shown.
@@ -155,7 +155,7 @@ def show(
 
     def each(held: HeldLetter) -> None:
         nonlocal size, left_out
-        letter = read(amqp.names, held.parcel)
+        letter = read_dead_letter(amqp.names, held.parcel)
         if letter.command_id == message_id:
             size += len(held.parcel.body)
             if found and size > MAX_SHOWN_BODIES:
@@ -252,7 +252,7 @@ def export(
         Path | None, Option(help="Write this file, which appears when it is complete; else standard output.")
     ] = None,
     options: Selection = Selection(),
-    limit: Limit = None,
+    limit: LimitOption = None,
 ) -> int:
     """Writes dead letters as JSON lines: everything that `dead show` shows, the body as text or base64. They stay.
 
@@ -268,7 +268,7 @@ def export(
 
         def each(held: HeldLetter) -> None:
             nonlocal written
-            letter = read(amqp.names, held.parcel)
+            letter = read_dead_letter(amqp.names, held.parcel)
             if chosen.matches(letter):
                 sink.write(json.dumps(export_json(letter, held.parcel), separators=(",", ":")) + "\n")
                 written += 1
@@ -282,7 +282,7 @@ def export(
 @dead.command()
 def purge(
     options: Selection = Selection(),
-    limit: Limit = None,
+    limit: LimitOption = None,
     yes: Annotated[bool, Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> int:
     """Deletes dead letters for good; on a terminal it asks first. It takes only what was there when it began.
@@ -310,7 +310,7 @@ def purge(
         with audit("dead.purge", chosen, lambda: {"matching": matching, "removed": removed}), progress:
             total, matching, removed = dead_letters.purge(
                 parked,
-                lambda held: chosen.matches(read(amqp.names, held.parcel)),
+                lambda held: chosen.matches(read_dead_letter(amqp.names, held.parcel)),
                 sure,
                 stop=signals.received,
                 show=progress.show,

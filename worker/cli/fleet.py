@@ -50,17 +50,17 @@ fleet = CommandGroup(
     "Shows the processes that are one client of the gateway; pauses them, and bounds their rate.", show
 )
 
-Reason = Annotated[str, Option("--reason", help="Why; everybody who looks at the fleet sees it.", metavar="TEXT")]
-Lanes = Annotated[list[str] | None, Option(choices=LANES, help="Only this lane; both without it.")]
+ReasonOption = Annotated[str, Option("--reason", help="Why; everybody who looks at the fleet sees it.", metavar="TEXT")]
+LanesOption = Annotated[list[str] | None, Option(choices=LANES, help="Only this lane; both without it.")]
 
 
 @fleet.command()
 def pause(
-    lane: Lanes = None,
+    lane: LanesOption = None,
     for_: Annotated[
         str | None, Option("--for", help="End it after so long, as 90s, 30m, 1h or 2d.", metavar="TIME")
     ] = None,
-    reason: Reason = "",
+    reason: ReasonOption = "",
 ) -> int:
     """Pauses the fleet, or one lane of it, until `fleet resume` or for a time.
 
@@ -77,7 +77,7 @@ def pause(
 
 
 @fleet.command()
-def resume(lane: Lanes = None) -> int:
+def resume(lane: LanesOption = None) -> int:
     """Ends a pause.
 
     Example:
@@ -90,7 +90,7 @@ def resume(lane: Lanes = None) -> int:
 @fleet.command()
 def limit(
     calls: Annotated[str, Argument(help="Calls in any second over the whole fleet, or default: the workers' own.")],
-    reason: Reason = "",
+    reason: ReasonOption = "",
 ) -> int:
     """Bounds the calls of the whole fleet, in place of GATEWAY_MAX_REQUESTS_PER_SECOND of its members.
 

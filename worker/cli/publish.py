@@ -106,7 +106,7 @@ def _inbox(channel: Any, names: Names, lane: str) -> str:
 
 
 def _publish(channel: Any, names: Names, lane: str, command_id: str, body: bytes) -> None:
-    from worker.shells.amqp.session import NotPublished, publish
+    from worker.shells.amqp.session import NotPublished, publish_command
 
     properties = {
         "content_type": "application/json",
@@ -115,7 +115,7 @@ def _publish(channel: Any, names: Names, lane: str, command_id: str, body: bytes
         "timestamp": int(time.time()),
     }
     try:
-        publish(channel, names, Message(names.commands, lane, body, properties))
+        publish_command(channel, names, Message(names.commands, lane, body, properties))
     except NotPublished as error:
         raise Trouble(str(error)) from None
 

@@ -176,13 +176,13 @@ def _letters(amqp: AmqpSettings, batch: str) -> frozenset[str]:
     """The ids of the batch's commands that lie in the dead letters. Raises `BrokerError`."""
     from worker import signals
     from worker.app.dead_letters import HeldLetter, look
-    from worker.core.dead_letter import read
+    from worker.core.dead_letter import read_dead_letter
     from worker.shells.amqp.parked import Interrupted, ParkedLetters
 
     found: set[str] = set()
 
     def each(held: HeldLetter) -> None:
-        letter = read(amqp.names, held.parcel)
+        letter = read_dead_letter(amqp.names, held.parcel)
         if letter.batch_id == batch:
             found.add(letter.command_id)
 

@@ -31,7 +31,7 @@ from worker.core import jakarta
 from worker.core.command import IDENTIFIER_RULE, is_identifier
 from worker.core.needs import SUSPICIOUS_PERCENT, UNKNOWN_BILL, count, settled, suspicious
 from worker.core.pace import WINDOW
-from worker.core.sweep import Home, Tally, batch_id, command_body, command_id
+from worker.core.sweep import Home, Tally, batch_command_id, batch_id, command_body
 from worker.core.topology import Names
 from worker.core.words import plural, share
 from worker.settings import AmqpSettings, DefaultMerchant, Settings, load
@@ -226,7 +226,7 @@ def _dry_run(options: Options, prefix: str, settings: Any) -> int:
     print(f"{intake.source}: {plural(bills + duplicates + invalid, 'row')}: {counts}")
     print(f"would go {where} as batch {batch}:")
     for bill in first:
-        print(f"{command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
+        print(f"{batch_command_id(batch, bill.bill, bill.merchant)} {command_body(bill).decode()}")
     if bills > len(first):
         print(f"… and {bills - len(first):,} more")
     return INVALID if invalid and not options.skip_invalid else 0

@@ -85,7 +85,7 @@ def close_inbox(amqp: AmqpSettings, batch: str, tally: Tally) -> None:
 
 def stop(batch: str, amqp: AmqpSettings, directory: Path) -> int:
     """Ends the publishing of a batch, from anywhere."""
-    from worker.shells.amqp.bulk import stop as order_stop
+    from worker.shells.amqp.bulk import order_stop
     from worker.shells.amqp.session import session
 
     check_batch_id(batch)

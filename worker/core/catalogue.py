@@ -24,7 +24,7 @@ from worker.core.verdict import KNOWN
 
 PREFIX: Final = "qris_expire_"
 
-Rule = Callable[[float, float], float]
+MergeRule = Callable[[float, float], float]
 
 
 def soonest(one: float, other: float) -> float:
@@ -55,7 +55,7 @@ class Metric:
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     only: Sequence[tuple[str, ...]] = ()
     buckets: Sequence[float] = ()
-    merge: Rule = operator.add
+    merge: MergeRule = operator.add
     lasts: bool = False
 
     @property

@@ -146,7 +146,7 @@ _JSON_TYPES: Final[Mapping[Any, str]] = {
 
 
 def outcome_schema() -> Schema:
-    """What `worker.core.outcome.encode` writes. Raises KeyError for a field of `Outcome` that nothing is said about."""
+    """What `core.outcome.encode_outcome` writes. Raises KeyError for a field of `Outcome` of which nothing is said."""
     own = {
         re.sub(r"_(.)", lambda found: found[1].upper(), name): {"type": _types(annotation), **_MEANING[name]}
         for name, annotation in get_type_hints(Outcome).items()

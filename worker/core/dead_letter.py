@@ -118,7 +118,7 @@ class Filter:
         return {name: value for name, value in parts.items() if value}
 
 
-def read(names: Names, parcel: Parcel) -> DeadLetter:
+def read_dead_letter(names: Names, parcel: Parcel) -> DeadLetter:
     """What the headers, the broker's record and the body say; never raises, whatever the message is."""
     arrived = receive("", parcel.body, parcel.properties, redelivered=False, epoch=0.0, monotonic=0.0)
     headers = arrived.headers

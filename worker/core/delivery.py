@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeGuard
 
 from worker.core import jakarta, trace
 from worker.core.command import command_id
-from worker.core.outcome import OUTCOME_TYPE, Outcome, encode
+from worker.core.outcome import OUTCOME_TYPE, Outcome, encode_outcome
 from worker.core.topology import Names
 from worker.core.trace import TRACEPARENT, Trace
 
@@ -166,7 +166,7 @@ def outcome_message(exchange: str, delivery: Delivery, outcome: Outcome) -> Mess
     return Message(
         exchange,
         f"{outcome.lane}.{outcome.status}",
-        encode(outcome),
+        encode_outcome(outcome),
         {
             "content_type": "application/json",
             "delivery_mode": 2,

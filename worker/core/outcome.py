@@ -110,7 +110,7 @@ def outcome_id(command_id: str, lane: str, body: bytes, status: Status) -> str:
     return name_uuid(_OUTCOME_NAMESPACE, name + body)
 
 
-def encode(outcome: Outcome) -> bytes:
+def encode_outcome(outcome: Outcome) -> bytes:
     """The outcome's JSON, the contract's field names, ASCII only."""
     reason = outcome.reason
     return compact(

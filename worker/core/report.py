@@ -6,7 +6,7 @@ import json
 from typing import Any, Final, Protocol
 
 from worker.core import mangled
-from worker.core.sweep import Facts, command_id
+from worker.core.sweep import Facts, batch_command_id
 
 REPORT_COLUMNS: Final = (
     "line",
@@ -79,7 +79,7 @@ class BatchReport:
             "billnumber": row["bill"],
             "merchantId": row["merchant"],
             "reference": row["reference"],
-            "commandId": command_id(self._facts.batch.id, row["bill"], row["merchant"]),
+            "commandId": batch_command_id(self._facts.batch.id, row["bill"], row["merchant"]),
         }
 
     def _sent(self, row: ReportRow) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class InputRows:
         return [remark for column in self._columns for remark in column.remarks()]
 
 
-def read(lines: Iterable[str], rules: RowRules, *, json_lines: bool = False) -> InputRows:
+def read_lines(lines: Iterable[str], rules: RowRules, *, json_lines: bool = False) -> InputRows:
     """The rows of a text. ``json_lines`` says so of the whole input; otherwise its first character decides.
 
     Raises `InputError`.

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from worker.core.catalogue import BY_NAME, Metric, Rule
+from worker.core.catalogue import BY_NAME, MergeRule, Metric
 
 
 def of_family(values: Iterable[tuple[Metric, float]]) -> str:
@@ -47,7 +47,7 @@ class _Scraped:
         return self.kind != "gauge" or (self.name in BY_NAME and BY_NAME[self.name].lasts)
 
     @property
-    def merge(self) -> Rule:
+    def merge(self) -> MergeRule:
         """How two processes' values make one; a gauge that is not in the catalogue is summed."""
         return BY_NAME[self.name].merge if self.kind == "gauge" and self.name in BY_NAME else operator.add
 

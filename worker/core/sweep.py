@@ -39,7 +39,7 @@ def batch_id(digest: str, epoch: float) -> str:
     return f"{jakarta.digits(epoch)[:8]}-{digest[:12]}"
 
 
-def command_id(batch: str, bill: str, merchant: str) -> str:
+def batch_command_id(batch: str, bill: str, merchant: str) -> str:
     """The same UUID whenever this batch publishes this bill (of this merchant; empty: the worker's own)."""
     return name_uuid(_COMMAND_NAMESPACE, f"{batch}\n{bill}\n{merchant}".encode())
 
@@ -111,7 +111,7 @@ def command_message(names: Names, batch: Batch, bill: Bill, epoch: float) -> Mes
         {
             "content_type": "application/json",
             "delivery_mode": 2,
-            "message_id": command_id(batch.id, bill.bill, bill.merchant),
+            "message_id": batch_command_id(batch.id, bill.bill, bill.merchant),
             "timestamp": int(epoch),
             "headers": {BATCH_ID: batch.id, BATCH_SIZE: batch.size, **again},
         },

@@ -51,15 +51,15 @@ class BrokerUnavailable(Exception):
     """There is no RabbitMQ to start, or it did not start. One line: what happened, what to do."""
 
 
-class Answer(Enum):
-    """What is behind an AMQP URL."""
+class LoginResult(Enum):
+    """What came of a login at an AMQP URL."""
 
     READY = "ready"
     REFUSED_LOGIN = "refused login"
     NOT_THERE = "not there"
 
 
-def answers(url: str, timeout: float) -> Answer:
+def try_login(url: str, timeout: float) -> LoginResult:
     """Ask whether a broker at `url` accepts our login. `timeout` in seconds, for the whole handshake."""
 
     def dial(parameters: pika.URLParameters) -> pika.BlockingConnection:
@@ -72,10 +72,10 @@ def answers(url: str, timeout: float) -> Answer:
     try:
         connect_by(dial, AmqpSettings(url=Secret(url)), "demo").close()
     except BrokerRefused:
-        return Answer.REFUSED_LOGIN
+        return LoginResult.REFUSED_LOGIN
     except BrokerError:
-        return Answer.NOT_THERE
-    return Answer.READY
+        return LoginResult.NOT_THERE
+    return LoginResult.READY
 
 
 def find_server() -> Path | None:
@@ -86,7 +86,7 @@ def find_server() -> Path | None:
     return next((path for path in _candidates() if path.is_file() and os.access(path, os.X_OK)), None)
 
 
-def install() -> None:
+def install_server() -> None:
     """Install RabbitMQ with apt, where we may; raises BrokerUnavailable with the command to run elsewhere.
 
     Only the binaries are needed. Whether the package also starts a node of the system's is up to the

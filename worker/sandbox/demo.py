@@ -27,10 +27,10 @@ from worker.core.delivery import Message
 from worker.core.lanes import CANCELLATION, SWEEP
 from worker.core.topology import Names, topology
 from worker.core.words import folded, plural
-from worker.sandbox.broker import Answer, PrivateBroker, answers, find_server, free_port
+from worker.sandbox.broker import LoginResult, PrivateBroker, find_server, free_port, try_login
 from worker.sandbox.simulator import Script, Simulator
 from worker.settings import AmqpSettings, Secret
-from worker.shells.amqp.session import BrokerError, apply, connect, publish
+from worker.shells.amqp.session import BrokerError, apply, connect, publish_command
 
 HOME: Final = Path(__file__).parents[2]
 DELAYS: Final = (1,)
@@ -109,7 +109,7 @@ class Received:
         return Counter((o["status"], o["reason"]) for o in self.outcomes.values())
 
 
-def batch(size: int, exchange: str) -> list[Message]:
+def demo_commands(size: int, exchange: str) -> list[Message]:
     """A sweep of mostly good bills, cancellations beside it, and every kind of trouble."""
     special = list(FAULTS["bills"])  # type: ignore[call-overload]
     cancellations = [(bill, _body(bill)) for bill in special]
@@ -173,7 +173,7 @@ def _broker(stack: ExitStack, given: AmqpSettings | None, console: Console) -> A
         console.print("broker     the RabbitMQ at AMQP_URL")
         return given
     here = AmqpSettings()
-    if answers(here.urls()[0], 3) is Answer.READY:
+    if try_login(here.urls()[0], 3) is LoginResult.READY:
         console.print("broker     the RabbitMQ of this machine")
         return here
     if find_server() is None:
@@ -258,14 +258,14 @@ def _watch(
 ) -> None:
     """Publishes the sweep at once and the cancellations beside it, takes the outcomes, shows both."""
     published: dict[str, float] = {}
-    commands = batch(received.expected, names.commands)
+    commands = demo_commands(received.expected, names.commands)
     cancellations = [command for command in commands if command.routing_key == CANCELLATION]
 
     def send(command: Message) -> None:
         published[command.properties["message_id"]] = time.monotonic()
         dated = command._replace(properties={**command.properties, "timestamp": int(time.time())})
         received.seen.append(Seen("command", dated.routing_key, dict(dated.properties), dated.body))
-        publish(channel, names, dated)
+        publish_command(channel, names, dated)
 
     for command in commands:
         if command.routing_key == SWEEP:

@@ -29,7 +29,7 @@ from worker.core.sweep import (
     Recorded,
     Tally,
     Told,
-    command_id,
+    batch_command_id,
     supersedes,
 )
 
@@ -233,7 +233,7 @@ class Journal:
         """Bills whose commands the worker parked: command id, then line, bill, merchant, and what the gateway said."""
         reasons = [reason for status in DEAD_LETTERED for reason in REASONS[status]]
         for line, bill, merchant, said in self.examples(reasons, -1):
-            yield command_id(self.facts.batch.id, bill, merchant), (line, bill, merchant, said)
+            yield batch_command_id(self.facts.batch.id, bill, merchant), (line, bill, merchant, said)
 
     def tally(self) -> Tally:
         """The sum."""
@@ -319,7 +319,7 @@ class Journal:
         query = "SELECT number, merchant, status, reason, completed_at FROM bills WHERE bill = ?"
         row: sqlite3.Row
         for row in self._db.execute(query, (told.bill,)):
-            if command_id(self.facts.batch.id, told.bill, row["merchant"]) == told.command_id:
+            if batch_command_id(self.facts.batch.id, told.bill, row["merchant"]) == told.command_id:
                 return row
         return None
 

@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Final, Self, cast
 
-from worker.core.rows import InputError, InputRows, RowRules, read
+from worker.core.rows import InputError, InputRows, RowRules, read_lines
 
 STDIN: Final = "-"
 MAX_LINE_BYTES: Final = 1 << 20  # what is no text at all (a disk image, an archive) has no line ends
@@ -86,7 +86,7 @@ class Source:
 
     def reading(self, rules: RowRules) -> InputRows:
         """The rows, as they are read. Raises `InputError`."""
-        return read(self.lines(), rules, json_lines=self.json_lines)
+        return read_lines(self.lines(), rules, json_lines=self.json_lines)
 
     def digest(self, *more: str) -> str:
         """Hexadecimal, of all bytes read and of what else decides what is sent."""

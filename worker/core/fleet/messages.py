@@ -297,7 +297,7 @@ class Letter:
     message: FleetMessage
 
 
-def encode(letter: Letter) -> bytes:
+def encode_letter(letter: Letter) -> bytes:
     """UTF-8 JSON on one line."""
     document = {
         "v": VERSION,
@@ -309,7 +309,7 @@ def encode(letter: Letter) -> bytes:
     return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 
 
-def decode(body: bytes) -> Letter | None:
+def decode_letter(body: bytes) -> Letter | None:
     """The letter, or None for what is no message of this version: nothing that arrives may stop a member."""
     if len(body) > LARGEST:
         return None

@@ -36,7 +36,7 @@ def zeros() -> dict[str, int]:
     return dict.fromkeys(LANES, 0)
 
 
-def whole(limit: float) -> float:
+def whole_limit(limit: float) -> float:
     """The limit that no second exceeds: 1.5 calls in any second are 1; half a call is one every two seconds."""
     return float(math.floor(limit)) if limit >= 1 else limit
 
@@ -51,7 +51,7 @@ class Slots:
     def take(self, earliest: float) -> float:
         """The next slot, at ``earliest`` or later."""
         slot = max(earliest, self.free)
-        self.free = slot + 1.0 / (whole(self.limit) * PACE)
+        self.free = slot + 1.0 / (whole_limit(self.limit) * PACE)
         return slot
 
 
@@ -96,7 +96,7 @@ class Shares:
     def give(self, me: str, now: float, until: float) -> dict[str, list[tuple[float, str]]]:
         """Slots for the members, from now on and up to ``until``. Those of ``me`` need no time to travel."""
         given: dict[str, list[tuple[float, str]]] = {}
-        allowed = max(4, int(whole(self.slots.limit) * UNSEEN))
+        allowed = max(4, int(whole_limit(self.slots.limit) * UNSEEN))
         until = min(until, now + HORIZON)
         while max(self.slots.free, now) < until:
             chosen = self._choose(me, allowed)

@@ -20,8 +20,7 @@ from worker.shells.amqp.consumer import Consumer
 from worker.shells.amqp.declaring import Declaring, prepare
 from worker.shells.amqp.errors import MISSING
 from worker.shells.amqp.link import Link, Parameters
-from worker.shells.amqp.publisher import Publication, Publisher
-from worker.shells.amqp.publisher import Watch as PublisherWatch
+from worker.shells.amqp.publisher import Publication, Publisher, PublisherWatch
 from worker.shells.fibers import Loop
 
 LOOK_EVERY: Final = 10.0
@@ -57,7 +56,7 @@ class Owner(Protocol[S]):
     def changed(self) -> None: ...
 
 
-class Watch(PublisherWatch, Protocol):
+class BrokerWatch(PublisherWatch, Protocol):
     """What is measured here."""
 
     def paused(self, reason: str, on: bool) -> None: ...
@@ -70,7 +69,7 @@ class Broker(Generic[S]):
     queue or an exchange was deleted. What a publication settles, `S`, only the owner knows."""
 
     def __init__(
-        self, owner: Owner[S], plan: Plan, parameters: Parameters, *, loop: Loop, watch: Watch, rng: random.Random
+        self, owner: Owner[S], plan: Plan, parameters: Parameters, *, loop: Loop, watch: BrokerWatch, rng: random.Random
     ) -> None:
         self._owner = owner
         self._plan = plan

@@ -336,7 +336,7 @@ def check_free(connection: Any, follower: str, batch: str) -> None:
     channel.close()
 
 
-def stop(connection: Any, inbox: str, who: str, now: float) -> str | None:
+def order_stop(connection: Any, inbox: str, who: str, now: float) -> str | None:
     """Ends the publishing of a batch that is followed from anywhere. What its process answers, empty if none answered
     (the next one that follows the batch will find the message); None if nobody follows the batch at this broker."""
     channel = connection.channel()
@@ -405,7 +405,7 @@ def take(connection: Any, queue: str, batch: str) -> Iterator[list[bytes]]:
 
 
 class _Unwatched:
-    """The publisher's `Watch`, for nobody."""
+    """A `PublisherWatch`, for nobody."""
 
     def confirm_took(self, seconds: float) -> None: ...
     def unconfirmed(self, count: int) -> None: ...

@@ -23,7 +23,7 @@ from pika.exceptions import ChannelClosed
 from worker import __version__
 from worker.app.fleet import Fleet
 from worker.core import jakarta
-from worker.core.fleet.messages import Card, Letter, OperatorOrders, Who, decode, encode, newest
+from worker.core.fleet.messages import Card, Letter, OperatorOrders, Who, decode_letter, encode_letter, newest
 from worker.core.topology import Names, Topology
 from worker.shells.amqp.declaring import prepare
 from worker.shells.amqp.errors import LOCKED
@@ -278,7 +278,7 @@ class FleetLink:
             self._link.reconnect(f"the fleet's channel was closed: {getattr(reason, 'reply_text', reason)}")
 
     def _came(self, _channel: Any, _method: Any, properties: Any, body: bytes) -> None:
-        letter = decode(body)
+        letter = decode_letter(body)
         if letter is None:
             return
         if isinstance(letter.message, Who):
@@ -296,7 +296,7 @@ class FleetLink:
 
     def _publish(self, exchange: str, key: str, letter: Letter, *, mandatory: bool) -> None:
         properties = pika.BasicProperties(content_type="application/json", delivery_mode=1)
-        self._channel.basic_publish(exchange, key, encode(letter), properties, mandatory=mandatory)
+        self._channel.basic_publish(exchange, key, encode_letter(letter), properties, mandatory=mandatory)
 
     def _guard(self, callback: Callable[..., None], channel: Any = None) -> Callable[..., None]:
         """pika would take an exception for a lost connection; out of the loop's turn it ends the process, loudly. What

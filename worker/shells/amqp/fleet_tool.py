@@ -17,8 +17,8 @@ from worker.core.fleet.messages import (
     OperatorOrders,
     Ordered,
     Who,
-    decode,
-    encode,
+    decode_letter,
+    encode_letter,
     encode_orders,
     newest,
 )
@@ -58,7 +58,7 @@ class FleetTool:
                     break
                 self._channel.connection.sleep(0.02)
                 continue
-            letter = decode(body)
+            letter = decode_letter(body)
             if letter is not None and isinstance(letter.message, Card):
                 cards.append(letter.message)
         self._channel.queue_delete(inbox)
@@ -94,7 +94,7 @@ class FleetTool:
 
     def _say(self, message: FleetMessage, reply_to: str | None = None) -> None:
         properties = pika.BasicProperties(delivery_mode=1, reply_to=reply_to)
-        self._channel.basic_publish(self._names.fleet, "", encode(Letter(TOOL, "", message)), properties)
+        self._channel.basic_publish(self._names.fleet, "", encode_letter(Letter(TOOL, "", message)), properties)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ log = structlog.get_logger()
 S = TypeVar("S")
 
 
-class Watch(Protocol):
+class PublisherWatch(Protocol):
     """What the publisher reports."""
 
     def confirm_took(self, seconds: float) -> None: ...
@@ -82,7 +82,7 @@ class Publisher(Generic[S]):
     def __init__(
         self,
         loop: IOLoop,
-        watch: Watch,
+        watch: PublisherWatch,
         *,
         on_confirmed: Callable[[Publication[S]], None],
         on_refused: Callable[[Publication[S], str], bool] = lambda _publication, _reason: False,

@@ -143,7 +143,7 @@ class NotPublished(Exception):
     """The broker did not take a message. The text is one line: why, what to do."""
 
 
-def publish(channel: Any, names: Names, command: Message) -> None:
+def publish_command(channel: Any, names: Names, command: Message) -> None:
     """Publishes a command on a channel with confirms, and returns when the broker has it. Raises `NotPublished`."""
     lane, properties = command.routing_key, pika.BasicProperties(**command.properties)
     try:

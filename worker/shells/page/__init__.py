@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from worker.core.condition import Process, Situation, condition
 from worker.core.reading import Change, Reading
 from worker.shells.metrics import samples
-from worker.shells.page.sections import main, page_title
+from worker.shells.page.sections import main_element, page_title
 
 if TYPE_CHECKING:
     from worker.shells.http import HealthSource
@@ -77,7 +77,7 @@ class StatusPage:
         now = Reading(self._clock(), samples(self._source.metrics()))
         situation = Situation(now, self._change(now), _processes(components))
         state = condition(situation)
-        return _TEMPLATE.substitute(title=escape(page_title(state)), main=main(situation, state)).encode()
+        return _TEMPLATE.substitute(title=escape(page_title(state)), main=main_element(situation, state)).encode()
 
     def _change(self, now: Reading) -> Change | None:
         """Since the youngest reading that is old enough."""

@@ -46,11 +46,11 @@ class Cell:
         return f'<td class="{classes}">{escape(self.content)}</td>' if classes else f"<td>{escape(self.content)}</td>"
 
 
-Row = tuple[str, Sequence[Cell | str]]
+TableRow = tuple[str, Sequence[Cell | str]]
 """What it is, then its values."""
 
 
-def table(caption: str, columns: Sequence[str], rows: Iterable[Row]) -> str:
+def table(caption: str, columns: Sequence[str], rows: Iterable[TableRow]) -> str:
     """A table whose first column names the row; `columns` are the headings, the first one's included, or none."""
     # An empty heading would be read aloud as one.
     head = "".join(f'<th scope="col">{escape(column)}</th>' if column else "<td></td>" for column in columns)
@@ -74,7 +74,7 @@ def page_title(condition: Condition) -> str:
     return f"{sign} {word} · qris-expire-worker"
 
 
-def main(situation: Situation, condition: Condition) -> str:
+def main_element(situation: Situation, condition: Condition) -> str:
     """All that changes."""
     cards = "".join(
         card(situation) for card in (_lanes, _fleet, _outcomes, _gateway, _holds, _dead_letters, _processes)
@@ -141,7 +141,7 @@ def _lanes(situation: Situation) -> str:
     def times(name: str, share: float) -> list[Cell | str]:
         return [_quantile(change, name, share, lane=lane) for lane in lanes]
 
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         ("outcomes per second", [_rate(change, "outcomes_total", lane=lane) for lane in lanes]),
         ("waiting in the queue", counts("commands_waiting")),
         ("in flight", counts("in_flight")),
@@ -177,7 +177,7 @@ def _fleet(situation: Situation) -> str:
     throttled = situation.throttled if change and change.value("gateway_requests_total", operation="expire") else None
     paused = bool(now.value("consumption_paused", reason="operator"))
     several = len(situation.processes) > 1
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         ("members", [number(now.value("fleet_members"))]),
         ("leader", ["here" if now.value("fleet_leader") else "another member"]),
         ("rate limit", [f"{limit:g}/s" if limit else "none"]),
@@ -220,7 +220,7 @@ def _gateway(situation: Situation) -> str:
     now, change = situation.now, situation.change
     operations = list(now.by("operation", "gateway_request_duration_seconds_count"))
     name = "gateway_request_duration_seconds"
-    speed: list[Row] = [
+    speed: list[TableRow] = [
         ("calls per second", [_rate(change, f"{name}_count", operation=operation) for operation in operations]),
         *(
             (words, [_quantile(change, name, share, operation=operation) for operation in operations])
@@ -236,7 +236,7 @@ def _gateway(situation: Situation) -> str:
 
 
 def _answers(situation: Situation) -> str:
-    rows, name = list[Row](), "gateway_requests_total"
+    rows, name = list[TableRow](), "gateway_requests_total"
     for operation in situation.now.by("operation", name):
         gains = situation.change.by("response_code", name, operation=operation) if situation.change else None
         for code, total in situation.now.by("response_code", name, operation=operation).items():
@@ -267,7 +267,7 @@ def _holds(situation: Situation) -> str:
     skew = now.value("clock_skew_seconds")
     refreshes = now.by("result", "token_refreshes_total")
     token = "none" if not expiry else f"good for {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         *((f"breaker, {lane}", [Cell(state, bad=state != "closed")]) for lane, state in breakers.items()),
         ("consumption", [Cell(f"paused: {', '.join(pauses)}" if pauses else "goes on", bad=bool(pauses))]),
         ("broker", [Cell("connected" if connected else "not connected", bad=not connected)]),
@@ -289,7 +289,7 @@ def _dead_letters(situation: Situation) -> str:
     return _card("Dead letters", table("Parked for people", _since(situation), rows), which)
 
 
-def _by_reason(situation: Situation, name: str, *, bad: bool = False) -> list[Row]:
+def _by_reason(situation: Situation, name: str, *, bad: bool = False) -> list[TableRow]:
     """What was counted of each reason lately (marked if it is ``bad``) and since the start; only what there was."""
     gains = situation.change.by("reason", name) if situation.change else {}
     return [
@@ -308,7 +308,7 @@ def _by_reason(situation: Situation, name: str, *, bad: bool = False) -> list[Ro
 def _processes(situation: Situation) -> str:
     now = situation.now
     versions = [version for version, on in now.by("version", "build_info").items() if on]
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         ("version", [", ".join(versions) or NO_VALUE]),
         ("up for", [duration(situation.age) if now.value("start_timestamp_seconds") else NO_VALUE]),
     ]

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Final
 
 import pika
-import structlog
 from pika.exceptions import ChannelClosed
 
 from worker import __version__
@@ -37,8 +36,6 @@ LOOK_AGAIN: Final = 0.05  # seconds until the next look for orders that somebody
 LOOKS: Final = 5
 TICK: Final = 1.0
 SICK: Final = "our calls fail while those of others succeed: look at the way from here to the gateway"
-
-log = structlog.get_logger()
 
 
 class FleetLink:

@@ -1,5 +1,6 @@
 """Brokers for the tests, prefixes that clean up after themselves, and what runs only on request."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -64,6 +65,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """The collector of garbage leaves alone what stays until the end, and looks less often: it took a seventh of the
+    unit tests' time. What tests leave behind it still finds, at the latest when pytest ends."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 Broker = TypeVar("Broker", PrivateBroker, PrivateCluster)

@@ -24,7 +24,7 @@ def running_fibers() -> Iterator[Fibers]:
     try:
         yield fibers
     finally:
-        over.set()
+        fibers.soon(over.set)  # wakes the loop, which would else see it with its next tick
         thread.join(10)
         assert not thread.is_alive(), "a fiber blocks the loop"
 

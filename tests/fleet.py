@@ -112,7 +112,8 @@ class Node:
             if mine == self.timer:
                 self.do(lambda: self.member.tick(self.clock))
 
-        delay = max(0.0, self.member.next(self.clock) - self.clock)
+        clock = self.clock
+        delay = max(0.0, self.member.next(clock) - clock)
         self.world.at(self.world.now + delay + self.world.rng.uniform(0, 0.0015), ring)
 
     # -- work ---------------------------------------------------------------------------------------------------------
@@ -131,16 +132,16 @@ class Node:
 
     def look(self) -> None:
         """What the dispatcher of a process does."""
-        member = self.member
+        member, clock = self.member, self.clock
         if member.terms.role is Role.APART:
             return
-        if member.own.health.test_due(self.clock):
+        if member.own.health.test_due(clock):
             member.own.health.testing = True
             good = not self.cut and not self.world.outage
             self.world.at(self.world.now + 0.05, lambda: self.do(lambda: member.tested(self.clock, good=good)))
         for lane in LANES:
-            member.candidates(self.clock, lane, self.commands(lane))
-        probing = {lane: min(member.probes(lane, self.clock), self.commands(lane)) for lane in LANES}
+            member.candidates(clock, lane, self.commands(lane))
+        probing = {lane: min(member.probes(lane, clock), self.commands(lane)) for lane in LANES}
         if self.world.limit:
             for lane in LANES:
                 free = self.world.senders - self.out

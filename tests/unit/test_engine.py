@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -42,6 +43,8 @@ from worker.shells.amqp.engine import LINGER, PARK_AFTER, TICK, Engine, Order
 from worker.shells.amqp.publisher import Publication
 from worker.shells.metrics import Metrics
 from worker.shells.tracing import Tracing
+
+pytestmark = pytest.mark.usefixtures("plain_logs")
 
 NAMES = Names("q")
 REASONS = (Reason.SUCCESS, Reason.RETRIES_EXHAUSTED)
@@ -471,7 +474,7 @@ def tags(task: Task) -> list[Tag]:
 
 
 TestSettlement = Settlement.TestCase
-TestSettlement.settings = settings(max_examples=400, stateful_step_count=50)
+TestSettlement.settings = settings(max_examples=250, stateful_step_count=50)
 
 
 def test_a_refused_copy_is_not_sent_again_when_the_broker_has_its_command() -> None:

@@ -17,6 +17,8 @@ from worker.app.dispatch import Dispatcher, Wishes
 from worker.core.settlement import Desk, Entry, GiveBack, Ledger, Orders, Tag, Task
 from worker.shells.amqp.engine import PARK_AFTER, Engine
 
+pytestmark = pytest.mark.usefixtures("plain_logs")
+
 ENOUGH = settings(max_examples=3000, stateful_step_count=50, database=None, phases=(Phase.generate,))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from worker.core.scrapes import PlaceCounts, lasting, merge, openmetrics
 from worker.shells.metrics import Metrics
 
 
+@cache
 def real_scrape(commands: int = 0, *, age: float = 0.25, now: float = 0.0) -> str:
     metrics = Metrics("1")
     for _ in range(commands):

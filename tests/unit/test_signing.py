@@ -223,6 +223,7 @@ def test_old_encrypted_keys_as_people_paste_them(damage: str) -> None:
     assert load_private_key(raw, "right").private_numbers() == key().private_numbers()
 
 
+@cache
 def unusable() -> dict[str, tuple[bytes, str | None, str]]:
     """Keys that cannot be used, the passphrase, and a word of the reason."""
     locked = pem(encryption=BestAvailableEncryption(b"right"))

@@ -16,6 +16,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from tests import builders
 from tests.waiting import wait_until
 from tests.worker_process import working
+from worker.core.command import Command
 from worker.core.ports import Attempt
 from worker.core.settlement import GiveBack
 from worker.core.trace import Trace, read
@@ -131,9 +132,7 @@ def test_an_unsampled_command_does_not_touch_the_library(headers: dict[str, str]
 
     tracing, delivery = Tracing(Untouchable()), builders.delivery(headers=headers)
     tracing.begin(delivery)
-    attempt = Attempt(
-        "c", "sweep", "1", None, 1, "9", judge(NoReply(sent=True, error="x")), None, 0.1, trace=delivery.trace
-    )
+    attempt = Attempt(delivery, Command("1", "2"), 1, "9", judge(NoReply(sent=True, error="x")), None, 0.1)
     tracing.attempted(attempt)
     tracing.published(delivery, "outcomes", "sweep.expired", "m", 0.1)
     tracing.end(delivery, GiveBack())

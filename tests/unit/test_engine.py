@@ -39,7 +39,7 @@ from worker.core.settlement import (
     Task,
 )
 from worker.core.topology import Names
-from worker.shells.amqp.engine import LINGER, PARK_AFTER, TICK, Engine, Order
+from worker.shells.amqp.engine import PARK_AFTER, TICK, Engine, Order
 from worker.shells.amqp.publisher import Publication
 from worker.shells.metrics import Metrics
 from worker.shells.tracing import Tracing
@@ -359,9 +359,7 @@ class Settlement(RuleBasedStateMachine):
         self.turn()
 
     def turn(self) -> None:
-        """The loop turns until no result waits for others, and senders take what they can."""
-        self.engine._end_turn()
-        self.clock.sleep(LINGER)
+        """The loop turns, and senders take what they can."""
         self.engine._end_turn()
         assert not self.engine._results, "an outcome waits for the slowest sender"
         while taken := self.dispatcher.take():

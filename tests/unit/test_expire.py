@@ -1311,7 +1311,7 @@ def test_attempts_are_observed() -> None:
     bench.outcome(builders.delivery(lane="sweep", headers={"batch-id": "b-1"}))
 
     first, second = bench.observer.attempts
-    assert (first.command_id, first.lane, first.billnumber, first.batch_id) == ("m-1", "sweep", "10092081", "b-1")
+    assert (first.delivery.command_id, first.command.billnumber) == ("m-1", "10092081")
     assert (first.number, first.external_id, first.status, first.seconds) == (1, f"{1:036d}", 500, 0.25)
     assert (first.verdict.kind, second.verdict.kind) == (Kind.TRANSIENT, Kind.DONE)
     assert second.number == 2

@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import structlog
 from pika.adapters.select_connection import _PollerBase
 
+from tests.fakes import FakeClock
 from tests.fibers import running_fibers
 from tests.waiting import wait_until
 from worker.shells import fibers as fibers_module
-from worker.shells.fibers import STANDSTILL, Event, Fibers, Lock, NoThread
+from worker.shells.fibers import AT_ONCE, SPACING, STANDSTILL, Event, Fibers, Lock, NoThread
 
 SOON = 20.0  # seconds: far more than a loaded machine needs
 NEVER = 3600.0
@@ -66,6 +68,50 @@ def test_all_run_on_the_loop_s_thread(fibers: Fibers) -> None:
     """None has a thread of its own."""
 
     assert set(together(fibers, *[threading.get_ident] * 50)) == {fibers._thread}
+
+
+class Turning:
+    """Fibers whose loop waits for nothing but once for ``quiet`` seconds, on a clock that moves only when they do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = FakeClock()
+        monkeypatch.setattr(fibers_module, "time", self.clock)
+        self.quiet = 0.0
+        loop = SimpleNamespace(poll=self.poll, process_timeouts=lambda: None, hurry=lambda: None)
+        self.fibers = Fibers(cast("Any", loop))
+
+    def poll(self) -> None:
+        self.clock.sleep(self.quiet)
+        self.quiet = 0.0
+
+    def turns(self, number: int) -> float:
+        """Seconds that so many turns in a row wait."""
+        start = self.clock.monotonic()
+        for _ in range(number):
+            self.fibers.turn()
+        return self.clock.monotonic() - start
+
+
+def test_turns_of_a_busy_loop_keep_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those saved up in quiet moments begin at once, the others one after another."""
+    turning = Turning(monkeypatch)
+
+    assert turning.turns(AT_ONCE) == 0
+    assert turning.turns(100) == pytest.approx(100 * SPACING)
+    turning.quiet = 2 * SPACING * AT_ONCE
+    turning.turns(1)
+    assert turning.turns(AT_ONCE) == pytest.approx(0)
+    assert turning.turns(1) == pytest.approx(SPACING)
+
+
+def test_who_is_ready_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fiber that gave way waits for nothing, so its turn keeps no distance."""
+    turning = Turning(monkeypatch)
+    turning.turns(2 * AT_ONCE)
+
+    turning.fibers._ready.append(lambda: None)
+
+    assert turning.turns(1) == 0
 
 
 def test_a_sleep_is_one_fiber_s(fibers: Fibers) -> None:

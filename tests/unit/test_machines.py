@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,11 +65,13 @@ def forget_what_we_expired(patch: pytest.MonkeyPatch) -> None:
 def wait_for_the_slowest_sender(patch: pytest.MonkeyPatch) -> None:
     """Outcomes leave when no sender is busy any more."""
 
-    def finish(engine: Engine, task: Task, disposition: Any) -> None:
-        engine._settle_at = math.inf
-        engine._results.append((task, disposition))
+    take_results = Engine._take_results
 
-    patch.setattr(Engine, "finish", finish)
+    def patient(engine: Engine) -> None:
+        if not engine._dispatcher.in_hand():
+            take_results(engine)
+
+    patch.setattr(Engine, "_take_results", patient)
 
 
 def close_before_all_is_confirmed(patch: pytest.MonkeyPatch) -> None:

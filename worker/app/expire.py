@@ -258,20 +258,10 @@ class Expire:
             job.task.answer = verdict.kind
             self._gate.record(job.task.lane, verdict, probe=job.probe, token=token)
         delivery = job.task.delivery
-        self._observer.attempted(
-            Attempt(
-                command_id=delivery.command_id,
-                lane=delivery.lane,
-                billnumber=job.command.billnumber,
-                batch_id=delivery.batch_id,
-                number=delivery.progress.attempts,
-                external_id=None if signed is None else signed.external_id,
-                verdict=verdict,
-                status=answer.status if isinstance(answer, Reply) else None,
-                seconds=seconds,
-                trace=delivery.trace,
-            )
-        )
+        external_id = None if signed is None else signed.external_id
+        status = answer.status if isinstance(answer, Reply) else None
+        attempt = Attempt(delivery, job.command, delivery.progress.attempts, external_id, verdict, status, seconds)
+        self._observer.attempted(attempt)
         if verdict.kind is Kind.THROTTLED:
             # Throttling costs no attempt, however long it lasts: the command waits for the end of the hold.
             job.round.calls -= 1

@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from worker.core.command import Command
+from worker.core.delivery import Delivery
 from worker.core.request import SignedRequest
 from worker.core.signing import Sign
-from worker.core.trace import Trace
 from worker.core.verdict import NoReply, Reply, Verdict
 
 
@@ -134,13 +135,10 @@ class Observer(Protocol):
 class Attempt(NamedTuple):
     """One attempt as it is logged. ``seconds`` is the call's duration; ``external_id`` is None when none was sent."""
 
-    command_id: str
-    lane: str
-    billnumber: str
-    batch_id: str | None
+    delivery: Delivery
+    command: Command
     number: int
     external_id: str | None
     verdict: Verdict
     status: int | None
     seconds: float
-    trace: Trace | None = None

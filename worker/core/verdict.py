@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -323,6 +324,7 @@ _WELL_FORMED: Final = re.compile(r"[2-5]\d{6}\Z", re.ASCII)
 _INVALID_TOKEN: Final = re.compile(r"(?:^|[\s,;])error\s*=\s*[\"']?invalid_token(?![\w-])", re.IGNORECASE)
 
 
+@lru_cache(maxsize=32)  # a gateway answers nearly all calls in the same few words
 def judge(answer: Reply | NoReply) -> Verdict:
     """The verdict on one attempt. A success needs HTTP 2xx *and* a success code; otherwise the code is trusted.
 

@@ -77,8 +77,8 @@ class Telemetry:
 
     def attempted(self, attempt: Attempt) -> None:
         """See `Observer`."""
-        verdict = attempt.verdict
-        if attempt.trace is not None:
+        verdict, delivery = attempt.verdict, attempt.delivery
+        if delivery.trace is not None:
             self._tracing.attempted(attempt)
         if attempt.external_id is not None:
             self._metrics.request("expire", verdict.code or "", attempt.seconds)
@@ -89,11 +89,11 @@ class Telemetry:
             log = self._log.debug
         log(
             "attempt",
-            command_id=attempt.command_id,
-            trace_id=attempt.trace.trace_id if attempt.trace is not None else None,
-            lane=attempt.lane,
-            billnumber=attempt.billnumber,
-            batch_id=attempt.batch_id,
+            command_id=delivery.command_id,
+            trace_id=delivery.trace_id,
+            lane=delivery.lane,
+            billnumber=attempt.command.billnumber,
+            batch_id=delivery.batch_id,
             attempt=attempt.number,
             external_id=attempt.external_id,
             verdict=verdict.kind.label,

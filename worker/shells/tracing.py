@@ -64,7 +64,8 @@ class Tracing:
 
     def attempted(self, attempt: Attempt) -> None:
         """An expire call has ended, or there was no token for it."""
-        if id(attempt.trace) not in self._open or attempt.external_id is None:
+        trace = attempt.delivery.trace
+        if id(trace) not in self._open or attempt.external_id is None:
             return
         attributes = {
             "http.request.method": "POST",
@@ -75,7 +76,7 @@ class Tracing:
         }
         if attempt.status is not None:
             attributes["http.response.status_code"] = attempt.status
-        self._ended_now(attempt.trace, "expire", "CLIENT", attempt.seconds, attributes)
+        self._ended_now(trace, "expire", "CLIENT", attempt.seconds, attributes)
 
     def published(self, delivery: Delivery, exchange: str, routing_key: str, message_id: str, seconds: float) -> None:
         """The broker has confirmed what was published for a command, after so many seconds."""

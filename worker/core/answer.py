@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -71,7 +71,7 @@ class Answer:
     def __init__(self, *, tunnel: bool = False) -> None:
         self.status = 0
         self.reason = ""
-        self.headers: Mapping[str, str] = _NONE
+        self.headers: dict[str, str] = {}
         self.complete = False
         self.cut = False
         self.received = 0
@@ -227,7 +227,7 @@ class _Head(NamedTuple):
 
     status: int
     reason: str
-    headers: Mapping[str, str]
+    headers: dict[str, str]
     kept_alive: bool = False
     interim: bool = False
     bodiless: bool = False
@@ -293,7 +293,6 @@ def _unusual_fields(text: str) -> dict[str, str]:
 
 
 _FOLDS: Final = frozenset(" \t")
-_NONE: Final[Mapping[str, str]] = {}
 
 
 def _field(line: str) -> tuple[str, str]:

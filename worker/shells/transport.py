@@ -392,10 +392,7 @@ class _Line:
                 late += 1
                 if late > _LATE_READS:
                     raise TimeoutError("timed out")
-            if self._waits_first:
-                with suppress(TimeoutError):  # the socket has the last word
-                    self._wait(select.POLLIN)
-            data = _until_done(self._wait, select.POLLIN, self._socket.recv, _READ_BYTES)
+            data = _until_done(self._wait, select.POLLIN, self._socket.recv, _READ_BYTES, waits_first=self._waits_first)
             if not data:
                 self.ended = True
                 if not answer.end():
@@ -431,14 +428,23 @@ class _Line:
         self._waiting.wait(self._socket, events, self._deadline)
 
 
-def _until_done(wait: Callable[[int], None], events: int, operation: Callable[..., T], *arguments: Any) -> T:
-    """The operation's result, waiting for the socket as often as it would block. Raises OSError.
+def _until_done(
+    wait: Callable[[int], None], events: int, operation: Callable[..., T], *arguments: Any, waits_first: bool = False
+) -> T:
+    """The operation's result, waiting for the socket as often as it would block, and before the first try where told
+    so. Raises OSError.
 
     The socket has the last word, not the clock: after a deadline has passed the operation is tried once more, since the
     process may have been stopped while the answer came.
     """
     over: TimeoutError | None = None
+    awaited = events if waits_first else 0
     while True:
+        if awaited:
+            try:
+                wait(awaited)
+            except TimeoutError as error:
+                over = error
         try:
             return operation(*arguments)
         except BlockingIOError:
@@ -449,17 +455,13 @@ def _until_done(wait: Callable[[int], None], events: int, operation: Callable[..
             awaited = select.POLLOUT
         if over is not None:
             raise over
-        try:
-            wait(awaited)
-        except TimeoutError as error:
-            over = error
 
 
 def _response(answer: Answer, request: requests.PreparedRequest) -> requests.Response:
     response = _Response()
     response.status_code = answer.status
     response.reason = answer.reason
-    response.headers = _Headers(dict(answer.headers))
+    response.headers = _Headers(answer.headers)
     response._content = answer.body
     response.url = request.url or ""
     response.request = request
@@ -475,10 +477,10 @@ class _Response(requests.Response):
     raw = None
     encoding = None
     history: list[requests.Response]
+    elapsed = timedelta(0)
 
     def __init__(self) -> None:
         self.history = []
-        self.elapsed = timedelta(0)
 
     @property
     def cookies(self) -> RequestsCookieJar:  # type: ignore[override]

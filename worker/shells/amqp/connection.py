@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -215,10 +215,16 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
     def _adapter_emit_data(self, data: bytes) -> None:
         """Sends at once what the socket takes. Only the rest waits for the loop to say that it takes more."""
         if self._socket is not None and not self._transport.get_write_buffer_size():
-            with suppress(OSError):  # it takes nothing now; if it never will again, pika is told so when it tries
-                data = data[self._socket.send(data) :]
+            data = data[self._sent(data) :]
         if data:
             super()._adapter_emit_data(data)
+
+    def _sent(self, data: bytes) -> int:
+        """How many bytes the socket took. If it never will take any again, pika is told so when it tries."""
+        try:
+            return int(self._socket.send(data))
+        except OSError:
+            return 0
 
     def _on_data_available(self, data_in: bytes) -> None:
         if not (self._short and self.is_open):

@@ -72,15 +72,15 @@ def test_a_command_that_crashes_its_sender(broker: PrivateBroker, prefix: str, t
                 wait_until(lambda: producer.rabbit.depth(producer.names.dead), 60, "it is parked")
             for sent in good:
                 assert producer.of(sent).fields["status"] == "expired"
-            crashes = len(worker.events("sender.crashed"))
+            wait_until(lambda: len(worker.events("sender.crashed")) > 1, 30, "it comes back")
             worker.stop()
+            crashes = len(worker.events("sender.crashed"))
             if kind == "quorum":
                 (letter,) = producer.rabbit.look(producer.names.dead)
                 assert letter.properties.message_id == poison.id
                 assert letter.properties.headers["x-death"][0]["reason"] == "delivery_limit"
-                assert 1 < crashes <= LANE_DELIVERY_LIMIT + 1
+                assert crashes <= LANE_DELIVERY_LIMIT + 1
             else:
-                assert crashes > 1
                 assert producer.rabbit.depth(producer.names.queue(CANCELLATION)) == 1
             print(f"RabbitMQ {broker.ctl('version').strip()}, {kind}: {crashes} crashes")
 

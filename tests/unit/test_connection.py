@@ -216,6 +216,17 @@ def test_a_frame_that_does_not_end_as_it_should(place: int) -> None:
         assert short.told == usual.told == ["selected"]
 
 
+def test_a_channel_of_a_connection_that_is_being_closed() -> None:
+    """Is not opened, and nothing is raised: whoever wants it may not know yet that the connection ends."""
+    with both() as (short, usual):
+        for peer in (short, usual):
+            peer.connection._set_connection_state(peer.connection.CONNECTION_CLOSING)
+            before = peer.wire.written
+
+            assert peer.connection.channel(on_open_callback=peer.told.append) is None
+            assert peer.wire.written == before
+
+
 def test_a_publication_on_a_channel_that_is_closed() -> None:
     """Is refused, and nothing is sent."""
     with both() as (short, _):

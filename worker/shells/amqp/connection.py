@@ -120,7 +120,10 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]  # pika 1.4 ships
         self._terminate_stream(StreamLostError(reason))
 
     def channel(self, channel_number: int | None = None, on_open_callback: Any = None) -> Any:
-        """Opens a channel; ends the connection, with a complaint, where the broker allows no further one."""
+        """Opens a channel; ends the connection, with a complaint, where the broker allows no further one. None on one
+        that is being closed: the answer for which somebody wants a channel may come after we have begun to close it."""
+        if not self.is_open:
+            return None
         try:
             return super().channel(channel_number, on_open_callback)
         except NoFreeChannels:

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -81,9 +80,10 @@ def trace(package: Path) -> list[tuple[str, str]]:
         with WorkerProcess(url, prefix, gateway, folder, **settings) as worker:
             worker.wait_ready()
             with Producer(url, prefix) as producer:
-                for number in range(2 * WARM):
-                    producer.of(producer.publish(f"bill-{number}"))
-                    time.sleep(0.02)  # so that one is acked before the next comes
+                for number in range(1, 2 * WARM + 1):
+                    producer.publish(f"bill-{number}")
+                    # It is acked in the turn that writes this line, so the next command comes after it.
+                    worker.wait_for(lambda: len(worker.events("command.ended")) == number, 30, f"{number} are acked")  # noqa: B023
             wait_until(result.exists, 30, "it is traced")
             worker.stop()
         delete_topology(url, prefix)

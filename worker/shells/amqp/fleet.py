@@ -220,7 +220,7 @@ class FleetLink:
 
     def _open(self, then: Callable[[Any], None]) -> None:
         """Opens a channel, if there is a connection."""
-        if self._connection is not None and self._connection.is_open:
+        if self._connection is not None:
             self._connection.channel(on_open_callback=self._guard(lambda channel: self._guard(then, channel)(channel)))
 
     def _errand(self, work: Callable[[Any], None]) -> None:
